@@ -1,0 +1,74 @@
+"""Times forms of the small U-Net's convolutions: what `dreamllm_jax/models/conv.py` rests on.
+
+    python -m benchmarks.conv
+
+For each shape, milliseconds forward and forward + backward of: XLA's convolution with the gradients
+that autodiff derives ("plain"), with the gradients written in the forward's layout ("Conv": what the
+models use on CPU), nine shifted slices in one matrix product ("joined"), and nine matrix products
+("summed"). Then the same gradients inside a `lax.scan` of 4 steps, per step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dreamllm_jax.models.conv import plain, convolve
+
+# (rows, height, width, channels in), channels out: the demonstration's U-Net.
+SHAPES = [((64, 8, 8, 32), 32), ((64, 8, 8, 64), 64), ((64, 16, 16, 16), 16), ((64, 4, 4, 128), 64)]
+
+
+def slices(x: jax.Array) -> list[jax.Array]:
+    """The nine shifts of x under a 3x3 kernel."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+
+
+FORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "plain": lambda x, k: plain(x, k, 1, (1, 1)),
+    "Conv": lambda x, k: convolve(x, k, 1, (1, 1)),
+    "joined": lambda x, k: jnp.concatenate(slices(x), -1) @ k.reshape(-1, k.shape[-1]),
+    "summed": lambda x, k: sum(s @ k[i // 3, i % 3] for i, s in enumerate(slices(x))),
+}
+
+
+def looped(form: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The form applied in 4 steps of a scan."""
+    return jax.lax.map(lambda part: form(part, kernel), jnp.stack([x] * 4))
+
+
+def milliseconds(run: Callable, *args: jax.Array) -> float:
+    """The best of 10 calls, after compilation."""
+    jax.block_until_ready(run(*args))
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        best = min(best, time.perf_counter() - start)
+    return 1e3 * best
+
+
+def backward(form: Callable) -> Callable:
+    return jax.jit(jax.grad(lambda x, k: (form(x, k) ** 2).sum(), (0, 1)))
+
+
+def main() -> None:
+    print(f"JAX {jax.__version__}, {jax.default_backend()}; milliseconds: forward, + backward, in a scan")
+    for shape, features in SHAPES:
+        x = jax.random.normal(jax.random.key(0), shape)
+        kernel = jax.random.normal(jax.random.key(1), (3, 3, shape[-1], features)) / 10
+        print(f"{shape} -> {features}")
+        for name, form in FORMS.items():
+            forward = milliseconds(jax.jit(form), x, kernel)
+            both = milliseconds(backward(form), x, kernel)
+            scan = milliseconds(backward(lambda x, k, form=form: looped(form, x, k)), x, kernel) / 4
+            print(f"  {name:8}{forward:8.2f}{both:8.2f}{scan:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A small DreamLLM on real handwritten digits: everything the 7B system does, in minutes.
+
+Reproduces: the whole method of arXiv 2309.11499 on scikit-learn's 1,797 digits. Stage 0 trains what the
+real system downloads (VAE, CLIP, text-conditioned U-Net, language model); stages I, II and III are the
+real ones, with their trainable sets and loss weights. Learning rates and steps are scaled to the size.
+Hardware: two CPU cores, 4 GiB. Time: see README, measured by `launch/quickstart.sh`.
+Command: python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=quickstart
+"""
+
+from ml_collections import ConfigDict
+
+VOCABULARY = 512
+LENGTH = 192
+
+
+def model() -> dict:
+    """Every tower of the 7B system, each small."""
+    return dict(
+        llama=dict(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=384,
+        ),
+        vision=dict(
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
+            projection_dim=64,
+        ),
+        vision_projector=dict(kind="linear"),
+        vision_select_layer=-2,
+        num_dream_queries=8,
+        condition_projector=dict(kind="linear", bias=False),
+        unet=dict(
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=64,
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+        ),
+        vae=dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16),
+        schedule=dict(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+        text=dict(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            projection_dim=64,
+            eos_token_id=2,
+        ),
+        contrastive=True,
+        image_size=16,
+    )
+
+
+def optim(learning_rate: float, **changes) -> dict:
+    return dict(learning_rate=learning_rate, warmup_ratio=0.05, weight_decay=0.01, b2=0.99, **changes)
+
+
+def captions(rows: int, **changes) -> dict:
+    data = dict(
+        source="handwriting", kinds=dict(captions=1.0), rows=rows, length=16, max_images=1, max_dreams=1
+    )
+    return data | changes
+
+
+def rows(**changes) -> dict:
+    return dict(source="handwriting", rows=8, length=LENGTH, max_images=8, max_dreams=8) | changes
+
+
+def stages() -> list[dict]:
+    vision_towers = ("vision", "text", "contrastive")
+    connectors = ("vision_projector", "dream_queries", "condition_projector")
+    joint = dict(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1)
+    return [
+        dict(
+            name="stage0_vae",
+            objective="vae",
+            trainable=("vae",),
+            steps=300,
+            data=captions(64),
+            loss=dict(kl_weight=1e-4),
+            optim=optim(2e-3),
+        ),
+        dict(
+            name="stage0_clip",
+            objective="contrastive",
+            trainable=vision_towers,
+            steps=400,
+            data=captions(128),
+            optim=optim(1e-3),
+        ),
+        dict(
+            name="stage0_unet",
+            objective="diffusion",
+            trainable=("unet",),
+            steps=1500,
+            data=captions(64, caption_dropout=0.1),
+            optim=optim(2e-3, ema_decay=0.995),
+        ),
+        dict(
+            name="stage0_language",
+            trainable=("llama",),
+            steps=400,
+            data=rows(kinds=dict(text=1.0), max_images=0, max_dreams=0, rows=16),
+            loss=dict(weight_lm=1.0, weight_vm=0.0),
+            optim=optim(2e-3),
+        ),
+        dict(
+            name="stage1",
+            trainable=connectors,
+            steps=300,
+            data=rows(kinds=dict(pairs=1.0)),
+            loss=joint,
+            optim=optim(2e-3),
+        ),
+        dict(
+            name="stage2",
+            trainable=("llama", *connectors),
+            steps=600,
+            data=rows(kinds=dict(documents=0.7, pairs=0.3)),
+            loss=joint,
+            optim=optim(1e-3),
+        ),
+        dict(
+            name="stage3",
+            trainable=("llama", *connectors),
+            steps=200,
+            data=rows(kinds=dict(documents=0.5, pairs=0.2, conversations=0.3)),
+            loss=joint,
+            optim=optim(5e-4),
+        ),
+    ]
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The recipe; with arg "tiny", a few steps of each stage (to try the machinery, not to learn)."""
+    if arg not in (None, "tiny"):
+        raise ValueError(f"configs/handwriting.py has no variant {arg!r}; leave it out, or say tiny.")
+    recipe = dict(
+        name="handwriting",
+        model=model(),
+        stages=stages(),
+        tokenizer=dict(corpus="handwriting", vocab_size=VOCABULARY),
+        generation=dict(
+            max_new_tokens=32,
+            max_images=7,
+            num_inference_steps=12,
+            guidance_scale=2.0,
+            sampler="dpmpp_2m",
+        ),
+        mesh=dict(data=1, fsdp=-1),
+        frozen_dtype="float32",
+        checkpoint_every=200,
+    )
+    if arg == "tiny":
+        for stage in recipe["stages"]:
+            stage["steps"] = 4
+    return ConfigDict(recipe)

@@ -1,0 +1,109 @@
+"""Frozen dataclasses from plain mappings: built once, strictly, with every unknown key refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "") -> C:
+    """Builds the frozen dataclass `cls` from a mapping (dict or ConfigDict), recursively.
+
+    Raises:
+      ValueError: an unknown key, a missing required one or a value of the wrong type, with the
+        key's full path, what was given and what is expected.
+    """
+    if isinstance(mapping, cls):
+        return mapping
+    name = where or cls.__name__
+    if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
+        raise ValueError(f"{name}: got {mapping!r}; expected a mapping with the keys of {cls.__name__}.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    given = dict(mapping.items())
+    for key in given:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(sorted(fields))}."
+            raise ValueError(f"{name}: unknown key {key!r}.{hint}")
+    values = {}
+    for key, field in fields.items():
+        path = f"{where}.{key}" if where else key
+        if key in given:
+            values[key] = _convert(hints[key], given[key], path)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{name}: key {key!r} is missing; it has no default, set it.")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"{where}: got {value!r}; expected one of {', '.join(map(repr, args))}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: got {value!r}; expected a list.")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(args):
+            raise ValueError(f"{where}: got {len(value)} values; expected {len(args)}.")
+        return tuple(
+            _convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+        )
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise ValueError(f"{where}: got {value!r} ({type(value).__name__}); expected {hint.__name__}.")
+
+
+def _convert_union(args: tuple, value: Any, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    errors = []
+    for arg in args:
+        if arg is type(None):
+            continue
+        try:
+            return _convert(arg, value, where)
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError(errors[0] if len(errors) == 1 else " Or: ".join(errors))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `build`: plain JSON-ready values, nested."""
+    return dataclasses.asdict(config)
+
+
+def from_hugging_face(cls: type[C], mapping: Mapping[str, Any], only: Mapping[str, tuple], where: str) -> C:
+    """Builds a tower's config from its Hugging Face `config.json`.
+
+    Keys that are fields of `cls` are taken; keys of `only` must hold one of the values that are
+    implemented; all others describe the file, not the network, and are left alone.
+
+    Raises:
+      ValueError: an option that is not implemented, by name.
+    """
+    for key, allowed in only.items():
+        value = mapping.get(key, allowed[0])
+        value = tuple(value) if isinstance(value, list) else value
+        if value not in allowed:
+            raise ValueError(
+                f"{where}: option {key}={value!r} is not supported; supported: "
+                f"{', '.join(map(repr, allowed))}."
+            )
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return build(cls, {k: v for k, v in mapping.items() if k in names}, where)

@@ -1,0 +1,126 @@
+"""The model's config: which towers DreamLLM is composed of, and how they are joined."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from dreamllm_jax.config.base import build
+from dreamllm_jax.config.towers import (
+    ClipTextConfig,
+    ClipVisionConfig,
+    LlamaConfig,
+    ProjectorConfig,
+    ScheduleConfig,
+    UNetConfig,
+    VaeConfig,
+)
+
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DreamLLMConfig:
+    """The composition. A tower that is None is absent, with its connector and its losses.
+
+    `vision_select_layer` counts as transformers' `hidden_states` does (-2: the last but one);
+    `text` is the text tower the U-Net was pretrained with: used in stage 0 and for drawing from
+    plain captions, never by DreamLLM itself.
+    """
+
+    llama: LlamaConfig | None = None
+    vision: ClipVisionConfig | None = None
+    vision_projector: ProjectorConfig = dataclasses.field(default_factory=ProjectorConfig)
+    vision_select_layer: int = -2
+    num_dream_queries: int = 64
+    condition_projector: ProjectorConfig = dataclasses.field(
+        default_factory=lambda: ProjectorConfig(bias=False)
+    )
+    unet: UNetConfig | None = None
+    vae: VaeConfig | None = None
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    text: ClipTextConfig | None = None
+    contrastive: bool = False
+    image_size: int = 512
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
+
+    def __post_init__(self):
+        if (self.unet is None) != (self.vae is None):
+            raise ValueError("model: unet and vae come together; give both or neither.")
+        if self.vae is not None and self.image_size % self.vae.downscale:
+            raise ValueError(
+                f"model.image_size={self.image_size} is not divisible by the VAE's downscale {self.vae.downscale}."
+            )
+        if self.contrastive and not (self.vision and self.text):
+            raise ValueError("model.contrastive needs both the vision and the text tower.")
+        if (
+            self.unet is not None
+            and self.text is not None
+            and self.text.hidden_size != self.unet.cross_attention_dim
+        ):
+            raise ValueError(
+                f"model: text.hidden_size={self.text.hidden_size} must equal unet.cross_attention_dim="
+                f"{self.unet.cross_attention_dim}."
+            )
+
+    @property
+    def sees(self) -> bool:
+        """Whether images can be read."""
+        return self.llama is not None and self.vision is not None
+
+    @property
+    def draws(self) -> bool:
+        """Whether images can be written."""
+        return self.llama is not None and self.unet is not None
+
+    @property
+    def num_patches(self) -> int:
+        """P: the slots one seen image takes in a row (0 without a vision tower)."""
+        if self.vision is None:
+            return 0
+        return self.vision_projector.num_outputs(self.vision.num_patches)
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of the latents of one drawn image."""
+        assert self.vae is not None
+        return self.image_size // self.vae.downscale
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """What generation does unless a call says otherwise; saved with the model.
+
+    `guidance_scale` 1 is without guidance (and half the work); `template` is the conversation template
+    that prompts are put into (None: prompts are continued as they are).
+    """
+
+    max_new_tokens: int = 256
+    max_images: int = 8
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    sampler: Literal["ddpm", "ddim", "euler", "dpmpp_2m"] = "dpmpp_2m"
+    eta: float = 0.0
+    template: str | None = None
+
+    def __post_init__(self):
+        for name, least in (("max_new_tokens", 1), ("max_images", 0), ("num_inference_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.guidance_scale < 1:
+            raise ValueError(
+                f"guidance_scale is {self.guidance_scale}; it must be at least 1 (1: no guidance)."
+            )
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature is {self.temperature} and top_p {self.top_p}; they must be >= 0 and in (0, 1]."
+            )
+
+
+def model_config(mapping: Any) -> DreamLLMConfig:
+    """Builds the model's config from a recipe's `model` section, strictly."""
+    return build(DreamLLMConfig, mapping, "model")

@@ -1,0 +1,135 @@
+"""The recipe's config: mesh, losses, optimizer and the stages a model is trained through."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from dreamllm_jax.config.base import build
+from dreamllm_jax.config.data import DataConfig
+from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1: all that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights and options of the joint loss; the published models used the defaults.
+
+    `scale` divides the weighted sum by the l1 or l2 norm of the two weights.
+    """
+
+    weight_lm: float = 1.0
+    weight_vm: float = 10.0
+    scale: Literal["none", "l1", "l2"] = "none"
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    condition_dropout: float = 0.0
+    kl_weight: float = 1e-6
+    logits_chunk: int = 512
+
+    def __post_init__(self):
+        if not 0.0 <= self.condition_dropout < 1.0:
+            raise ValueError(f"loss.condition_dropout is {self.condition_dropout}; it must lie in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW under warm-up and a cosine; `accumulation` micro-batches make one step."""
+
+    learning_rate: float = 2e-5
+    warmup_ratio: float = 0.003
+    schedule: Literal["cosine", "constant"] = "cosine"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    accumulation: int = 1
+    ema_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage: what is trained, on what, towards which objective, for how long.
+
+    `trainable` lists regular expressions; a parameter is trained where one matches the beginning
+    of its path (`llama`, `vision_projector`, ...), and frozen elsewhere.
+    """
+
+    name: str
+    trainable: tuple[str, ...]
+    steps: int
+    data: DataConfig
+    objective: Literal["joint", "vae", "contrastive", "diffusion"] = "joint"
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from: a folder, or trained on a built-in corpus's text."""
+
+    path: str | None = None
+    corpus: Literal["handwriting"] | None = None
+    vocab_size: int = 32000
+
+    def __post_init__(self):
+        if self.path is not None and self.corpus is not None:
+            raise ValueError(
+                "tokenizer: give path (a folder to load) or corpus (text to train on), not both."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A model and the stages that make it, from random weights or from the folder `init_from`."""
+
+    name: str
+    model: DreamLLMConfig
+    stages: tuple[StageConfig, ...]
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    init_from: str | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    seed: int = 0
+    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self):
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; rename one.")
+
+    def stage(self, name: str) -> StageConfig:
+        """The stage of that name.
+
+        Raises:
+          ValueError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(
+            f"recipe {self.name!r} has no stage {name!r}; its stages: {', '.join(s.name for s in self.stages)}."
+        )
+
+
+def recipe(mapping: Any) -> Recipe:
+    """Builds a recipe from what a `configs/` file returns, strictly.
+
+    Raises:
+      ValueError: an unknown key, a wrong type or an impossible value, by its full path.
+    """
+    return build(Recipe, mapping, "")

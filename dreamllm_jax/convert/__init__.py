@@ -1,0 +1,1 @@
+"""Weights from PyTorch and back, and the converted form on disk."""

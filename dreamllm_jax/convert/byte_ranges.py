@@ -1,0 +1,82 @@
+"""Ranges of bytes in weight files, read on demand and verified against checksums where a format has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+# Slices that are read, transformed and written at once stay below this.
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Checksums:
+    """CRC-32 of consecutive blocks of `block` bytes; the last one may be shorter."""
+
+    block: int
+    crcs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """A range of bytes in a file, with checksums where the format keeps them."""
+
+    file: Path
+    offset: int
+    size: int
+    checksums: Checksums | None = None
+    verified: set[int] = dataclasses.field(default_factory=set)
+
+    def __post_init__(self):
+        if self.offset + self.size > os.path.getsize(self.file):
+            raise ValueError(
+                f"{self.file} is truncated: it ends at byte {os.path.getsize(self.file)}, its contents reach "
+                f"to byte {self.offset + self.size}; download or copy it again."
+            )
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Bytes start..stop of the range as a uint8 array; the blocks they touch are verified once."""
+        if self.checksums is None:
+            return self._bytes(start, stop)
+        block = self.checksums.block
+        touched = range(start // block, -(-stop // block))
+        if self.verified.issuperset(touched):
+            return self._bytes(start, stop)
+        low, high = touched.start * block, min(touched.stop * block, self.size)
+        if high - low > stop - start + CHUNK_BYTES:  # a small view of a large storage
+            for i in touched:
+                self._check(i, self._crc_of(i * block, min(i * block + block, self.size)))
+            return self._bytes(start, stop)
+        data = self._bytes(low, high)
+        for i in touched:
+            self._check(i, zlib.crc32(data[i * block - low : (i + 1) * block - low]))
+        return data[start - low : stop - low]
+
+    def _bytes(self, start: int, stop: int) -> np.ndarray:
+        try:
+            data = np.fromfile(self.file, np.uint8, stop - start, offset=self.offset + start)
+        except OSError as error:
+            raise ValueError(f"{self.file} cannot be read: {error}.") from error
+        if data.size != stop - start:
+            raise ValueError(f"{self.file} is truncated; download or copy it again.")
+        return data
+
+    def _crc_of(self, start: int, stop: int) -> int:
+        crc = 0
+        for at in range(start, stop, CHUNK_BYTES):
+            crc = zlib.crc32(self._bytes(at, min(at + CHUNK_BYTES, stop)), crc)
+        return crc
+
+    def _check(self, block: int, crc: int) -> None:
+        assert self.checksums is not None
+        if crc != self.checksums.crcs[block]:
+            start = self.offset + block * self.checksums.block
+            raise ValueError(
+                f"{self.file} is damaged: what begins at byte {start} does not match its checksum; "
+                "download or copy it again."
+            )
+        self.verified.add(block)

@@ -1,0 +1,198 @@
+"""The two conversions as a user calls them: a checkpoint of PyTorch's into ours, and ours into theirs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dreamllm_jax.config.base import build, to_dict
+from dreamllm_jax.config.model import DreamLLMConfig, model_config
+from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.convert import hugging_face
+from dreamllm_jax.convert.dreamllm_files import MOUNTS
+from dreamllm_jax.convert.engine import Report, to_torch
+from dreamllm_jax.convert.pickles_out import write_pickle
+from dreamllm_jax.convert.safetensors_files import SHARD_BYTES, write_json, write_sharded
+from dreamllm_jax.convert.sources import TOKENIZER_FILES, Source
+from dreamllm_jax.convert.storage import cast, need_space, new_folder, open_params, progress_bar, save_params
+from dreamllm_jax.convert.tensors import DTYPES, Tensor, is_floating, num_bytes
+from dreamllm_jax.convert.weights import read_config
+
+FORMAT = "dreamllm_jax"
+Parts = Mapping[str, Mapping[str, Tensor]]
+Step = Callable[[int], None]
+
+
+def convert_to_jax(
+    source: Source,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Report:
+    """Writes `source` as a folder that `DreamLLM.from_pretrained` loads; whole or not at all.
+
+    Raises:
+      ValueError: tensors that do not fit the model (all of them, named), before anything is written.
+    """
+    params, report = source.params()
+    report.raise_if_faulty(str(source.path))
+    content: dict[str, Any] = {"format": FORMAT, "model": to_dict(source.model)}
+    if source.loss is not None:
+        content["loss"] = to_dict(source.loss)
+    with new_folder(folder, overwrite) as beside:
+        save_params(beside, params, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+        for file in source.tokenizer_files:
+            shutil.copyfile(file, beside / file.name)
+        write_json(beside / "config.json", content)
+    return report
+
+
+def convert_to_torch(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Report:
+    """Writes a converted folder in PyTorch's forms; whole or not at all.
+
+    With a language model `folder` itself loads as `transformers.LlamaForCausalLM` and, with the
+    plugins' files, as the reference's DreamLLM; `clip/` loads as `CLIPVisionModel`, `sd/unet` and
+    `sd/vae` with diffusers, `text/` as `CLIPTextModel`.
+
+    Raises:
+      ValueError: the source is no converted folder, or is damaged.
+    """
+    source = Path(source)
+    params = cast(open_params(source), dtype)
+    content = read_config(source / "config.json")
+    if "model" not in content:
+        raise ValueError(
+            f"{source}/config.json does not describe a model; the folder is not a converted one."
+        )
+    model = model_config(content["model"])
+    loss = build(LossConfig, content["loss"], "loss") if "loss" in content else LossConfig()
+    parts, report = to_torch(params)
+    report.raise_if_faulty(str(source))
+    tokens = _special_tokens(source)
+    with new_folder(folder, overwrite) as beside:
+        plan = _files(model, loss, parts, tokens)
+        total = sum(num_bytes(t) for _, tensors, _ in plan for t in tensors.values())
+        need_space(beside, total)
+        with progress_bar(total, f"writing {Path(folder).name}", progress) as step:
+            for place, tensors, config in plan:
+                _write(beside / place, tensors, config, shard_bytes, step)
+        if model.unet is not None:
+            home = beside / _diffusion_place(model)
+            write_json(
+                _made(home / "scheduler" / "scheduler_config.json"),
+                hugging_face.scheduler_json(model.schedule),
+            )
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, beside / name)
+    return report
+
+
+def _files(
+    model: DreamLLMConfig, loss: LossConfig, parts: Parts, tokens: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Tensor], dict[str, Any] | None]]:
+    """(place, tensors, config): a folder to write safetensors into, or a plugin's `.bin` file."""
+    plan: list[tuple[str, dict[str, Tensor], dict[str, Any] | None]] = []
+    joint = model.llama is not None and (model.vision is not None or model.unet is not None)
+    if model.llama is not None:
+        dtype = _dtype(parts["llama"])
+        config = (
+            hugging_face.dreamllm_json(model, loss, dtype, tokens)
+            if joint
+            else hugging_face.llama_json(model.llama, dtype)
+        )
+        plan.append((".", dict(parts["llama"]), config))
+    if joint:
+        plan += [(f"{file}.bin", tensors, None) for file, tensors in _plugins(model, parts).items()]
+    sole = model.llama is None and model.unet is None
+    if model.vision is not None and not model.contrastive:
+        tensors = {f"vision_model.{name}": t for name, t in parts["vision"].items()}
+        config = hugging_face.clip_vision_json(model.vision, _dtype(tensors))
+        plan.append(("." if sole else "clip", tensors, config))
+    if model.contrastive:
+        assert model.vision is not None and model.text is not None
+        tensors = {f"vision_model.{name}": t for name, t in parts["vision"].items()}
+        tensors |= {f"text_model.{name}": t for name, t in parts["text"].items()} | dict(parts["contrastive"])
+        plan.append(
+            (
+                "." if sole else "clip",
+                tensors,
+                hugging_face.clip_json(model.vision, model.text, _dtype(tensors)),
+            )
+        )
+    if model.unet is not None:
+        assert model.vae is not None
+        home = _diffusion_place(model)
+        plan.append((f"{home}/unet", dict(parts["unet"]), hugging_face.unet_json(model.unet)))
+        plan.append((f"{home}/vae", dict(parts["vae"]), hugging_face.vae_json(model.vae)))
+    if model.text is not None and not model.contrastive:
+        tensors = {f"text_model.{name}": t for name, t in parts["text"].items()}
+        place = "." if sole and model.vision is None else f"{_diffusion_place(model)}/text_encoder"
+        plan.append((place, tensors, hugging_face.clip_text_json(model.text, _dtype(tensors))))
+    return plan
+
+
+def _plugins(model: DreamLLMConfig, parts: Parts) -> dict[str, dict[str, Tensor]]:
+    """The reference's plugin files, by the same table that they are read with."""
+    head = "stable_diffusion_xl_head" if "global_projector" in parts else "stable_diffusion_head"
+    files: dict[str, dict[str, Tensor]] = {}
+    for mount in MOUNTS:
+        if mount.file in ("clip_vision_embedding", "dream_embedding", head) and mount.part in parts:
+            names = {f"{mount.prefix}{name}": tensor for name, tensor in parts[mount.part].items()}
+            files.setdefault(mount.file, {}).update(names)
+    return files
+
+
+def _write(
+    place: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None, limit: int, step: Step
+) -> None:
+    if config is None:
+        write_pickle(place, tensors, step)
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    write_sharded(place, stem, tensors, limit, step)
+    write_json(place / "config.json", config)
+
+
+def _diffusion_place(model: DreamLLMConfig) -> str:
+    return "." if model.llama is None else "sd"
+
+
+def _made(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> str:
+    """What config.json calls the weights' dtype."""
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    for tensor in tensors.values():
+        if is_floating(tensor.dtype):
+            return next((name for kind, name in names.items() if DTYPES[kind] == tensor.dtype), "float32")
+    return "float32"
+
+
+def _special_tokens(source: Path) -> dict[str, Any]:
+    """The ids of added tokens, from the tokenizer's files: what the reference's config.json repeats."""
+    file = source / "added_tokens.json"
+    if not file.is_file():
+        return {}
+    added = json.loads(file.read_text(encoding="utf-8"))
+    named = {name: index for name, index in added.items() if name != "[PAD]"}
+    pad = {"[PAD]": added["[PAD]"]} if "[PAD]" in added else {}
+    return {"<s>": 1, "</s>": 2, "<unk>": 0, **pad, "additional_special_tokens": named}

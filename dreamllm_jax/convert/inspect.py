@@ -1,0 +1,38 @@
+"""What a folder of weights holds, in a few lines."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.storage import INDEX, open_params
+from dreamllm_jax.convert.tensors import Tensor, num_bytes
+
+
+def describe(path: str | Path, parts_dir: str | Path | None = None) -> str:
+    """The kind, the parts with their parameters and dtypes, and what does not fit or is ignored.
+
+    Raises:
+      ValueError: an unknown or damaged folder.
+    """
+    path = Path(path)
+    if (path / INDEX).is_file():
+        return "\n".join([f"{path}: converted (dreamllm_jax)", *_parts(open_params(path))])
+    source = open_source(path, parts_dir)
+    params, report = source.params()
+    return "\n".join([f"{path}: {source.kind}", *_parts(params), str(report)])
+
+
+def _parts(params: Mapping[str, Tensor]) -> list[str]:
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for name, tensor in params.items():
+        parts[name.split("/")[0]].append(tensor)
+    lines = []
+    for part, tensors in parts.items():
+        count = sum(num_bytes(t) // t.dtype.itemsize for t in tensors)
+        dtypes = ", ".join(sorted(Counter(str(t.dtype) for t in tensors)))
+        size = sum(map(num_bytes, tensors)) / 1e6
+        lines.append(f"  {part:<20} {count:>14,} parameters  {size:>10,.1f} MB  {dtypes}")
+    return lines

@@ -1,0 +1,65 @@
+"""A model as a folder: `config.json`, the parameters in safetensors shards, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dreamllm_jax.config.base import build, to_dict
+from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
+from dreamllm_jax.convert.storage import flatten, load_params, new_folder, save_params
+from dreamllm_jax.data.tokenizer import Tokenizer
+
+FORMAT = "dreamllm_jax"
+
+
+class Pretrained(NamedTuple):
+    """What such a folder holds; `params` are flat: path -> numpy array."""
+
+    config: DreamLLMConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    generation: GenerationConfig
+
+
+def save_pretrained(
+    folder: str | Path,
+    params: Mapping[str, Any],
+    config: DreamLLMConfig,
+    tokenizer: Tokenizer,
+    generation: GenerationConfig,
+) -> None:
+    """Writes the folder anew, whole or not at all (beside, then renamed)."""
+    with new_folder(folder, overwrite=True) as beside:
+        save_params(beside, params)
+        tokenizer.save(beside)
+        content = {"format": FORMAT, "model": to_dict(config), "generation": to_dict(generation)}
+        (beside / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def load_pretrained(folder: str | Path, dtype: str | None = None) -> Pretrained:
+    """Reads a folder that `save_pretrained` wrote; `dtype` casts the floating parameters.
+
+    Raises:
+      ValueError: the folder is missing, foreign, incomplete or damaged.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ValueError(f"{folder} {what}; give a folder written by save_pretrained or by a training run.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); the folder is damaged.") from error
+    if not isinstance(content, dict) or "format" not in content or content["format"] != FORMAT:
+        raise ValueError(
+            f"{folder} holds another kind of checkpoint (config.json does not say format {FORMAT!r}); "
+            "convert it first: python tools/convert_weights.py to-jax SRC DST."
+        )
+    config = model_config(content["model"])
+    generation = build(GenerationConfig, content["generation"], "generation")
+    params = flatten(load_params(folder, dtype=dtype))
+    return Pretrained(config, params, Tokenizer.load(folder), generation)

@@ -1,0 +1,271 @@
+"""Recognizes what a user brings: weights in PyTorch's forms become a config and tensors by part."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.towers import (
+    ClipTextConfig,
+    ClipVisionConfig,
+    LlamaConfig,
+    ProjectorConfig,
+    ScheduleConfig,
+    UNetConfig,
+    VaeConfig,
+)
+from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, configs_from_dreamllm, read_dreamllm
+from dreamllm_jax.convert.engine import Report, to_jax
+from dreamllm_jax.convert.shapes import expected_shapes
+from dreamllm_jax.convert.storage import INDEX
+from dreamllm_jax.convert.tensors import Tensor
+from dreamllm_jax.convert.weights import DIFFUSERS_STEMS, find_weights, read_config, read_weights
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+@dataclasses.dataclass
+class Source:
+    """A recognized checkpoint: `parts` are its tensors, unread, under the names that the tables know."""
+
+    kind: str
+    path: Path
+    model: DreamLLMConfig
+    parts: dict[str, dict[str, Tensor]]
+    report: Report = dataclasses.field(default_factory=Report)
+    loss: LossConfig | None = None
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+    def params(self) -> tuple[dict[str, Tensor], Report]:
+        """Our parameters, unread, and the report of what did not fit or was ignored."""
+        params, report = to_jax(self.parts, expected_shapes(self.model))
+        for field in dataclasses.fields(Report):
+            getattr(report, field.name)[:0] = getattr(self.report, field.name)
+        return params, report
+
+
+class Mount(NamedTuple):
+    """Names beginning with `prefix` belong to `part`, where they begin with `inner` instead."""
+
+    prefix: str
+    part: str
+    inner: str = ""
+
+
+LLAMA_MOUNTS = (Mount("", "llama"),)
+CLIP_MOUNTS = (
+    Mount("vision_model.", "vision"),
+    Mount("text_model.", "text"),
+    Mount("visual_projection.", "contrastive", "visual_projection."),
+    Mount("text_projection.", "contrastive", "text_projection."),
+    Mount("logit_scale", "contrastive", "logit_scale"),
+)
+# transformers 5 writes a lone tower without its prefix.
+CLIP_VISION_MOUNTS = (*CLIP_MOUNTS, Mount("", "vision"))
+CLIP_TEXT_MOUNTS = (*CLIP_MOUNTS, Mount("", "text"))
+# LLaVA-1.5 as its authors publish it, and the Hugging Face port before and after transformers 4.52.
+LLAVA_MOUNTS = (
+    Mount("model.mm_projector.", "vision_projector", "projector."),
+    Mount("model.vision_tower.vision_tower.vision_model.", "vision"),
+    Mount("", "llama"),
+)
+LLAVA_PORT_MOUNTS = (
+    Mount("multi_modal_projector.", "vision_projector"),
+    Mount("vision_tower.vision_model.", "vision"),
+    Mount("vision_tower.", "vision"),
+    Mount("language_model.", "llama"),
+    Mount("model.multi_modal_projector.", "vision_projector"),
+    Mount("model.vision_tower.vision_model.", "vision"),
+    Mount("model.vision_tower.", "vision"),
+    Mount("model.language_model.", "llama", "model."),
+    Mount("lm_head.", "llama", "lm_head."),
+)
+
+
+def mount(
+    tensors: Mapping[str, Tensor], mounts: tuple[Mount, ...], report: Report
+) -> dict[str, dict[str, Tensor]]:
+    """Sorts tensors into parts by the first mount whose prefix fits; the rest is unexpected."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = next((m for m in mounts if name.startswith(m.prefix)), None)
+        if found is None:
+            report.unexpected.append(f"{tensor.origin} {tensor.shape}")
+        else:
+            parts.setdefault(found.part, {})[found.inner + name.removeprefix(found.prefix)] = tensor
+    return parts
+
+
+def _mounted(kind: str, folder: Path, model: DreamLLMConfig, mounts: tuple[Mount, ...]) -> Source:
+    report = Report()
+    return Source(kind, folder, model, mount(read_weights(folder), mounts, report), report)
+
+
+def _open_dreamllm(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
+    settings = configs_from_dreamllm(folder, parts_dir)
+    parts, report = read_dreamllm(folder, settings)
+    return Source("DreamLLM", folder, settings.model, parts, report, settings.loss)
+
+
+def _open_llama(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
+    return _mounted("LLaMA", folder, DreamLLMConfig(llama=LlamaConfig.from_hf(raw)), LLAMA_MOUNTS)
+
+
+_CLIP_MOUNTS = {
+    "clip": CLIP_MOUNTS,
+    "clip_vision_model": CLIP_VISION_MOUNTS,
+    "clip_text_model": CLIP_TEXT_MOUNTS,
+}
+
+
+def _open_clip(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
+    kind = raw["model_type"]
+    model = DreamLLMConfig(
+        vision=None if kind == "clip_text_model" else ClipVisionConfig.from_hf(raw),
+        text=None if kind == "clip_vision_model" else ClipTextConfig.from_hf(raw),
+        contrastive=kind == "clip",
+    )
+    return _mounted("CLIP", folder, model, _CLIP_MOUNTS[kind])
+
+
+def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
+    name = raw["mm_vision_tower"] if raw.get("mm_vision_tower") else ""
+    kind = raw.get("mm_projector_type") or "linear"
+    if kind != "linear" and not (kind.startswith("mlp") and kind.endswith("x_gelu")):
+        raise ValueError(f"{folder}/config.json: mm_projector_type={kind!r} is not supported.")
+    depth = 1 if kind == "linear" else int(kind.removeprefix("mlp").removesuffix("x_gelu"))
+    tower = _clip_folder(folder, name, parts_dir)
+    if tower is None and name not in KNOWN_CLIP:
+        raise ValueError(
+            f"{folder}: the vision tower {name!r} was not found; put its folder beside, or use --parts."
+        )
+    model = DreamLLMConfig(
+        llama=LlamaConfig.from_hf(raw),
+        vision=KNOWN_CLIP[name]
+        if tower is None
+        else ClipVisionConfig.from_hf(read_config(tower / "config.json")),
+        vision_projector=ProjectorConfig("linear" if depth == 1 else "mlp", depth),
+        vision_select_layer=int(raw.get("mm_vision_select_layer") or -2),
+    )
+    source = _mounted("LLaVA", folder, model, LLAVA_MOUNTS)
+    if "vision" not in source.parts and tower is not None and find_weights(tower):
+        source.parts["vision"] = mount(read_weights(tower), CLIP_VISION_MOUNTS, Report())["vision"]
+    return source
+
+
+def _open_llava_port(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
+    for key, only in (
+        ("vision_feature_select_strategy", "default"),
+        ("projector_hidden_act", "gelu"),
+        ("multimodal_projector_bias", True),
+    ):
+        if key in raw and raw[key] != only:
+            raise ValueError(
+                f"{folder}/config.json: {key}={raw[key]!r} is not supported; supported: {only!r}."
+            )
+    model = DreamLLMConfig(
+        llama=LlamaConfig.from_hf(raw["text_config"]),
+        vision=ClipVisionConfig.from_hf(raw["vision_config"]),
+        vision_projector=ProjectorConfig("mlp", 2),
+        vision_select_layer=int(raw.get("vision_feature_layer", -2)),
+    )
+    return _mounted("LLaVA (Hugging Face)", folder, model, LLAVA_PORT_MOUNTS)
+
+
+def _clip_folder(folder: Path, name: str, parts_dir: Path | None) -> Path | None:
+    places = [parts_dir] if parts_dir else [folder, folder.parent]
+    candidates = [
+        place / n for place in places for n in (name, Path(name).name, "clip", "") if n or parts_dir
+    ]
+    for candidate in candidates:
+        config = candidate / "config.json"
+        if config.is_file() and str(read_config(config).get("model_type", "")).startswith("clip"):
+            return candidate
+    return None
+
+
+def _open_diffusers(folder: Path) -> Source:
+    unet = UNetConfig.from_hf(read_config(folder / "unet" / "config.json"))
+    vae = VaeConfig.from_hf(read_config(folder / "vae" / "config.json"))
+    schedule = ScheduleConfig.from_hf(read_config(folder / "scheduler" / "scheduler_config.json"))
+    text = None
+    if (folder / "text_encoder" / "config.json").is_file():
+        text = ClipTextConfig.from_hf(read_config(folder / "text_encoder" / "config.json"))
+        # SDXL joins two encoders to one context, which DreamLLM never uses.
+        text = text if text.hidden_size == unet.cross_attention_dim else None
+    size = unet.sample_size * vae.downscale
+    model = DreamLLMConfig(unet=unet, vae=vae, schedule=schedule, text=text, image_size=size)
+    source = Source("Stable Diffusion (diffusers)", folder, model, {})
+    for part in ("unet", "vae"):
+        source.parts[part] = read_weights(folder / part, DIFFUSERS_STEMS)
+    if text is not None:
+        source.parts |= mount(read_weights(folder / "text_encoder"), CLIP_TEXT_MOUNTS, source.report)
+    return source
+
+
+_OPENERS: dict[str, Callable[[Path, dict[str, Any], Path | None], Source]] = {
+    "dreamllm": _open_dreamllm,
+    "llama": _open_llama,
+    "clip": _open_clip,
+    "clip_vision_model": _open_clip,
+    "clip_text_model": _open_clip,
+    "llava": _open_llava_port,
+    "llava_llama": _open_llava,
+}
+
+
+def open_source(path: str | Path, parts_dir: str | Path | None = None) -> Source:
+    """Recognizes a checkpoint in PyTorch's form, and opens it without reading its tensors.
+
+    A folder is a DreamLLM, LLaMA/Vicuna, CLIP, LLaVA-1.5 (original or port) or diffusers Stable
+    Diffusion one. `parts_dir` holds the configs of towers that a checkpoint only names.
+
+    Raises:
+      ValueError: an unknown or incomplete folder, or an unsupported option, by name.
+    """
+    path, parts = Path(path), None if parts_dir is None else Path(parts_dir)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a folder of weights.")
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; give the folder that holds it, with its config.json.")
+    if (path / INDEX).is_file():
+        raise ValueError(
+            f"{path} is already converted; load it with DreamLLM.from_pretrained, or use to-torch."
+        )
+    if (path / "unet" / "config.json").is_file():
+        return _open_diffusers(path)
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} has neither config.json nor unet/config.json; expected a folder of weights."
+        )
+    raw = read_config(path / "config.json")
+    return _OPENERS[_kind(path, raw)](path, raw, parts)
+
+
+def _kind(path: Path, raw: dict) -> str:
+    kind = str(raw["model_type"]) if "model_type" in raw else ""
+    if raw.get("plugins_init_kwargs"):
+        return "dreamllm"
+    if raw.get("mm_vision_tower"):  # LLaVA's own releases call themselves llava, llava_llama or llama
+        return "llava_llama"
+    if kind not in _OPENERS:
+        raise ValueError(
+            f"{path}/config.json says model_type={kind!r}; supported: {', '.join(sorted(_OPENERS))}, and "
+            "diffusers folders of Stable Diffusion."
+        )
+    return kind

@@ -1,0 +1,80 @@
+"""The weight files of one folder, whichever of the usual forms they have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dreamllm_jax.convert.pickles import read_pickle
+from dreamllm_jax.convert.safetensors_files import read_index, read_safetensors
+from dreamllm_jax.convert.tensors import Tensor
+
+# What transformers and diffusers call them, in order of preference.
+MODEL_STEMS = ("model", "pytorch_model")
+DIFFUSERS_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
+SUFFIXES = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
+
+
+def read_file(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of one `.safetensors`, `.bin`, `.pt`, `.pth` or `.ckpt` file, unread."""
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; check the path.")
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)[0]
+
+
+def find_weights(folder: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Path | None:
+    """The file (or index of shards) that holds a folder's weights, None where there is none."""
+    for suffix in SUFFIXES:
+        for stem in stems:
+            if (folder / f"{stem}{suffix}").is_file():
+                return folder / f"{stem}{suffix}"
+    return None
+
+
+def read_weights(folder: str | Path, stems: tuple[str, ...] = MODEL_STEMS) -> dict[str, Tensor]:
+    """All tensors of a folder: one file, or the shards that an index names.
+
+    Raises:
+      ValueError: no weights, missing shards, a tensor in two shards, or one that the index promises
+        and no shard has; by name.
+    """
+    folder = Path(folder)
+    file = find_weights(folder, stems)
+    if file is None:
+        names = ", ".join(f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
+        raise ValueError(f"{folder} holds no weights; expected one of {names}.")
+    if file.suffix != ".json":
+        return read_file(file)
+    weight_map = read_index(file)
+    tensors: dict[str, Tensor] = {}
+    twice: list[str] = []
+    for shard in sorted(set(weight_map.values())):
+        for name, tensor in read_file(folder / shard).items():
+            if name in tensors:
+                twice.append(f"{name} ({tensors[name].origin}; {tensor.origin})")
+            tensors[name] = tensor
+    absent = [f"{name} (in {shard})" for name, shard in weight_map.items() if name not in tensors]
+    if twice or absent:
+        faults = [f"in two shards: {', '.join(twice[:20])}"] if twice else []
+        faults += [f"named but absent: {', '.join(absent[:20])}"] if absent else []
+        raise ValueError(f"{file}: {'; '.join(faults)}; the shards do not belong together.")
+    return tensors
+
+
+def read_config(file: str | Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+      ValueError: it is missing or is not one.
+    """
+    file = Path(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; the folder is incomplete or of another kind.") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is not readable JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected a JSON object.")
+    return content

@@ -1,0 +1,1 @@
+"""Documents of text and pictures, to tokens, to packed rows, to batches."""

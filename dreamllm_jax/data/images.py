@@ -1,0 +1,96 @@
+"""Pictures from files and PIL to uint8 arrays, in the geometry that each tower was trained on.
+
+Normalization happens on the device: uint8 travels there.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps
+
+ImageLike = Image.Image | np.ndarray | bytes | str | Path
+
+
+def to_vision(image: ImageLike, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """CLIP's geometry: shortest edge to `size` (bicubic), centre crop.
+
+    Raises:
+      ValueError: an image that cannot be read, by name.
+    """
+    if _is_ready(image, size):
+        return image  # type: ignore[return-value]
+    return _resize_and_crop(to_rgb(image), size, Image.Resampling.BICUBIC)[0]
+
+
+def to_diffusion(
+    image: ImageLike, size: int
+) -> tuple[UInt8[np.ndarray, "size size 3"], Int[np.ndarray, "6"]]:
+    """The image decoder's geometry: shortest edge to `size` (bilinear), centre crop.
+
+    Returns:
+      The picture, and SDXL's size conditions of it in pixels: original height and width (before
+      resizing), top and left of the crop (after resizing), target height and width.
+
+    Raises:
+      ValueError: an image that cannot be read, by name.
+    """
+    if _is_ready(image, size):
+        return image, np.array([size, size, 0, 0, size, size], np.int32)  # type: ignore[return-value]
+    rgb = to_rgb(image)
+    array, top, left = _resize_and_crop(rgb, size, Image.Resampling.BILINEAR)
+    return array, np.array([rgb.height, rgb.width, top, left, size, size], np.int32)
+
+
+def to_rgb(image: ImageLike) -> Image.Image:
+    """Opens and converts: EXIF orientation applied, transparency laid on white, three channels.
+
+    Raises:
+      ValueError: an image that cannot be read, by name.
+    """
+    name = _name(image)
+    try:
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        elif isinstance(image, bytes):
+            image = Image.open(io.BytesIO(image))
+        elif isinstance(image, str | Path):
+            image = Image.open(image)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except Exception as error:  # decoders of broken files raise nearly anything
+        raise ValueError(f"Cannot read {name}: {error}. A whole, unbroken picture is needed.") from error
+
+
+def _name(image: ImageLike) -> str:
+    if isinstance(image, str | Path):
+        return f"image {str(image)!r}"
+    if isinstance(image, bytes):
+        return f"image of {len(image)} bytes"
+    if isinstance(image, np.ndarray):
+        return f"image array of shape {image.shape} and type {image.dtype}"
+    filename = getattr(image, "filename", "")
+    return f"image {str(filename)!r}" if filename else f"image {image!r}"
+
+
+def _is_ready(image: ImageLike, size: int) -> bool:
+    return isinstance(image, np.ndarray) and image.shape == (size, size, 3) and image.dtype == np.uint8
+
+
+def _resize_and_crop(rgb: Image.Image, size: int, resample: int) -> tuple[np.ndarray, int, int]:
+    short, long = sorted(rgb.size)
+    long = int(size * long / short)
+    width, height = (size, long) if rgb.width <= rgb.height else (long, size)
+    if (width, height) != rgb.size:
+        rgb = rgb.resize((width, height), resample)
+    top, left = (height - size) // 2, (width - size) // 2
+    return np.asarray(rgb.crop((left, top, left + size, top + size))), top, left

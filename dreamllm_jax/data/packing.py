@@ -1,0 +1,254 @@
+"""Sequences to rows: several documents share a row of fixed length and fixed image budgets.
+
+First fit over the row's own stream: a document that does not fit waits for the stream's next row,
+at most `lookahead` of them do, and the one that waits longest goes first. Nothing is lost, nothing
+crosses a row, and which documents a row holds depends on its own stream alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+
+from dreamllm_jax.data.images import ImageLike, to_diffusion, to_vision
+from dreamllm_jax.data.sequences import Sequence
+from dreamllm_jax.data.tokenizer import SpecialTokens
+from dreamllm_jax.types import Batch
+
+# What a stream counts: of documents in rows; `empty_documents` had nothing left to learn and are in none.
+COUNTS = ("tokens", "documents", "empty_documents", "dropped_images", "dropped_tokens", "broken_images")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """The static shape of a row, and of the pictures in it (None: the model has no such tower).
+
+    With `null_dream` the row ends with a segment `<s><dream_start> Q <dream_end>`, which takes the
+    last dream. `dream_sizes` adds SDXL's size conditions.
+    """
+
+    length: int
+    num_patches: int
+    num_queries: int
+    max_images: int = 0
+    max_dreams: int = 0
+    image_size: int | None = None
+    dream_size: int | None = None
+    null_dream: bool = False
+    dream_sizes: bool = False
+
+    def __post_init__(self):
+        if self.null_dream and (self.max_dreams < 1 or self.room < 2):
+            raise ValueError(
+                f"A row of {self.length} tokens and {self.max_dreams} dreams has no room for the empty "
+                f"prompt's dream ({self.num_queries + 3} tokens, one dream) beside documents; give it more."
+            )
+
+    @property
+    def room(self) -> int:
+        """Tokens that documents may take."""
+        return self.length - (self.num_queries + 3) * self.null_dream
+
+    @property
+    def dream_room(self) -> int:
+        """Dreams that documents may take."""
+        return self.max_dreams - self.null_dream
+
+    def check(self, sequence: Sequence) -> None:
+        """Raises ValueError for a sequence that no row can hold."""
+        if not self.fits(sequence, self.room, self.max_images, self.dream_room):
+            raise ValueError(
+                f"A document of {len(sequence)} tokens, {len(sequence.images)} images and "
+                f"{len(sequence.dreams)} dreams cannot fit a row of {self.room}, {self.max_images} and "
+                f"{self.dream_room}; encode it with these limits."
+            )
+
+    @staticmethod
+    def fits(sequence: Sequence, tokens: int, images: int, dreams: int) -> bool:
+        """Whether `sequence` fits what is left of a row."""
+        return len(sequence) <= tokens and len(sequence.images) <= images and len(sequence.dreams) <= dreams
+
+
+Numbered = tuple[int, Sequence]
+
+
+def choose(
+    layout: RowLayout, lookahead: int, following: Callable[[], Numbered | None]
+) -> tuple[list[Numbered], list[Numbered]]:
+    """First fit: takes what fits one row, until `lookahead` documents did not or none follows.
+
+    Returns:
+      The documents of the row, and those passed over, each in order.
+    """
+    tokens, images, dreams = layout.room, layout.max_images, layout.dream_room
+    chosen: list[Numbered] = []
+    passed: list[Numbered] = []
+    while tokens > 1 and len(passed) < lookahead and (candidate := following()) is not None:
+        sequence = candidate[1]
+        if not layout.fits(sequence, tokens, images, dreams):
+            passed.append(candidate)
+            continue
+        chosen.append(candidate)
+        tokens -= len(sequence)
+        images -= len(sequence.images)
+        dreams -= len(sequence.dreams)
+    return chosen, passed
+
+
+class RowStream:
+    """Packs one stream of documents, read by number, into rows one after another."""
+
+    def __init__(self, read: Callable[[int], Sequence], layout: RowLayout, lookahead: int):
+        """`read(n)` gives document n of the stream, always the same."""
+        self.read, self.layout, self.lookahead = read, layout, lookahead
+        self.next = 0
+        self.waiting: collections.deque[Numbered] = collections.deque()
+        self.counts = dict.fromkeys(COUNTS, 0)
+
+    def row(self) -> list[Sequence]:
+        """The documents of the next row."""
+        chosen, passed = choose(self.layout, self.lookahead, self._following)
+        self.waiting.extendleft(reversed(passed))
+        sequences = [sequence for _, sequence in chosen]
+        self.counts["documents"] += len(sequences)
+        self.counts["tokens"] += sum(map(len, sequences))
+        for sequence in sequences:
+            self._count_losses(sequence)
+        return sequences
+
+    def _following(self) -> Numbered:
+        return self.waiting.popleft() if self.waiting else self._draw()
+
+    def _draw(self, patience: int = 1000) -> Numbered:
+        for _ in range(patience):
+            number, self.next = self.next, self.next + 1
+            sequence = self.read(number)
+            if sequence.teaches:
+                self.layout.check(sequence)
+                return number, sequence
+            self.counts["empty_documents"] += 1
+            self._count_losses(sequence)
+        raise ValueError(
+            f"{patience} documents in a row left nothing to learn within {self.layout.room} tokens, "
+            f"{self.layout.max_images} images and {self.layout.dream_room} dreams per row; raise these "
+            "limits, or choose kinds of documents and a mode that the model's towers serve."
+        )
+
+    def _count_losses(self, sequence: Sequence) -> None:
+        for name in ("dropped_images", "dropped_tokens", "broken_images"):
+            self.counts[name] += getattr(sequence, name)
+
+    def state(self) -> dict:
+        """Where the stream stands: the next document's number, those that wait, and the counts."""
+        waiting = [number for number, _ in self.waiting]
+        return {"next": self.next, "waiting": waiting, "counts": dict(self.counts)}
+
+    def restore(self, state: dict) -> None:
+        """Stands where `state` was taken, by reading the waiting documents again."""
+        self.next, self.counts = int(state["next"]), dict(state["counts"])
+        self.waiting = collections.deque((number, self.read(number)) for number in state["waiting"])
+
+
+def pack_rows(
+    sequences: Iterable[Sequence], layout: RowLayout, special: SpecialTokens, lookahead: int = 8
+) -> Batch:
+    """Packs a finite list of sequences into as many rows as they need, as one Batch of numpy arrays.
+
+    Raises:
+      ValueError: a sequence that no row can hold, or no sequence at all.
+    """
+    left = collections.deque(enumerate(sequences))
+    if not left:
+        raise ValueError("pack_rows got no sequences; give at least one.")
+    for _, sequence in left:
+        layout.check(sequence)
+    rows = []
+    while left:
+        chosen, passed = choose(layout, lookahead, lambda: left.popleft() if left else None)
+        left.extendleft(reversed(passed))
+        rows.append([sequence for _, sequence in chosen])
+    return assemble(rows, layout, special)
+
+
+def assemble(rows: Items[Items[Sequence]], layout: RowLayout, special: SpecialTokens) -> Batch:
+    """Writes rows of sequences (which fit) into the arrays of a Batch, pictures at the towers' sizes."""
+    batch = _blank(len(rows), layout, special)
+    null = _null_sequence(layout.num_queries, special)
+    for b, row in enumerate(rows):
+        at = images = dreams = 0
+        for segment, sequence in enumerate(row, start=1):
+            _place(batch, b, at, segment, sequence, images * layout.num_patches, dreams * layout.num_queries)
+            for image in sequence.images:
+                if batch.images is not None:
+                    batch.images[b, images] = to_vision(image, layout.image_size)
+                images += 1
+            for dream in sequence.dreams:
+                _place_dream(batch, b, dreams, dream, layout)
+                dreams += 1
+            at += len(sequence)
+        assert at <= layout.room and images <= layout.max_images and dreams <= layout.dream_room
+        batch.image_mask[b, :images] = True
+        batch.dream_mask[b, :dreams] = True
+        if layout.null_dream:
+            slot = (layout.max_dreams - 1) * layout.num_queries
+            _place(batch, b, at, len(row) + 1, null, 0, slot)
+    return batch
+
+
+def _blank(rows: int, layout: RowLayout, special: SpecialTokens) -> Batch:
+    shape = (rows, layout.length)
+    i, j, h, h2 = layout.max_images, layout.max_dreams, layout.image_size, layout.dream_size
+    return Batch(
+        tokens=np.full(shape, special.pad, np.int32),
+        targets=np.full(shape, special.pad, np.int32),
+        segment_ids=np.zeros(shape, np.int32),
+        positions=np.zeros(shape, np.int32),
+        loss_weights=np.zeros(shape, np.float32),
+        image_slots=np.full(shape, -1, np.int32),
+        dream_slots=np.full(shape, -1, np.int32),
+        image_mask=np.zeros((rows, i), bool),
+        dream_mask=np.zeros((rows, j), bool),
+        null_dream=np.full(rows, j - 1 if layout.null_dream else -1, np.int32),
+        images=None if h is None else np.zeros((rows, i, h, h, 3), np.uint8),
+        dream_images=None if h2 is None else np.zeros((rows, j, h2, h2, 3), np.uint8),
+        dream_sizes=np.zeros((rows, j, 6), np.int32) if layout.dream_sizes else None,
+    )
+
+
+def _place(
+    batch: Batch, b: int, at: int, segment: int, sequence: Sequence, image_slot: int, dream_slot: int
+) -> None:
+    end = at + len(sequence)
+    batch.tokens[b, at:end] = sequence.tokens
+    batch.targets[b, at : end - 1] = sequence.tokens[1:]
+    batch.loss_weights[b, at : end - 1] = sequence.supervised[1:]
+    batch.segment_ids[b, at:end] = segment
+    batch.positions[b, at:end] = np.arange(end - at)
+    if sequence.images:
+        slots = sequence.image_slots
+        batch.image_slots[b, at:end] = np.where(slots >= 0, slots + image_slot, -1)
+    if sequence.dreams:
+        slots = sequence.dream_slots
+        batch.dream_slots[b, at:end] = np.where(slots >= 0, slots + dream_slot, -1)
+
+
+def _place_dream(batch: Batch, b: int, index: int, image: ImageLike, layout: RowLayout) -> None:
+    if batch.dream_images is None:
+        return
+    batch.dream_images[b, index], sizes = to_diffusion(image, layout.dream_size)
+    if batch.dream_sizes is not None:
+        batch.dream_sizes[b, index] = sizes
+
+
+def _null_sequence(num_queries: int, special: SpecialTokens) -> Sequence:
+    tokens = [special.bos, special.dream_start, *[special.im_patch] * num_queries, special.dream_end]
+    n = len(tokens)
+    dream_slots = np.full(n, -1, np.int32)
+    dream_slots[2 : 2 + num_queries] = np.arange(num_queries)
+    blank = np.full(n, -1, np.int32)
+    # Its dream has no picture: what is drawn from the empty prompt is the other dreams' unconditional side.
+    return Sequence(np.array(tokens, np.int32), np.zeros(n, bool), blank, dream_slots, dreams=(b"",))

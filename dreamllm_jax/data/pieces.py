@@ -1,0 +1,198 @@
+"""A document as pieces: text, pictures, ends; and how pairs, articles and dialogs become pieces.
+
+What the model learns is decided here (`supervised`); what fits, in `sequences`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from dreamllm_jax.data.images import ImageLike
+from dreamllm_jax.data.templates import get_template
+
+MODES = ("comprehension", "creation", "joint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One chunk of plain text; a `shrinkable` one gives way to what follows it in a document."""
+
+    text: str
+    supervised: bool = True
+    shrinkable: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture the model sees, dreams, or both; `supervised` is about its `<dream_start>`."""
+
+    image: ImageLike
+    seen: bool
+    dreamed: bool
+    supervised: bool = True
+
+    def num_tokens(self, num_patches: int, num_queries: int) -> int:
+        """Tokens it takes, markers included."""
+        return (num_patches + 2) * self.seen + (num_queries + 2) * self.dreamed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Beside:
+    """A picture beside the text, in no slot: for towers that are trained on captions."""
+
+    image: ImageLike
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """`</s>`: the end of an answer or of the document."""
+
+    supervised: bool = True
+
+
+Piece = Text | Picture | Beside | End
+
+
+def part_to_piece(part: str | ImageLike | Piece) -> Piece:
+    """A part of a prompt: text or a picture that is seen, neither of them learned."""
+    if isinstance(part, Piece):
+        return part
+    if isinstance(part, str):
+        return Text(part, supervised=False)
+    return Picture(part, seen=True, dreamed=False, supervised=False)
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError for a mode that does not exist."""
+    if mode not in MODES:
+        raise ValueError(f"Unknown mode {mode!r}; known: {', '.join(MODES)}.")
+
+
+def captioned(image: ImageLike, caption: str) -> list[Piece]:
+    """A caption with its picture beside it: no slots, nothing learned by the language model."""
+    return [Text(caption, supervised=False), Beside(image), End(supervised=False)]
+
+
+def pair(image: ImageLike, caption: str, mode: str, rng: np.random.Generator | None = None) -> list[Piece]:
+    """An image-text pair.
+
+    comprehension: the image, then its caption, which is learned. creation: the caption, then the
+    image to dream; no token is learned, and a long caption gives way to the image. joint: one of
+    the two, by a fair coin from `rng`.
+
+    Raises:
+      ValueError: an unknown mode, or joint without `rng`.
+    """
+    check_mode(mode)
+    if mode == "joint":
+        if rng is None:
+            raise ValueError("pair(mode='joint') draws one of the two directions and needs rng=.")
+        mode = "comprehension" if rng.random() < 0.5 else "creation"
+    if mode == "comprehension":
+        return [Picture(image, seen=True, dreamed=False, supervised=False), Text(caption), End()]
+    return [
+        Text(caption, supervised=False, shrinkable=True),
+        Picture(image, seen=False, dreamed=True, supervised=False),
+        End(supervised=False),
+    ]
+
+
+def interleaved(parts: Iterable[str | ImageLike | Piece], mode: str) -> list[Piece]:
+    """A document: strings (stripped; empty ones left out) and pictures in reading order, all learned.
+
+    A `Text` or `Picture` among the parts stands as it is, whatever the mode.
+
+    Raises:
+      ValueError: an unknown mode.
+    """
+    check_mode(mode)
+    pieces: list[Piece] = []
+    for part in parts:
+        if isinstance(part, Piece):
+            pieces.append(part)
+        elif isinstance(part, str):
+            if part.strip():
+                pieces.append(Text(part.strip()))
+        else:
+            pieces.append(Picture(part, seen=mode != "creation", dreamed=mode != "comprehension"))
+    return [*pieces, End()]
+
+
+_MARKER = re.compile(r"(<image>|<dream>)")
+Turn = str | Sequence[str | ImageLike | Piece]
+
+
+def conversation(
+    turns: Sequence[Turn], images: Iterable[ImageLike] = (), template: str = "vicuna_v1.1"
+) -> list[Piece]:
+    """Turns of user and assistant, alternating; the answers and their `</s>` are learned.
+
+    A turn is a string, where `<image>` stands for a picture to see and `<dream>` for one to dream
+    and then see, taken from `images` in order; or a sequence of strings (plain text, no markers)
+    and pictures. Encode the result with any `eos`: it ends in `</s>`.
+
+    Raises:
+      ValueError: an odd number of turns, an unknown template, markers and images that differ in number.
+    """
+    if not turns or len(turns) % 2:
+        raise ValueError(
+            f"A conversation has {len(turns)} turns; give an even number, user and assistant by turns."
+        )
+    style = get_template(template)
+    queue = iter(images)
+    pieces: list[Piece] = []
+    text = style.opening
+    for i in range(0, len(turns), 2):
+        pieces += _join(
+            text + style.before_user, _expand(turns[i], queue, False), style.after_user, supervised=False
+        )
+        answer = list(_expand(turns[i + 1], queue, True))
+        if isinstance(turns[i + 1], str) and answer and isinstance(answer[0], str):
+            answer[0] = answer[0].lstrip()
+        pieces += [*_join("", answer, "", supervised=True), End()]
+        text = ""
+    left = sum(1 for _ in queue)
+    if left:
+        raise ValueError(f"The conversation has {left} more images than <image> and <dream> markers.")
+    return pieces
+
+
+def question(parts: Sequence[str | ImageLike], template: str) -> list[Piece]:
+    """The beginning of a conversation up to where the assistant answers, strings as plain text."""
+    style = get_template(template)
+    return _join(style.opening + style.before_user, parts, style.after_user, supervised=False)
+
+
+def _expand(turn: Turn, queue: Iterator[ImageLike], supervised: bool) -> Iterator[str | Piece | ImageLike]:
+    if not isinstance(turn, str):
+        yield from turn
+        return
+    for part in _MARKER.split(turn):
+        if part not in ("<image>", "<dream>"):
+            yield part
+            continue
+        image = next(queue, None)
+        if image is None:
+            raise ValueError("The conversation has more <image> and <dream> markers than images.")
+        yield Picture(image, seen=True, dreamed=part == "<dream>", supervised=supervised)
+
+
+def _join(before: str, parts: Iterable[str | Piece | ImageLike], after: str, supervised: bool) -> list[Piece]:
+    """Pieces of one turn; text between two pictures is one chunk, as the reference tokenizes it."""
+    pieces: list[Piece] = []
+    text = before
+    for part in parts:
+        if isinstance(part, str):
+            text += part
+            continue
+        if text:
+            pieces.append(Text(text, supervised))
+        text = ""
+        pieces.append(part_to_piece(part))
+    if text + after:
+        pieces.append(Text(text + after, supervised))
+    return pieces

@@ -1,0 +1,277 @@
+"""Batches without end: every row of the global batch reads its own stream of documents.
+
+Document n of row r is a function of (seed, r, n) alone, so a row is the same on one host or many,
+and the place of a stream is a handful of numbers: resuming reads the few waiting documents again
+and goes on exactly. That, and packing under image budgets, is why no grain loader runs here: its
+packing knows no budgets, its state is a worker's, and its processes would need the pictures sent
+between them. One thread ahead of the device is enough for work of a few milliseconds. Sources over
+files may read through grain's random-access datasets: `index` below counts as those do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from dreamllm_jax.config.data import DataConfig
+from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.data.handwriting import training_source
+from dreamllm_jax.data.images import to_rgb
+from dreamllm_jax.data.packing import COUNTS, RowLayout, RowStream, assemble
+from dreamllm_jax.data.pieces import Beside, Picture, Piece
+from dreamllm_jax.data.sequences import Sequence, encode_pieces
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.types import Batch
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Documents without end, each a function of its own generator and number."""
+
+    def document(self, rng: np.random.Generator, index: int) -> list[Piece]:
+        """One document; `rng` is valid during the call alone.
+
+        `index` counts the documents of all rows (row r has r, r + rows, ...): a finite source may
+        take record `index % size` of a shuffled epoch, an endless one draws from `rng`.
+        """
+        ...
+
+
+def open_source(config: DataConfig, picture_size: int) -> Source:
+    """The source that a stage's config names.
+
+    Raises:
+      ValueError: it names none, or gives no kind of document a weight.
+    """
+    if config.source is None:
+        raise ValueError("data.source is not set; set it to a source, for example 'handwriting'.")
+    return training_source(
+        config.kinds,
+        config.mode,
+        size=picture_size,
+        augment=config.augment,
+        caption_dropout=config.caption_dropout,
+    )
+
+
+def row_layout(config: DataConfig, model: DreamLLMConfig, null_dream: bool) -> RowLayout:
+    """Rows as `config` wants them, with the pictures and slots of `model`'s towers."""
+    draws = model.vae is not None
+    return RowLayout(
+        length=config.length,
+        num_patches=model.num_patches,
+        num_queries=model.num_dream_queries,
+        max_images=config.max_images if model.vision is not None else 0,
+        max_dreams=config.max_dreams if draws else 0,
+        image_size=model.vision.image_size if model.vision is not None else None,
+        dream_size=model.image_size if draws else None,
+        null_dream=null_dream,
+        dream_sizes=model.unet is not None and model.unet.addition_embed_type is not None,
+    )
+
+
+def batches(
+    config: DataConfig,
+    model: DreamLLMConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    null_dream: bool = False,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchStream:
+    """The batches of one stage: this host's rows of them, as numpy arrays, from `start_step` on.
+
+    Raises:
+      ValueError: rows that do not divide among the hosts, no source, no room for any document.
+    """
+    layout = row_layout(config, model, null_dream)
+    source = open_source(config, max(layout.image_size or 0, layout.dream_size or 0) or 16)
+    return BatchStream(
+        source,
+        tokenizer,
+        layout,
+        rows=config.rows,
+        seed=seed,
+        lookahead=config.lookahead,
+        prefetch=config.prefetch,
+        start_step=start_step,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+class BatchStream(Iterator[Batch]):
+    """An endless iterator of batches whose place can be written down and returned to, exactly."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        layout: RowLayout,
+        rows: int,
+        seed: int,
+        lookahead: int = 8,
+        prefetch: int = 2,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """This host's share of `rows`: those from `process_index * rows / process_count` on.
+
+        Raises:
+          ValueError: rows that do not divide among the processes.
+        """
+        if rows % process_count:
+            raise ValueError(
+                f"data.rows={rows} does not divide among {process_count} processes; choose a multiple."
+            )
+        share = rows // process_count
+        self._source, self._tokenizer, self._layout = source, tokenizer, layout
+        self._rows, self._lookahead, self._prefetch = rows, lookahead, prefetch
+        self._numbers = range(process_index * share, (process_index + 1) * share)
+        self._draws = _Draws(seed)
+        self._worker: _Worker | None = None
+        self.load_state({"step": start_step, "rows": {}})
+
+    def __next__(self) -> Batch:
+        if self._ahead and self._worker is None:  # a closed thread had read further than was delivered
+            self.load_state(self._delivered)
+        if self._prefetch and self._worker is None:
+            self._worker, self._ahead = _Worker(self._make, self._prefetch), True
+        batch, self._delivered = self._worker.get() if self._worker else self._make()
+        return batch
+
+    def state_dict(self) -> dict:
+        """The place after the last batch delivered, ready for JSON."""
+        return self._delivered
+
+    def load_state(self, state: dict) -> None:
+        """Goes to the place of a `state_dict()`: the next batch is the one that followed it.
+
+        Rows that the state does not hold (another host's) are packed from their beginning again,
+        without their pictures.
+        """
+        self.close()
+        self._ahead = False
+        self._step = int(state["step"])
+        self._streams = {}
+        for row in self._numbers:
+            stream = RowStream(partial(self._read, row), self._layout, self._lookahead)
+            self._streams[row] = stream
+            if str(row) in state["rows"]:
+                stream.restore(state["rows"][str(row)])
+                continue
+            for _ in range(self._step):
+                stream.row()
+        self._delivered = self._place()
+
+    def stats(self) -> dict[str, int | float]:
+        """Counts over this host's rows so far, and `pad_share`, the share of slots without a document."""
+        counts = {name: 0 for name in COUNTS}
+        for state in self._delivered["rows"].values():
+            for name, value in state["counts"].items():
+                counts[name] += value
+        slots = self._delivered["step"] * len(self._numbers) * self._layout.length
+        return {**counts, "pad_share": 1 - counts["tokens"] / slots if slots else 0.0}
+
+    def close(self) -> None:
+        """Ends the thread. The next batch after it is still the one that follows the last delivered."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _make(self) -> tuple[Batch, dict]:
+        rows = [stream.row() for stream in self._streams.values()]
+        self._step += 1
+        return assemble(rows, self._layout, self._tokenizer.special), self._place()
+
+    def _place(self) -> dict:
+        return {"step": self._step, "rows": {str(r): s.state() for r, s in self._streams.items()}}
+
+    def _read(self, row: int, number: int) -> Sequence:
+        """Document `number` of a row, always the same; pictures that cannot be read are left out of it."""
+        rng = self._draws.at(row, number)
+        pieces, broken = _readable(self._source.document(rng, number * self._rows + row))
+        layout = self._layout
+        sequence = encode_pieces(
+            pieces,
+            self._tokenizer,
+            layout.num_patches,
+            layout.num_queries,
+            layout.room,
+            max_images=layout.max_images,
+            max_dreams=layout.dream_room,
+        )
+        return dataclasses.replace(sequence, broken_images=broken) if broken else sequence
+
+
+class _Draws:
+    """One generator that can stand anywhere: moving a counter takes a tenth of making a generator."""
+
+    def __init__(self, seed: int):
+        self._bits = np.random.Philox(key=seed)
+        self._generator = np.random.Generator(self._bits)
+        self._state = self._bits.state
+
+    def at(self, row: int, number: int) -> np.random.Generator:
+        self._state["state"]["counter"][:] = (0, 0, number, row)
+        self._bits.state = self._state
+        return self._generator
+
+
+def _readable(pieces: list[Piece]) -> tuple[list[Piece], int]:
+    """Opens pictures given as files or bytes; leaves out broken ones, markers and all, and counts them."""
+    readable: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, Picture | Beside) and not isinstance(piece.image, np.ndarray):
+            try:
+                piece = dataclasses.replace(piece, image=to_rgb(piece.image))
+            except ValueError:
+                continue
+        readable.append(piece)
+    return readable, len(pieces) - len(readable)
+
+
+class _Worker:
+    """One thread that stays a few results ahead; its error is raised where the result was wanted."""
+
+    def __init__(self, make: Callable[[], tuple[Batch, dict]], ahead: int):
+        self._make, self._results = make, queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                result = self._make()
+            except BaseException as error:
+                result = error
+            self._put(result)
+            if isinstance(result, BaseException):
+                return
+
+    def _put(self, result: object) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._results.put(result, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def get(self) -> tuple[Batch, dict]:
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            self._results.put(result)  # asked again, it fails again
+            raise result
+        return result
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,238 @@
+"""Documents to tokens: which token stands where, and which of them the model learns to write.
+
+With P patches per image and Q dream queries, a picture becomes
+
+    seen              <im_start> P*<im_patch> <im_end>
+    dreamed           <dream_start> Q*<im_patch> <dream_end>
+    dreamed and seen  the dream, then the sight of it
+
+(query slots carry `<im_patch>`'s id: the learned queries replace their embeddings). Text and `</s>`
+are learned; of a picture's markers only `<dream_start>`: the model decides when to draw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dreamllm_jax.data.images import ImageLike
+from dreamllm_jax.data.pieces import Beside, End, Picture, Piece, Text, part_to_piece, question
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.types import Document
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sequence:
+    """One document in tokens.
+
+    `supervised[l]`: token l is a training target. Slots as in `types.Batch`, images and dreams
+    counted within the sequence. `dropped_images` and `dropped_tokens` (of text) did not fit,
+    `broken_images` could not be read.
+    """
+
+    tokens: Int[np.ndarray, "L"]
+    supervised: Bool[np.ndarray, "L"]
+    image_slots: Int[np.ndarray, "L"]
+    dream_slots: Int[np.ndarray, "L"]
+    images: tuple[ImageLike, ...] = ()
+    dreams: tuple[ImageLike, ...] = ()
+    dropped_images: int = 0
+    dropped_tokens: int = 0
+    broken_images: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether anything in it is learned: a token, a dream, or a picture beside its caption."""
+        beside = bool(self.images) and (self.image_slots < 0).all()
+        return bool(self.dreams or beside or self.supervised.any())
+
+    @property
+    def dropped(self) -> int:
+        """Images and tokens of text that did not fit."""
+        return self.dropped_images + self.dropped_tokens
+
+
+class _Writer:
+    """Appends tokens and keeps the four parallel lists of the same length."""
+
+    def __init__(self, tokenizer: Tokenizer, num_patches: int, num_queries: int):
+        self.ids = tokenizer.special
+        self.num_patches, self.num_queries = num_patches, num_queries
+        self.tokens: list[int] = []
+        self.supervised: list[bool] = []
+        self.image_slots: list[int] = []
+        self.dream_slots: list[int] = []
+        self.images: list[ImageLike] = []
+        self.dreams: list[ImageLike] = []
+
+    def write(self, tokens: Items[int], supervised: bool) -> None:
+        n = len(tokens)
+        self.tokens += tokens
+        self.supervised += [supervised] * n
+        self.image_slots += [-1] * n
+        self.dream_slots += [-1] * n
+
+    def is_full(self, piece: Piece, max_images: int | None, max_dreams: int | None) -> bool:
+        """Whether no image or no dream may follow. Beside the text, one of the two is enough."""
+        no_image = max_images is not None and len(self.images) >= max_images
+        no_dream = max_dreams is not None and len(self.dreams) >= max_dreams
+        if isinstance(piece, Beside):
+            return no_image and no_dream
+        return isinstance(piece, Picture) and (piece.seen and no_image or piece.dreamed and no_dream)
+
+    def piece(self, piece: Piece, max_images: int | None = None, max_dreams: int | None = None) -> None:
+        """Writes anything but text."""
+        if isinstance(piece, Picture):
+            self.picture(piece)
+        elif isinstance(piece, End):
+            self.write([self.ids.eos], piece.supervised)
+        elif isinstance(piece, Beside):
+            if max_images is None or len(self.images) < max_images:
+                self.images.append(piece.image)
+            if max_dreams is None or len(self.dreams) < max_dreams:
+                self.dreams.append(piece.image)
+
+    def picture(self, picture: Picture) -> None:
+        ids = self.ids
+        if picture.dreamed:
+            self.write([ids.dream_start], picture.supervised)
+            first = len(self.dreams) * self.num_queries
+            self.write([ids.im_patch] * self.num_queries, False)
+            if self.num_queries:
+                self.dream_slots[-self.num_queries :] = range(first, first + self.num_queries)
+            self.write([ids.dream_end], False)
+            self.dreams.append(picture.image)
+        if picture.seen:
+            self.write([ids.im_start], False)
+            first = len(self.images) * self.num_patches
+            self.write([ids.im_patch] * self.num_patches, False)
+            if self.num_patches:
+                self.image_slots[-self.num_patches :] = range(first, first + self.num_patches)
+            self.write([ids.im_end], False)
+            self.images.append(picture.image)
+
+    def sequence(self, dropped_images: int = 0, dropped_tokens: int = 0) -> Sequence:
+        return Sequence(
+            np.array(self.tokens, np.int32),
+            np.array(self.supervised, bool),
+            np.array(self.image_slots, np.int32),
+            np.array(self.dream_slots, np.int32),
+            tuple(self.images),
+            tuple(self.dreams),
+            dropped_images,
+            dropped_tokens,
+        )
+
+
+def encode_pieces(
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    num_patches: int,
+    num_queries: int,
+    max_length: int,
+    eos: bool = True,
+    max_images: int | None = None,
+    max_dreams: int | None = None,
+) -> Sequence:
+    """Writes `<s>`, the pieces, and (with `eos`, unless they end so themselves) `</s>`.
+
+    What does not fit ends the document before it: text is cut at the last token that fits, an
+    image that does not fit (in `max_length`, `max_images` or `max_dreams`) is left out whole, and
+    so is everything after either. A document cut so has its `</s>`, but is not taught to stop
+    there. The closing `</s>` is learned if the last piece is.
+    """
+    pieces = list(pieces)
+    if eos and not (pieces and isinstance(pieces[-1], End)):
+        pieces.append(End(_is_learned(pieces[-1]) if pieces else True))
+    closing = bool(pieces) and isinstance(pieces[-1], End)
+    limit = max_length - closing
+    if limit < 1:
+        raise ValueError(f"max_length={max_length} leaves no room for a document; give at least 2 tokens.")
+    writer = _Writer(tokenizer, num_patches, num_queries)
+    writer.write([writer.ids.bos], False)
+    body = pieces[: len(pieces) - closing]
+    shrunk = 0
+    for i, piece in enumerate(body):
+        room = limit - len(writer.tokens)
+        if isinstance(piece, Text):
+            tokens = tokenizer.encode(piece.text)
+            if piece.shrinkable:
+                room = max(0, room - sum(_num_tokens(p, writer) for p in body[i + 1 :]))
+            writer.write(tokens[:room], piece.supervised)
+            lost = max(0, len(tokens) - room)
+            if lost and not piece.shrinkable:
+                return _cut(writer, pieces[i + 1 :], closing, shrunk + lost, tokenizer)
+            shrunk += lost
+        elif _num_tokens(piece, writer) > room or writer.is_full(piece, max_images, max_dreams):
+            return _cut(writer, pieces[i:], closing, shrunk, tokenizer)
+        else:
+            writer.piece(piece, max_images, max_dreams)
+    if closing:
+        writer.write([writer.ids.eos], _is_learned(pieces[-1]))
+    return writer.sequence(dropped_tokens=shrunk)
+
+
+def _is_learned(piece: Piece) -> bool:
+    return not isinstance(piece, Beside) and piece.supervised
+
+
+def _num_tokens(piece: Piece, writer: _Writer) -> int:
+    """Tokens of anything but text."""
+    if isinstance(piece, Picture):
+        return piece.num_tokens(writer.num_patches, writer.num_queries)
+    return int(isinstance(piece, End))
+
+
+def _cut(
+    writer: _Writer, rest: list[Piece], closing: bool, dropped_tokens: int, tokenizer: Tokenizer
+) -> Sequence:
+    """Ends a document early and counts what is left of it."""
+    if closing:
+        writer.write([writer.ids.eos], False)
+    return writer.sequence(
+        sum(isinstance(piece, Picture | Beside) for piece in rest),
+        dropped_tokens + sum(len(tokenizer.encode(p.text)) for p in rest if isinstance(p, Text)),
+    )
+
+
+def encode_prompt(
+    prompt: str | Document,
+    tokenizer: Tokenizer,
+    num_patches: int,
+    max_length: int,
+    max_images: int | None = None,
+    template: str | None = None,
+) -> Sequence:
+    """A prompt to continue: `<s>`, then text and pictures (seen only) in order, no `</s>`.
+
+    With a conversation `template` the prompt is the user's turn. Strings are plain text throughout.
+
+    Raises:
+      ValueError: more tokens than `max_length` or more pictures than `max_images`.
+    """
+    parts = [prompt] if isinstance(prompt, str) else list(prompt)
+    pieces = question(parts, template) if template else [part_to_piece(part) for part in parts]
+    writer = _Writer(tokenizer, num_patches, 0)
+    writer.write([writer.ids.bos], False)
+    for piece in pieces:
+        if isinstance(piece, Text):
+            writer.write(tokenizer.encode(piece.text), False)
+        else:
+            writer.piece(piece)
+    if max_images is not None and len(writer.images) > max_images:
+        raise ValueError(
+            f"The prompt has {len(writer.images)} pictures; at most {max_images} fit. Use fewer pictures."
+        )
+    if len(writer.tokens) > max_length:
+        raise ValueError(
+            f"The prompt has {len(writer.tokens)} tokens ({num_patches + 2} of them for each of its "
+            f"{len(writer.images)} pictures); at most {max_length} fit. Shorten it."
+        )
+    return writer.sequence()

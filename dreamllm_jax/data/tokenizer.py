@@ -1,0 +1,196 @@
+"""Text to token ids and back: LLaMA-style BPE with DreamLLM's control tokens.
+
+Every text is one chunk: LLaMA's marker for a leading space goes before it, so that the chunks
+"a" and "b" read together as "a b". Control tokens never come out of text: a user who writes
+`</s>` or `<dream_start>` gets those characters. Ids of control tokens are read from the tokenizer,
+never assumed: the published code and the published checkpoints disagree about them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+# In the order of the published checkpoints, where [PAD] is 32000.
+ADDED_TOKENS = (
+    "[PAD]",
+    "<im_start>",
+    "<dream_end>",
+    "<dream_start>",
+    "<im_patch>",
+    "<im_end>",
+    "<image>",
+    "<dream>",
+)
+_BASE_TOKENS = ("<unk>", "<s>", "</s>")
+_BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the control tokens."""
+
+    bos: int
+    eos: int
+    unk: int
+    pad: int
+    image: int
+    im_patch: int
+    im_start: int
+    im_end: int
+    dream: int
+    dream_start: int
+    dream_end: int
+
+
+_NAMES = {
+    "bos": "<s>",
+    "eos": "</s>",
+    "unk": "<unk>",
+    "pad": "[PAD]",
+    **{name: f"<{name}>" for name in ("image", "im_patch", "im_start", "im_end")},
+    **{name: f"<{name}>" for name in ("dream", "dream_start", "dream_end")},
+}
+
+
+class Tokenizer:
+    """A fast tokenizer whose control tokens are known by name and unreachable from text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        """Wraps `backend` (and owns it from here on).
+
+        Raises:
+          ValueError: control tokens that the tokenizer does not know, by name.
+        """
+        ids = {field: backend.token_to_id(name) for field, name in _NAMES.items()}
+        missing = [_NAMES[field] for field, value in ids.items() if value is None]
+        if missing:
+            raise ValueError(
+                f"The tokenizer has no {', '.join(missing)}; DreamLLM needs them. Load it with extend=True "
+                "to add them after its vocabulary (and give the model as many rows)."
+            )
+        added = backend.get_added_tokens_decoder()
+        plain = [n for n in _NAMES.values() if not _is_special(added, backend.token_to_id(n))]
+        if plain:  # a control token that is not marked as one could be typed by a user
+            backend.add_special_tokens(
+                [tokenizers.AddedToken(n, special=True, normalized=False) for n in plain]
+            )
+        backend.encode_special_tokens = True  # their names inside text are text
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.special = SpecialTokens(**ids)
+        self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
+
+    @classmethod
+    def load(cls, folder: str | Path, extend: bool = False) -> Tokenizer:
+        """Reads `tokenizer.json` of a folder; `extend` adds control tokens that are missing.
+
+        Raises:
+          ValueError: no such folder or file, an unreadable one, missing control tokens.
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(
+                f"No tokenizer.json in {str(folder)!r}; a folder with a fast tokenizer is needed."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
+        if extend:
+            missing = [name for name in ADDED_TOKENS if backend.token_to_id(name) is None]
+            backend.add_special_tokens(
+                [tokenizers.AddedToken(n, special=True, normalized=False) for n in missing]
+            )
+        return cls(backend)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json` and a `tokenizer_config.json` that transformers loads too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": "[PAD]",
+            "additional_special_tokens": [name for name in ADDED_TOKENS if name != "[PAD]"],
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one chunk of plain text: no `<s>`, no control tokens; none at all for ""."""
+        return list(self._encode(text))
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids) if text else ()
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of `ids`, without the first chunk's leading space."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that the embedding needs: the largest id + 1, control tokens included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _is_special(added: dict[int, tokenizers.AddedToken], index: int) -> bool:
+    """Whether token `index` is marked as a control token."""
+    return index in added and added[index].special
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Trains a LLaMA-style tokenizer: `<unk> <s> </s>`, 256 bytes, BPE pieces, control tokens.
+
+    Merges never cross a space, unknown characters fall back to their bytes. The vocabulary is
+    `vocab_size` at most: a small corpus may run out of merges before.
+
+    Raises:
+      ValueError: `vocab_size` has no room for the bytes, the characters of the texts and the
+        control tokens.
+    """
+    texts = list(texts)
+    fixed = len(_BASE_TOKENS) + len(_BYTES) + len(ADDED_TOKENS)
+    characters = len(set("".join(texts)) | {"▁"})
+    if vocab_size < fixed + characters:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: {fixed} bytes and control tokens and {characters} "
+            f"characters need {fixed + characters}."
+        )
+    scratch = _backend(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - fixed, show_progress=False)
+    scratch.train_from_iterator(texts, trainer=trainer)
+    learned = json.loads(scratch.to_str())["model"]
+    pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+    vocab = {piece: i for i, piece in enumerate((*_BASE_TOKENS, *_BYTES, *pieces))}
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in learned["merges"]]
+    backend = _backend(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    for names in (_BASE_TOKENS, ADDED_TOKENS):
+        backend.add_special_tokens([tokenizers.AddedToken(n, special=True, normalized=False) for n in names])
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]
+    )
+    return Tokenizer(backend)
+
+
+def _backend(model: models.Model) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend

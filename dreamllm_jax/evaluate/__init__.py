@@ -1,0 +1,1 @@
+"""Scores of comprehension, creation and documents, and the report."""

@@ -1,0 +1,1 @@
+"""Text, images and documents from a trained model."""

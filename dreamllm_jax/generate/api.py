@@ -1,0 +1,255 @@
+"""`DreamLLM`: what users call. It reads and writes documents in which text and images interleave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
+from dreamllm_jax.convert.pretrained import load_pretrained, save_pretrained
+from dreamllm_jax.convert.storage import flatten, unflatten
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.generate.decode import decode_text, dream
+from dreamllm_jax.generate.documents import draw_rows, write_documents
+from dreamllm_jax.generate.engine import Engine, prompt_keys
+from dreamllm_jax.generate.images import Condition
+from dreamllm_jax.generate.prompts import Prompt, as_list, bucket, context_length, prompt_batch
+from dreamllm_jax.sharding import parameter_shardings
+from dreamllm_jax.types import Document
+
+
+class DreamLLM:
+    """A DreamLLM with its weights.
+
+    A prompt is a string or a `Document`; a list of prompts is a batch, generated together, and
+    gives a list of results. The same seed gives the same result: prompt i of a batch with seed s
+    gets what it would get alone with seed s + i (or give one seed per prompt). Settings that a
+    call leaves out are those of `generation`.
+    """
+
+    def __init__(
+        self,
+        config: DreamLLMConfig,
+        params: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        generation: GenerationConfig | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """Places the parameters (flat or nested) on the default device, or sharded over `mesh`."""
+        flat = flatten(params)
+        if mesh is None:
+            placed = {k: jnp.asarray(v) for k, v in flat.items()}
+        else:
+            placed = {k: jax.device_put(v, s) for (k, v), s in _zip(flat, parameter_shardings(flat, mesh))}
+        self._engine = Engine(config, unflatten(placed), tokenizer)
+        self.generation = GenerationConfig() if generation is None else generation
+        self._null_conditions: dict[tuple[str, str | None], Condition] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: str | None = None, mesh: Mesh | None = None
+    ) -> DreamLLM:
+        """Loads a folder that `save_pretrained` or a training run wrote.
+
+        `dtype` ("float32", "bfloat16") casts the weights and sets what is computed in.
+
+        Raises:
+          ValueError: the folder is missing, foreign, incomplete or damaged.
+        """
+        loaded = load_pretrained(path, dtype)
+        config = loaded.config if dtype is None else dataclasses.replace(loaded.config, dtype=dtype)
+        return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes the folder that `from_pretrained` loads, whole or not at all."""
+        save_pretrained(path, flatten(self.params), self.config, self.tokenizer, self.generation)
+
+    @property
+    def config(self) -> DreamLLMConfig:
+        return self._engine.config
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The nested parameter tree, on the devices."""
+        return self._engine.params
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    def generate_text(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """The text that continues a prompt, up to `</s>`: str, or a list of them for a list.
+
+        Temperature 0 takes the likeliest token each time.
+
+        Raises:
+          ValueError: a prompt, or prompt and `max_new_tokens` together, beyond the model's context.
+        """
+        prompts, many = as_list(prompt)
+        settings = self._settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        keys, engine = prompt_keys(seed, len(prompts)), self._engine
+        batch = prompt_batch(prompts, self.tokenizer, self.config, settings.template)
+        longest = int((batch.segment_ids > 0).sum(-1).max())
+        capacity = bucket(longest + settings.max_new_tokens, context_length(self.config))
+        self._check_room(longest, capacity, settings)
+        _, tokens, _ = decode_text(
+            engine.params,
+            engine.read(batch, capacity),
+            jnp.ones(len(prompts), bool),
+            jnp.full(len(prompts), settings.max_new_tokens, jnp.int32),
+            keys,
+            engine.control([self.tokenizer.special.eos], np.zeros(len(prompts), bool), 0, settings),
+            model=engine.module,
+            max_new_tokens=settings.max_new_tokens,
+        )
+        texts = [self.tokenizer.decode(row[row >= 0]).strip() for row in np.asarray(tokens)]
+        return texts if many else texts[0]
+
+    def generate_images(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        negative_prompt: str = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """Pictures of a prompt: a list of PIL images, or a list of such lists for a list of prompts.
+
+        `sampler` is one of ddpm, ddim, euler, dpmpp_2m; guidance is towards the prompt and away from
+        `negative_prompt` (by default the empty one).
+
+        Raises:
+          ValueError: a model without image decoder, a prompt beyond the context, an unknown sampler.
+        """
+        prompts, many = as_list(prompt)
+        if not self.config.draws:
+            raise ValueError("This model has no image decoder; load one with a U-Net and a VAE to draw.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1.")
+        settings = self._settings(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            sampler=sampler,
+            eta=eta,
+        )
+        keys = prompt_keys(seed, len(prompts))
+        condition = self._condition(prompts, settings.template)
+        null = self._null_condition(negative_prompt, settings)
+        numbers = jnp.arange(num_images_per_prompt)
+        image_keys = jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(numbers))(keys).reshape(
+            -1
+        )
+        rows = np.repeat(np.arange(len(prompts)), num_images_per_prompt)
+        images = draw_rows(self._engine, condition, rows, image_keys, settings, null)
+        pictures = [Image.fromarray(i) for i in images]
+        n = num_images_per_prompt
+        lists = [pictures[i * n : (i + 1) * n] for i in range(len(prompts))]
+        return lists if many else lists[0]
+
+    def generate_document(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        max_images: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        negative_prompt: str = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """The document that continues a prompt: a `Document`, or a list of them for a list.
+
+        The model decides when to draw, draws, sees its own drawing, and writes on, until it ends the
+        document or has no room left (`finish_reason`). `max_new_tokens` bounds the text, `max_images` the pictures.
+
+        Raises:
+          ValueError: a prompt beyond the context, an unknown sampler.
+        """
+        prompts, many = as_list(prompt)
+        settings = self._settings(
+            max_new_tokens=max_new_tokens,
+            max_images=max_images,
+            temperature=temperature,
+            top_p=top_p,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            sampler=sampler,
+            eta=eta,
+        )
+        keys = prompt_keys(seed, len(prompts))
+        null = self._null_condition(negative_prompt, settings) if self.config.draws else None
+        documents = write_documents(self._engine, prompts, keys, settings, null)
+        return documents if many else documents[0]
+
+    def _settings(self, **given: Any) -> GenerationConfig:
+        changes = {k: v for k, v in given.items() if v is not None}
+        known = ("ddpm", "ddim", "euler", "dpmpp_2m")
+        if "sampler" in changes and changes["sampler"] not in known:
+            raise ValueError(f"sampler {changes['sampler']!r} is unknown; choose one of {', '.join(known)}.")
+        return dataclasses.replace(self.generation, **changes)
+
+    def _check_room(self, longest: int, capacity: int, settings: GenerationConfig) -> None:
+        if longest + settings.max_new_tokens > capacity:
+            raise ValueError(
+                f"The longest prompt has {longest} tokens, and max_new_tokens is {settings.max_new_tokens}; together "
+                f"they exceed the model's context of {context_length(self.config)}: shorten one of them."
+            )
+
+    def _condition(self, prompts: list[Prompt], template: str | None) -> Condition:
+        """The U-Net's conditions of some prompts, each asked for a picture at its end."""
+        batch = prompt_batch(prompts, self.tokenizer, self.config, template)
+        longest = int((batch.segment_ids > 0).sum(-1).max())
+        needed = longest + 1 + self.config.num_dream_queries
+        capacity = bucket(needed, context_length(self.config))
+        if needed > capacity:
+            raise ValueError(
+                f"The longest prompt has {longest} tokens; with {self.config.num_dream_queries + 1} for the dream "
+                f"it exceeds the model's context of {context_length(self.config)}: shorten it."
+            )
+        start = jnp.int32(self.tokenizer.special.dream_start)
+        reading = self._engine.read(batch, capacity)
+        active = jnp.ones(len(prompts), bool)
+        _, context, pooled = dream(self.params, reading, active, start, model=self._engine.module)
+        return context, pooled
+
+    def _null_condition(self, negative_prompt: str, settings: GenerationConfig) -> Condition | None:
+        """The unconditional side of guidance, kept between calls."""
+        if settings.guidance_scale == 1:
+            return None
+        template = settings.template if negative_prompt else None
+        place = (negative_prompt, template)
+        if place not in self._null_conditions:
+            self._null_conditions[place] = self._condition([negative_prompt], template)
+        return self._null_conditions[place]
+
+
+def _zip(a: dict[str, Any], b: dict[str, Any]) -> Any:
+    return ((item, b[item[0]]) for item in a.items())

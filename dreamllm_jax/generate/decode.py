@@ -1,0 +1,174 @@
+"""Reading and decoding on a static cache: the jitted pieces of every kind of generation.
+
+A batch of rows goes on together; a row that waits, has ended or does not draw takes part with no
+valid token, which leaves its cache as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.models.llama import KVCache, init_cache
+from dreamllm_jax.types import Batch
+
+
+@flax.struct.dataclass
+class Reading:
+    """How far each row has been read: the cache, and the state that predicts its next token."""
+
+    cache: KVCache
+    last: Float[Array, "B D"]
+
+
+@flax.struct.dataclass
+class Control:
+    """What decoding may do: `forbidden` tokens are never written, `stops` end a row's turn.
+
+    `dream_start` is possible only in rows that `may_dream`, while `dream_room` tokens are left.
+    """
+
+    forbidden: Bool[Array, "V"]
+    stops: Int[Array, " n"]
+    dream_start: Int[Array, ""]
+    may_dream: Bool[Array, "B"]
+    dream_room: Int[Array, ""]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+def prefill(params: dict, batch: Batch, *, model: DreamLLMModule, capacity: int) -> Reading:
+    """Reads prompts (one per row, left-aligned, `segment_ids` 1 where there are tokens)."""
+    assert model.config.llama is not None
+    variables = {"params": params}
+    embeds = model.apply(variables, batch, method="embed")
+    cache = init_cache(model.config.llama, embeds.shape[0], capacity, jnp.dtype(model.config.dtype))
+    last = jnp.zeros((embeds.shape[0], embeds.shape[-1]), embeds.dtype)
+    return _read_on(model, variables, Reading(cache, last), embeds, batch.segment_ids > 0)[0]
+
+
+def _read_on(
+    model: DreamLLMModule, variables: dict, reading: Reading, embeds: Array, valid: Array
+) -> tuple[Reading, Array]:
+    hidden, cache = model.apply(variables, embeds, valid, reading.cache, method="extend")
+    end = jnp.maximum(valid.sum(-1) - 1, 0)
+    last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
+    return Reading(cache, jnp.where(valid.any(-1)[:, None], last, reading.last)), hidden
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"), donate_argnames="reading")
+def decode_text(
+    params: dict,
+    reading: Reading,
+    active: Bool[Array, "B"],
+    budget: Int[Array, "B"],
+    keys: Key[Array, "B"],
+    control: Control,
+    *,
+    model: DreamLLMModule,
+    max_new_tokens: int,
+) -> tuple[Reading, Int[Array, "B M"], Int[Array, "B"]]:
+    """Writes text in the active rows until each has stopped, run out of its budget, or is full.
+
+    Returns the reading, the tokens (-1 after the last), and each row's stop token (-1: none). A
+    stop token is not read: what follows it is the caller's business.
+    """
+    variables = {"params": params}
+    rows, capacity = active.shape[0], reading.cache.capacity
+
+    def unfinished(carry):
+        return carry[1].any()
+
+    def one(carry):
+        reading, active, tokens, stop, written = carry
+        logits = model.apply(variables, reading.last[:, None], method="logits")[:, 0]
+        room = capacity - reading.cache.lengths
+        dream = jnp.arange(logits.shape[-1]) == control.dream_start
+        no_dream = ~control.may_dream | (room < control.dream_room)
+        logits = jnp.where(control.forbidden | (dream & no_dream[:, None]), -jnp.inf, logits)
+        here = jax.vmap(jax.random.fold_in)(keys, reading.cache.lengths)
+        token = jax.vmap(sample_token, (0, 0, None, None))(logits, here, control.temperature, control.top_p)
+        stopped = active & jnp.isin(token, control.stops)
+        stop = jnp.where(stopped, token, stop)
+        writes = active & ~stopped & (written < budget) & (room > 0)
+        tokens = tokens.at[jnp.arange(rows), jnp.where(writes, written, max_new_tokens)].set(
+            token, mode="drop"
+        )
+        embeds = model.apply(variables, token[:, None], method="embed_text")
+        reading, _ = _read_on(model, variables, reading, embeds, writes[:, None])
+        return reading, writes, tokens, stop, written + writes
+
+    start = (
+        reading,
+        active,
+        jnp.full((rows, max_new_tokens), -1, jnp.int32),
+        jnp.full((rows,), -1, jnp.int32),
+        jnp.zeros((rows,), jnp.int32),
+    )
+    reading, _, tokens, stop, _ = jax.lax.while_loop(unfinished, one, start)
+    return reading, tokens, stop
+
+
+def sample_token(logits: Array, key: Array, temperature: Array, top_p: Array) -> Array:
+    """One token: the likeliest at temperature 0, else drawn from the nucleus (arXiv 1904.09751)."""
+    scaled = logits.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
+    order = jnp.argsort(-scaled)
+    probabilities = jax.nn.softmax(scaled[order])
+    inside = jnp.cumsum(probabilities) - probabilities < top_p
+    nucleus = jnp.where(inside.at[0].set(True), scaled[order], -jnp.inf)
+    drawn = order[jax.random.categorical(key, nucleus)]
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="reading")
+def dream(
+    params: dict,
+    reading: Reading,
+    active: Bool[Array, "B"],
+    dream_start: Int[Array, ""],
+    *,
+    model: DreamLLMModule,
+) -> tuple[Reading, Float[Array, "B Q X"], Float[Array, "B G"] | None]:
+    """Reads `<dream_start>` and the queries in the active rows; gives the U-Net's conditions."""
+    variables = {"params": params}
+    rows = active.shape[0]
+    start = model.apply(variables, dream_start[None, None], method="embed_text")[0]
+    block = jnp.concatenate([start, model.apply(variables, method="queries").astype(start.dtype)])
+    embeds = jnp.broadcast_to(block, (rows, *block.shape))
+    valid = jnp.broadcast_to(active[:, None], embeds.shape[:2])
+    reading, hidden = _read_on(model, variables, reading, embeds, valid)
+    context, pooled = model.apply(variables, hidden[:, 1:], method="conditions")
+    return reading, context, pooled
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="reading")
+def look(
+    params: dict,
+    reading: Reading,
+    active: Bool[Array, "B"],
+    images: Array | None,
+    before: Int[Array, " n"],
+    after: Int[Array, " m"],
+    *,
+    model: DreamLLMModule,
+) -> Reading:
+    """Reads `before`, the row's own drawing (uint8 [B h w 3]; None in a model that cannot see), `after`."""
+    variables = {"params": params}
+    rows = active.shape[0]
+
+    def fixed(tokens: Array) -> Array:
+        embeds = model.apply(variables, tokens[None], method="embed_text")
+        return jnp.broadcast_to(embeds, (rows, *embeds.shape[1:]))
+
+    parts = [fixed(before)]
+    if images is not None:
+        parts += [model.apply(variables, images, method="see").astype(parts[0].dtype), fixed(after)]
+    embeds = jnp.concatenate(parts, axis=1)
+    valid = jnp.broadcast_to(active[:, None], embeds.shape[:2])
+    return _read_on(model, variables, reading, embeds, valid)[0]

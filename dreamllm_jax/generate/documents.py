@@ -1,0 +1,136 @@
+"""The document loop: the model writes, decides to draw, draws, sees its drawing, and writes on.
+
+Text is decoded up to `<dream_start>` or `</s>`. At `<dream_start>` the dream queries are read, their
+states condition a picture, and the model reads `<dream_end> <im_start>` + that picture as its
+vision tower sees it + `<im_end>`. Only `<dream_start>` is the model's own choice (arXiv 2309.11499,
+section 3.3); the rest is forced. All rows of a batch go through the loop together.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from dreamllm_jax.config.model import GenerationConfig
+from dreamllm_jax.generate.decode import Reading, decode_text, dream, look
+from dreamllm_jax.generate.engine import Engine
+from dreamllm_jax.generate.images import Condition, draw_images
+from dreamllm_jax.generate.prompts import Prompt, bucket, context_length, prompt_batch
+from dreamllm_jax.types import Document
+
+MOST_PICTURES_AT_ONCE = 64
+
+
+def block_length(engine: Engine) -> int:
+    """Tokens that one picture takes, dreamed and seen, markers included."""
+    config = engine.config
+    return config.num_dream_queries + 2 + (config.num_patches + 2 if config.sees else 0)
+
+
+def write_documents(
+    engine: Engine,
+    prompts: list[Prompt],
+    keys: jax.Array,
+    settings: GenerationConfig,
+    unconditional: Condition | None,
+) -> list[Document]:
+    """Documents that continue the prompts (the prompts themselves not included).
+
+    `max_new_tokens` counts a document's text, `max_images` its pictures.
+    """
+    block, max_new_tokens = block_length(engine), settings.max_new_tokens
+    batch = prompt_batch(prompts, engine.tokenizer, engine.config, settings.template)
+    longest = int((batch.segment_ids > 0).sum(-1).max())
+    room = bucket(longest + max_new_tokens + settings.max_images * block, context_length(engine.config))
+    reading = engine.read(batch, room)
+    rows = len(prompts)
+    parts: list[list[str | Image.Image]] = [[] for _ in prompts]
+    drawn, written = np.zeros(rows, int), np.zeros(rows, int)
+    active, reason = np.ones(rows, bool), np.full(rows, "length", object)
+    special = engine.tokenizer.special
+    while active.any():
+        control = engine.control(
+            stops=[special.eos, special.dream_start] if engine.config.draws else [special.eos],
+            may_dream=active & (drawn < settings.max_images) & engine.config.draws,
+            dream_room=block + 1,
+            settings=settings,
+        )
+        reading, tokens, stop = decode_text(
+            engine.params,
+            reading,
+            jnp.asarray(active),
+            jnp.asarray(max_new_tokens - written, jnp.int32),
+            keys,
+            control,
+            model=engine.module,
+            max_new_tokens=max_new_tokens,
+        )
+        tokens, stop = np.asarray(tokens), np.asarray(stop)
+        for row in np.flatnonzero(active):
+            ids = tokens[row][tokens[row] >= 0]
+            written[row] += len(ids)
+            if text := engine.tokenizer.decode(ids).strip():
+                parts[row].append(text)
+        reason[active & (stop == special.eos)] = "stop"
+        active &= stop == special.dream_start
+        if active.any():
+            reading, pictures = draw_and_look(engine, reading, active, keys, settings, unconditional)
+            for row, picture in pictures.items():
+                parts[row].append(Image.fromarray(picture))
+                drawn[row] += 1
+    return [Document(p, finish_reason=str(r)) for p, r in zip(parts, reason, strict=True)]
+
+
+def draw_and_look(
+    engine: Engine,
+    reading: Reading,
+    active: np.ndarray,
+    keys: jax.Array,
+    settings: GenerationConfig,
+    unconditional: Condition | None,
+) -> tuple[Reading, dict[int, np.ndarray]]:
+    """Draws one picture in each active row, and reads it there; returns the pictures by row."""
+    special = engine.tokenizer.special
+    place = reading.cache.lengths
+    mask = jnp.asarray(active)
+    start = jnp.int32(special.dream_start)
+    reading, context, pooled = dream(engine.params, reading, mask, start, model=engine.module)
+    picked = np.flatnonzero(active)
+    row_keys = jax.vmap(jax.random.fold_in)(keys, place)
+    images = draw_rows(engine, (context, pooled), picked, row_keys[picked], settings, unconditional)
+    size = images.shape[1]
+    seen, before, after = None, [special.dream_end], []
+    if engine.config.sees:
+        seen = np.zeros((len(active), size, size, 3), np.uint8)
+        seen[picked] = images
+        seen = engine.as_seen(seen)
+        before, after = [special.dream_end, special.im_start], [special.im_end]
+    tokens = (jnp.asarray(before, jnp.int32), jnp.asarray(after, jnp.int32))
+    reading = look(engine.params, reading, mask, seen, *tokens, model=engine.module)
+    return reading, dict(zip(picked.tolist(), images, strict=True))
+
+
+def draw_rows(
+    engine: Engine,
+    condition: Condition,
+    rows: np.ndarray,
+    keys: jax.Array,
+    settings: GenerationConfig,
+    unconditional: Condition | None,
+) -> np.ndarray:
+    """Pictures (uint8 [n, h, w, 3]) for some rows of the conditions, in few sizes of batch."""
+    pictures = []
+    for begin in range(0, len(rows), MOST_PICTURES_AT_ONCE):
+        chosen = rows[begin : begin + MOST_PICTURES_AT_ONCE]
+        size = next(s for s in (1, 4, 16, MOST_PICTURES_AT_ONCE) if s >= len(chosen))
+        padded = np.resize(chosen, size)
+        chosen_keys = keys[np.resize(np.arange(begin, begin + len(chosen)), size)]
+        part = jax.tree.map(lambda x, p=padded: x[p], condition)
+        null = part
+        if unconditional is not None:
+            null = jax.tree.map(lambda x, n=size: jnp.broadcast_to(x, (n, *x.shape[1:])), unconditional)
+        images = draw_images(engine.params, part, null, chosen_keys, settings, engine.module)
+        pictures.append(np.asarray(images)[: len(chosen)])
+    return np.concatenate(pictures)

@@ -1,0 +1,72 @@
+"""What all generation shares: the module, its parameters on the devices, the tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
+from dreamllm_jax.data.images import to_vision
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.generate.decode import Control, Reading, prefill
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
+    """A model ready to generate; `params` is the nested tree on the devices."""
+
+    config: DreamLLMConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @property
+    def module(self) -> DreamLLMModule:
+        return DreamLLMModule(self.config)
+
+    def read(self, batch: Batch, capacity: int) -> Reading:
+        """Reads prompts into a cache with room for `capacity` tokens a row."""
+        return prefill(self.params, jax.tree.map(jnp.asarray, batch), model=self.module, capacity=capacity)
+
+    def control(
+        self, stops: Sequence[int], may_dream: np.ndarray, dream_room: int, settings: GenerationConfig
+    ) -> Control:
+        """Decoding where only text, `</s>` and (where allowed) `<dream_start>` can be written."""
+        assert self.config.llama is not None
+        special = self.tokenizer.special
+        forbidden = np.zeros(self.config.llama.vocab_size, bool)
+        forbidden[self.tokenizer.vocab_size :] = True
+        ids = dataclasses.asdict(special)
+        forbidden[[i for name, i in ids.items() if name not in ("eos", "dream_start")]] = True
+        return Control(
+            forbidden=jnp.asarray(forbidden),
+            stops=jnp.asarray(stops, jnp.int32),
+            dream_start=jnp.int32(special.dream_start),
+            may_dream=jnp.asarray(may_dream),
+            dream_room=jnp.int32(dream_room),
+            temperature=jnp.float32(settings.temperature),
+            top_p=jnp.float32(settings.top_p),
+        )
+
+    def as_seen(self, images: np.ndarray) -> jax.Array:
+        """Drawings (uint8 [B h w 3]) at the vision tower's size, as a file of them would be read."""
+        assert self.config.vision is not None
+        return jnp.asarray(np.stack([to_vision(i, self.config.vision.image_size) for i in images]))
+
+
+def prompt_keys(seed: int | Sequence[int], prompts: int) -> jax.Array:
+    """One key per prompt: prompt i of a batch with seed s is the single prompt with seed s + i.
+
+    Raises:
+      ValueError: a list of seeds of another length than the prompts.
+    """
+    seeds = [seed + i for i in range(prompts)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != prompts:
+        raise ValueError(f"{len(seeds)} seeds for {prompts} prompts; give one seed each, or a single one.")
+    return jnp.stack([jax.random.key(s) for s in seeds])

@@ -1,0 +1,71 @@
+"""Conditions to pictures: guided sampling and the VAE's decoder, jitted once per size and sampler."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt8
+
+from dreamllm_jax.config.model import GenerationConfig
+from dreamllm_jax.diffusion.sampling import guided, sample
+from dreamllm_jax.diffusion.schedule import row_normal
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+
+
+Condition = tuple[Float[Array, "M Q X"], Float[Array, "M G"] | None]
+
+
+def draw_images(
+    params: dict,
+    condition: Condition,
+    unconditional: Condition,
+    keys: Key[Array, "M"],
+    settings: GenerationConfig,
+    model: DreamLLMModule,
+) -> UInt8[Array, "M h w 3"]:
+    """One picture per condition; a picture depends on its own condition and key only."""
+    return _draw(
+        params,
+        condition,
+        unconditional,
+        keys,
+        jnp.float32(settings.guidance_scale),
+        jnp.float32(settings.guidance_rescale),
+        model=model,
+        plan=(settings.sampler, settings.num_inference_steps, settings.eta),
+        guide=settings.guidance_scale != 1,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "plan", "guide"))
+def _draw(params, condition, unconditional, keys, scale, rescale, *, model, plan, guide):
+    c = model.config
+    variables = {"params": params}
+    size = c.latent_size
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    init = row_normal(fold(keys, 0), (size, size, c.unet.in_channels))
+    both = (
+        jax.tree.map(lambda u, x: jnp.concatenate([u, x]), unconditional, condition) if guide else condition
+    )
+    context, pooled = both
+    added = None
+    if pooled is not None:
+        ids = jnp.asarray([c.image_size, c.image_size, 0, 0, c.image_size, c.image_size])
+        added = {"text_embeds": pooled, "time_ids": jnp.broadcast_to(ids, (pooled.shape[0], 6))}
+
+    def denoise(latents, timesteps):
+        return model.apply(variables, latents, timesteps, context, added, method="denoise")
+
+    method, steps, eta = plan
+    latents = sample(
+        guided(denoise, scale, rescale) if guide else denoise,
+        init,
+        c.schedule,
+        method=method,
+        num_steps=steps,
+        eta=eta,
+        keys=fold(keys, 1),
+    )
+    return model.apply(variables, latents, method="decode_image")

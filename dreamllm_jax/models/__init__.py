@@ -1,0 +1,1 @@
+"""The towers, the connectors, and DreamLLM as their composition."""

@@ -1,0 +1,279 @@
+"""CLIP's vision and text towers, and what joins them in contrastive pretraining (arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from dreamllm_jax.config.towers import ClipTextConfig, ClipVisionConfig
+from dreamllm_jax.models.attention import attention
+from dreamllm_jax.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, scan_layers
+from dreamllm_jax.sharding import constrain
+
+# Mean and standard deviation of the pixels (red, green, blue in [0, 1]) that CLIP was trained on.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The temperature may not sharpen the logits more than a hundredfold (section 2.4).
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+def normalize_pixels(images: UInt8[Array, "*rows h w 3"]) -> Float[Array, "*rows h w 3"]:
+    """Bytes to CLIP's normalized float32 pixels, on the device."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+
+
+class ClipAttention(nn.Module):
+    """Multi-head self-attention, every map with a bias."""
+
+    config: ClipVisionConfig | ClipTextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N L L"] | None
+    ) -> Float[Array, "B L E"]:
+        width, heads = self.config.hidden_size, self.config.num_attention_heads
+
+        def split(name: str) -> Float[Array, "B L N H"]:
+            out = Dense(width, dtype=self.dtype, name=name)(x)
+            out = out.reshape(*out.shape[:-1], heads, width // heads)
+            return constrain(out, "batch", "length", "heads", "head_dim")
+
+        out = attention(split("q_proj"), split("k_proj"), split("v_proj"), mask)
+        return Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
+
+
+class ClipMlp(nn.Module):
+    """`fc2(activation(fc1(x)))`."""
+
+    config: ClipVisionConfig | ClipTextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+        hidden = Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        hidden = constrain(ACTIVATIONS[self.config.hidden_act](hidden), "batch", "length", "mlp")
+        return Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
+
+
+class ClipLayer(nn.Module):
+    """One pre-norm transformer layer, shaped as the body of a scan."""
+
+    config: ClipVisionConfig | ClipTextConfig
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        epsilon = self.config.layer_norm_eps
+        self.layer_norm1 = LayerNorm(epsilon, dtype=self.dtype)
+        self.self_attn = ClipAttention(self.config, self.dtype)
+        self.layer_norm2 = LayerNorm(epsilon, dtype=self.dtype)
+        self.mlp = ClipMlp(self.config, self.dtype)
+
+    def __call__(
+        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N L L"] | None
+    ) -> tuple[Float[Array, "B L E"], None]:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        x = x + self.mlp(self.layer_norm2(x))
+        return constrain(x, "batch", "length", "embed"), None
+
+
+class ClipEncoder(nn.Module):
+    """The stack of layers, of which a call may run any contiguous part."""
+
+    config: ClipVisionConfig | ClipTextConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N L L"] | None, start: int, stop: int
+    ) -> Float[Array, "B L E"]:
+        """Runs layers `start` to `stop - 1`; initialization makes the parameters of all of them."""
+        depth = self.config.num_hidden_layers
+        if self.is_initializing():
+            start, stop = 0, depth
+        if start == stop:
+            return x
+        stack = scan_layers(ClipLayer, stop - start, self.remat, inputs=1)
+        if stop - start < depth:
+            stack = nn.map_variables(
+                stack, "params", lambda params: jax.tree.map(lambda leaf: leaf[start:stop], params)
+            )
+        return stack(self.config, self.dtype, name="layers")(x, mask)[0]
+
+
+class VisionEmbeddings(nn.Module):
+    """The class token, then one linear map per patch; learned positions added."""
+
+    config: ClipVisionConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B h w c"]) -> Float[Array, "B {self.config.num_patches}+1 E"]:
+        config, width = self.config, self.config.hidden_size
+        expected = (config.image_size, config.image_size, config.num_channels)
+        if pixels.shape[1:] != expected:
+            raise ValueError(
+                f"CLIP vision: images are {pixels.shape[1:]}; this tower takes {expected} (height, width, "
+                "channels): resize and crop them."
+            )
+        patches = PatchEmbedding(config, self.dtype, name="patch_embedding")(pixels)
+        init = nn.initializers.normal(width**-0.5)
+        token = self.param("class_embedding", init, (width,)).astype(self.dtype)
+        token = jnp.broadcast_to(token, (len(patches), 1, width))
+        positions = Embed(config.num_patches + 1, width, dtype=self.dtype, name="position_embedding")
+        return jnp.concatenate([token, patches], axis=1) + positions(jnp.arange(config.num_patches + 1))
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its size, as the matrix product that it is."""
+
+    config: ClipVisionConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B h w c"]) -> Float[Array, "B P E"]:
+        size, side = self.config.patch_size, self.config.image_size // self.config.patch_size
+        rows, *_, channels = pixels.shape
+        shape = (size, size, channels, self.config.hidden_size)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape).astype(self.dtype)
+        patches = pixels.astype(self.dtype).reshape(rows, side, size, side, size, channels).swapaxes(2, 3)
+        return patches.reshape(rows, side**2, -1) @ kernel.reshape(-1, shape[-1])
+
+
+class ClipVision(nn.Module):
+    """`transformers.CLIPVisionModel`; pixels as `normalize_pixels` makes them."""
+
+    config: ClipVisionConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        epsilon = self.config.layer_norm_eps
+        self.embeddings = VisionEmbeddings(self.config, self.dtype)
+        self.pre_layrnorm = LayerNorm(epsilon, dtype=self.dtype)  # Hugging Face's spelling
+        self.encoder = ClipEncoder(self.config, self.dtype, self.remat)
+        self.post_layernorm = LayerNorm(epsilon, dtype=self.dtype)
+
+    def __call__(
+        self, pixels: Float[Array, "B h w c"], select_layer: int = -1
+    ) -> Float[Array, "B {self.config.num_patches}+1 E"]:
+        """transformers' `hidden_states[select_layer]`, class token first; later layers are not run.
+
+        0 is the normed embedding, -1 the last layer's output (before `post_layernorm`).
+
+        Raises:
+          ValueError: pixels of another size than the config's, or no such layer.
+        """
+        stop = _hidden_state(select_layer, self.config.num_hidden_layers)
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        x = self.encoder(constrain(x, "batch", "length", "embed"), None, 0, stop)
+        if self.is_initializing():
+            self.post_layernorm(x)
+        return x
+
+    def pooled(self, pixels: Float[Array, "B h w c"]) -> Float[Array, "B E"]:
+        """transformers' `pooler_output`: the class token after the last layer, normed."""
+        return self.post_layernorm(self(pixels)[:, 0])
+
+
+class TextEmbeddings(nn.Module):
+    """Token plus learned position."""
+
+    config: ClipTextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L X"]:
+        config, length = self.config, tokens.shape[1]
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"CLIP text: {length} tokens; this tower takes at most {config.max_position_embeddings}: "
+                "truncate the text."
+            )
+        embed = Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="token_embedding")
+        positions = Embed(
+            config.max_position_embeddings, config.hidden_size, dtype=self.dtype, name="position_embedding"
+        )
+        return embed(tokens) + positions(jnp.arange(length))
+
+
+class ClipText(nn.Module):
+    """`transformers.CLIPTextModel`. By causality, what follows the end token changes nothing before it."""
+
+    config: ClipTextConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        self.embeddings = TextEmbeddings(self.config, self.dtype)
+        self.encoder = ClipEncoder(self.config, self.dtype, self.remat)
+        self.final_layer_norm = LayerNorm(self.config.layer_norm_eps, dtype=self.dtype)
+
+    def __call__(
+        self, tokens: Int[Array, "B L"], select_layer: int = -1
+    ) -> tuple[Float[Array, "B L X"], Float[Array, "B X"]]:
+        """The states of all tokens, and the pooled state: the normed last one at the end token.
+
+        By default the states are the last ones, normed (transformers' `last_hidden_state`: what
+        Stable Diffusion 1 and 2 take). An earlier layer's are `hidden_states[select_layer]`, not
+        normed (SDXL takes -2).
+
+        Raises:
+          ValueError: more tokens than positions, or no such layer.
+        """
+        depth = self.config.num_hidden_layers
+        stop = _hidden_state(select_layer, depth)
+        length = tokens.shape[1]
+        mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        states = constrain(self.embeddings(tokens), "batch", "length", "embed")
+        states = self.encoder(states, mask, 0, stop)
+        last = states if stop == depth else self.encoder(states, mask, stop, depth)
+        last = self.final_layer_norm(last)
+        pooled = last[jnp.arange(len(tokens)), self._ends(tokens)]
+        return (last if stop == depth else states), pooled
+
+    def _ends(self, tokens: Int[Array, "B L"]) -> Int[Array, "B"]:
+        """Where each row first has its end token; old configs say 2 and mean the highest id."""
+        end = self.config.eos_token_id
+        return jnp.argmax(tokens if end == 2 else tokens == end, axis=-1)
+
+
+class ContrastiveHead(nn.Module):
+    """Projects the pooled states of both towers to one space: the rest of `transformers.CLIPModel`."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.visual_projection = Dense(self.features, use_bias=False, dtype=self.dtype)
+        self.text_projection = Dense(self.features, use_bias=False, dtype=self.dtype)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+
+    def __call__(
+        self, images: Float[Array, "B E"], texts: Float[Array, "B2 X"]
+    ) -> tuple[Float[Array, "B M"], Float[Array, "B2 M"], Float[Array, ""]]:
+        """Unit vectors of the images and of the texts in float32, and the factor of their cosines."""
+        scale = jnp.exp(jnp.minimum(self.logit_scale.astype(jnp.float32), MAX_LOGIT_SCALE))
+        return _unit(self.visual_projection(images)), _unit(self.text_projection(texts)), scale
+
+
+def _unit(x: Float[Array, "B M"]) -> Float[Array, "B M"]:
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _hidden_state(select_layer: int, depth: int) -> int:
+    """How many layers stand before `hidden_states[select_layer]`."""
+    if not -depth - 1 <= select_layer <= depth:
+        raise ValueError(
+            f"CLIP: select_layer={select_layer}; a tower of {depth} layers has the hidden states "
+            f"{-depth - 1} to {depth}."
+        )
+    return select_layer % (depth + 1)

@@ -1,0 +1,194 @@
+"""DreamLLM: a language model that sees through a vision tower and draws through a frozen U-Net.
+
+The composition of arXiv 2309.11499, section 3: images enter as projected patch features in their
+slots, drawings are asked for by learned dream queries in theirs; the last layer's normed states at
+the query slots, projected, are the U-Net's cross-attention context. Any tower may be absent.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.models.clip import ClipText, ClipVision, ContrastiveHead, normalize_pixels
+from dreamllm_jax.models.connectors import DreamQueries, GlobalProjector, Projector
+from dreamllm_jax.models.llama import KVCache, Llama
+from dreamllm_jax.models.unet import UNet
+from dreamllm_jax.models.vae import Vae, diffusion_pixels, to_uint8
+from dreamllm_jax.sharding import constrain
+from dreamllm_jax.types import Batch
+
+
+class DreamLLMModule(nn.Module):
+    """The towers and connectors of `config`; every method is pure, for `apply(..., method=...)`."""
+
+    config: DreamLLMConfig
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        if c.llama is not None:
+            self.llama = Llama(c.llama, dtype=dtype, remat=c.remat)
+        if c.vision is not None:
+            self.vision = ClipVision(c.vision, dtype=dtype, remat=c.remat)
+        if c.llama is not None and c.vision is not None:
+            self.vision_projector = Projector(c.vision_projector, c.llama.hidden_size, dtype=dtype)
+        if c.unet is not None:
+            assert c.vae is not None
+            self.unet = UNet(c.unet, dtype=dtype, remat=c.remat)
+            self.vae = Vae(c.vae, dtype=dtype)
+        if c.llama is not None and c.unet is not None:
+            self.dream_queries = DreamQueries(c.num_dream_queries, c.llama.hidden_size, dtype=dtype)
+            self.condition_projector = Projector(
+                c.condition_projector, c.unet.cross_attention_dim, dtype=dtype
+            )
+            if c.unet.pooled_text_dim is not None:
+                self.global_projector = GlobalProjector(c.unet.pooled_text_dim, dtype=dtype)
+        if c.text is not None:
+            self.text = ClipText(c.text, dtype=dtype, remat=c.remat)
+        if c.contrastive:
+            assert c.text is not None
+            self.contrastive = ContrastiveHead(c.text.projection_dim, dtype=dtype)
+
+    # Reading
+
+    def see(self, images: UInt8[Array, "*M h w 3"]) -> Float[Array, "*M P D"]:
+        """Images as the language model sees them: selected patch states, projected."""
+        lead = images.shape[:-3]
+        pixels = normalize_pixels(images.reshape(-1, *images.shape[-3:]))
+        states = self.vision(pixels, select_layer=self.config.vision_select_layer)[:, 1:]
+        features = self.vision_projector(states)
+        return features.reshape(*lead, *features.shape[1:])
+
+    def embed_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Token embeddings."""
+        return self.llama.embed(tokens)
+
+    def queries(self) -> Float[Array, "Q D"]:
+        """The dream queries, as embeddings."""
+        return self.dream_queries()
+
+    def embed(self, batch: Batch) -> Float[Array, "B L D"]:
+        """Token embeddings, with patch features and dream queries in their slots."""
+        embeds = self.llama.embed(batch.tokens)
+        if self.config.sees and batch.images is not None and batch.images.shape[1]:
+            features = self.see(batch.images)
+            features = features.reshape(features.shape[0], -1, features.shape[-1])
+            embeds = fill_slots(embeds, features, batch.image_slots)
+        if self.config.draws:
+            queries = self.dream_queries()[batch.dream_slots % self.config.num_dream_queries]
+            embeds = jnp.where((batch.dream_slots >= 0)[..., None], queries.astype(embeds.dtype), embeds)
+        return constrain(embeds, "batch", "length", "embed")
+
+    def read(self, batch: Batch) -> Float[Array, "B L D"]:
+        """The last layer's normed states of packed rows."""
+        return self.llama(self.embed(batch), batch.positions, batch.segment_ids)
+
+    def extend(
+        self, embeds: Float[Array, "B L D"], valid: Bool[Array, "B L"], cache: KVCache
+    ) -> tuple[Float[Array, "B L D"], KVCache]:
+        """Reads on: appends the valid embeddings of each row to its cache."""
+        return self.llama.extend(embeds, valid, cache)
+
+    def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Next-token logits."""
+        return self.llama.logits(hidden)
+
+    # Drawing
+
+    def conditions(
+        self, queries: Float[Array, "*M Q D"]
+    ) -> tuple[Float[Array, "*M Q X"], Float[Array, "*M G"] | None]:
+        """The U-Net's context, and (SDXL) its pooled condition, from states at the query slots."""
+        pooled = None
+        if self.config.unet is not None and self.config.unet.pooled_text_dim is not None:
+            pooled = self.global_projector(queries)
+        return self.condition_projector(queries), pooled
+
+    def denoise(
+        self,
+        latents: Float[Array, "M h w c"],
+        timesteps: Array,
+        context: Float[Array, "M S X"],
+        added: dict[str, Array] | None = None,
+    ) -> Float[Array, "M h w c"]:
+        """The U-Net's prediction."""
+        return self.unet(latents, timesteps, context, added)
+
+    def encode_image(self, images: UInt8[Array, "M h w 3"]) -> Float[Array, "M h2 w2 c"]:
+        """The VAE's moments of uint8 images: mean and log-variance, concatenated on channels."""
+        return self.vae.encode(diffusion_pixels(images))
+
+    def decode_image(self, latents: Float[Array, "M h w c"]) -> UInt8[Array, "M h2 w2 3"]:
+        """uint8 images of scaled latents."""
+        assert self.config.vae is not None
+        return to_uint8(self.vae.decode(latents / self.config.vae.scaling_factor))
+
+    # Stage 0: what the real system downloads
+
+    def reconstruct(
+        self, images: UInt8[Array, "M h w 3"], noise: Float[Array, "M h2 w2 c"]
+    ) -> tuple[Array, Array, Array, Array]:
+        """The VAE there and back: (pixels, reconstruction, mean, log-variance)."""
+        pixels = diffusion_pixels(images)
+        mean, logvar = jnp.split(self.vae.encode(pixels), 2, axis=-1)
+        return pixels, self.vae.decode(mean + jnp.exp(0.5 * logvar) * noise), mean, logvar
+
+    def read_caption(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L X"]:
+        """The text tower's states: the context the U-Net was pretrained with."""
+        return self.text(tokens)[0]
+
+    def contrast(
+        self, images: UInt8[Array, "B h w 3"], tokens: Int[Array, "B L"]
+    ) -> tuple[Array, Array, Array]:
+        """CLIP's two embeddings, normalized, and the temperature's inverse."""
+        return self.contrastive(self.vision.pooled(normalize_pixels(images)), self.text(tokens)[1])
+
+    def everything(self, batch: Batch, caption: Int[Array, "B S"]) -> None:
+        """Touches every parameter once: what `init_params` traces."""
+        c = self.config
+        if c.llama is not None:
+            self.logits(self.read(batch))
+        if c.draws:
+            assert c.llama is not None
+            self.conditions(jnp.zeros((1, c.num_dream_queries, c.llama.hidden_size)))
+        if c.vision is not None:
+            size = c.vision.image_size
+            images = jnp.zeros((1, size, size, 3), jnp.uint8)
+            self.vision.pooled(normalize_pixels(images))
+        if c.unet is not None and c.vae is not None:
+            size = c.vae.downscale * 2 ** len(c.unet.block_out_channels)
+            zeros = jnp.zeros((1, size, size, 3), jnp.uint8)
+            mean = jnp.split(self.encode_image(zeros), 2, axis=-1)[0]
+            self.decode_image(mean)
+            added = None
+            if c.unet.pooled_text_dim is not None:
+                added = {"text_embeds": jnp.zeros((1, c.unet.pooled_text_dim)), "time_ids": jnp.zeros((1, 6))}
+            context = jnp.zeros((1, 2, c.unet.cross_attention_dim))
+            self.denoise(mean, jnp.zeros((1,), jnp.int32), context, added)
+        if c.text is not None:
+            states = self.text(caption)
+            if c.contrastive:
+                self.contrastive(self.vision.pooled(normalize_pixels(images)), states[1])
+
+
+def fill_slots(
+    embeds: Float[Array, "B L D"], features: Float[Array, "B M D"], slots: Int[Array, "B L"]
+) -> Float[Array, "B L D"]:
+    """Puts feature `slots[b, l]` of the same row at position l; -1 keeps the embedding."""
+    taken = jnp.take_along_axis(features, jnp.maximum(slots, 0)[..., None], axis=1)
+    return jnp.where((slots >= 0)[..., None], taken.astype(embeds.dtype), embeds)
+
+
+def query_states(
+    hidden: Float[Array, "B L D"], dream_slots: Int[Array, "B L"], dreams: int, queries: int
+) -> Float[Array, "B J Q D"]:
+    """The states at the query slots of every dream; zeros where a dream is absent."""
+    rows, length = dream_slots.shape
+    slots = jnp.where(dream_slots >= 0, dream_slots, dreams * queries)
+    places = jnp.full((rows, dreams * queries), length, jnp.int32)
+    places = places.at[jnp.arange(rows)[:, None], slots].set(jnp.arange(length), mode="drop")
+    states = jnp.take_along_axis(hidden, places[..., None], axis=1, mode="fill", fill_value=0)
+    return states.reshape(rows, dreams, queries, hidden.shape[-1])

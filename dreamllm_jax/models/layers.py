@@ -1,0 +1,88 @@
+"""The small layers that every tower shares: linear maps, embeddings, norms, activations, remat.
+
+The modules are Flax's own; what stands here are the project's defaults (float32 compute, exact
+variances), the names by which configs choose, and the one way layers are scanned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+M = TypeVar("M", bound=type[nn.Module])
+
+
+def Dense(features: int, use_bias: bool = True, dtype: Any = jnp.float32, **options: Any) -> nn.Dense:
+    """`x @ kernel + bias` over the last axis; kernel [in, out], computed in `dtype`."""
+    return nn.Dense(features, use_bias, dtype, **options)
+
+
+def Embed(number: int, features: int, dtype: Any = jnp.float32, **options: Any) -> nn.Embed:
+    """Rows of `embedding` [number, features] by integer id; drawn from N(0, 0.02^2)."""
+    options = {"embedding_init": nn.initializers.normal(0.02), **options}
+    return nn.Embed(number, features, dtype, **options)
+
+
+def LayerNorm(epsilon: float = 1e-5, dtype: Any = jnp.float32, **options: Any) -> nn.LayerNorm:
+    """Layer normalization over the last axis, statistics in float32 (arXiv 1607.06450)."""
+    return nn.LayerNorm(epsilon, dtype, use_fast_variance=False, **options)
+
+
+def RMSNorm(epsilon: float = 1e-6, dtype: Any = jnp.float32, **options: Any) -> nn.RMSNorm:
+    """`scale * x / sqrt(mean(x^2) + epsilon)` over the last axis, in float32 (arXiv 1910.07467)."""
+    return nn.RMSNorm(epsilon, dtype, **options)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Exact GELU, by the error function (arXiv 1606.08415)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "quick_gelu": quick_gelu,
+    "gelu": gelu,
+}
+
+
+def remat(module: M, policy: str, scanned: bool = True) -> M:
+    """Wraps a module class so that its backward pass recomputes what `policy` does not save.
+
+    "none" saves everything, "full" only the module's inputs, "dots" also the results of matrix
+    products with weights. `scanned` says that the module is the body of a scan, where XLA cannot
+    merge the recomputation with the forward pass and needs no barrier against it.
+
+    Raises:
+      ValueError: an unknown policy.
+    """
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if policy == "none":
+        return module
+    if policy not in policies:
+        raise ValueError(f"remat policy {policy!r} is unknown; choose none, full or dots.")
+    return nn.remat(module, prevent_cse=not scanned, policy=policies[policy])
+
+
+def scan_layers(module: M, length: int, policy: str, inputs: int) -> M:
+    """The class of `length` equal layers, scanned: one compiled body, parameters stacked on axis 0.
+
+    The layer's call is `(carry, *inputs) -> (carry, output | None)`; its `inputs` further arguments
+    are the same for every layer. Each layer is rematerialized under `policy` (see `remat`).
+    """
+    return nn.scan(
+        remat(module, policy),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * inputs,
+        length=length,
+    )

@@ -1,0 +1,268 @@
+"""LLaMA: the language model, over packed rows or on a key/value cache (arXiv 2302.13971).
+
+Embeddings go in and hidden states come out, so that images and dream queries enter as vectors.
+Rotary positions follow arXiv 2104.09864, in the half-split layout of Hugging Face checkpoints.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dreamllm_jax.config.towers import LlamaConfig
+from dreamllm_jax.models.attention import attention, cache_mask, causal_segment_mask
+from dreamllm_jax.models.layers import Dense, Embed, RMSNorm, scan_layers
+from dreamllm_jax.sharding import constrain
+
+Rotation = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines and sines
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of all layers; row b holds `lengths[b]` tokens, what lies behind is never seen.
+
+    Under dynamic rotary scaling the keys are stored unrotated, since their angles change as the row
+    grows. A length past the capacity S says that tokens were dropped: the caller gave too little.
+    """
+
+    k: Float[Array, "layers B S K H"]
+    v: Float[Array, "layers B S K H"]
+    lengths: Int[Array, "B"]
+
+    @property
+    def capacity(self) -> int:
+        """S: the tokens a row has room for."""
+        return self.k.shape[2]
+
+
+def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> KVCache:
+    """An empty cache of `batch` rows with room for `capacity` tokens each."""
+    shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+@flax.struct.dataclass
+class Surroundings:
+    """What every layer shares: angles of the new tokens, who sees whom, and the cache's bookkeeping.
+
+    `slots[b, l]` is the cache entry that token l is written to, or the capacity (nowhere);
+    `read_rotation` are the angles of all entries where keys are stored unrotated.
+    """
+
+    rotation: tuple[Any, Any]
+    mask: Bool[Array, "B 1 L S"]
+    slots: Int[Array, "B L"] | None = None
+    read_rotation: tuple[Any, Any] | None = None
+
+
+class LlamaAttention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], around: Surroundings, cache: KVCache | None, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        c = self.config
+        linear = partial(Dense, use_bias=c.attention_bias, dtype=self.dtype, kernel_init=_normal(c))
+
+        def heads(name: str, number: int) -> jax.Array:
+            return linear(number * c.head_dim, name=name)(x).reshape(*x.shape[:2], number, c.head_dim)
+
+        q = heads("q_proj", c.num_attention_heads)
+        k = heads("k_proj", c.num_key_value_heads)
+        v = heads("v_proj", c.num_key_value_heads)
+        q = rotate(constrain(q, "batch", "length", "heads", "head_dim"), around.rotation)
+        if around.read_rotation is None:
+            k = rotate(k, around.rotation)
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            place = (layer, rows, around.slots)
+            cache = cache.replace(
+                k=cache.k.at[place].set(k.astype(cache.k.dtype), mode="drop"),
+                v=cache.v.at[place].set(v.astype(cache.v.dtype), mode="drop"),
+            )
+            k, v = cache.k[layer], cache.v[layer]
+        if around.read_rotation is not None:
+            k = rotate(k, around.read_rotation)
+        # A split length is gathered here: every query may look at the whole row.
+        k, v = (constrain(y, "batch", None, "kv_heads", "head_dim") for y in (k, v))
+        out = attention(q, k, v, around.mask).reshape(*x.shape[:2], -1)
+        return linear(c.hidden_size, name="o_proj")(out), cache
+
+
+class LlamaMlp(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202)."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        c = self.config
+        linear = partial(Dense, use_bias=False, dtype=self.dtype, kernel_init=_normal(c))
+        gate = linear(c.intermediate_size, name="gate_proj")(x)
+        up = linear(c.intermediate_size, name="up_proj")(x)
+        return linear(c.hidden_size, name="down_proj")(
+            constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        )
+
+
+class LlamaLayer(nn.Module):
+    """One pre-norm transformer layer, as the body of a scan over (states, cache, layer's number)."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, carry: tuple[Any, KVCache | None, Any], around: Surroundings):
+        x, cache, layer = carry
+        norm = partial(RMSNorm, epsilon=self.config.rms_norm_eps, dtype=self.dtype)
+        attend = LlamaAttention(self.config, self.dtype, name="self_attn")
+        seen, cache = attend(norm(name="input_layernorm")(x), around, cache, layer)
+        x = x + seen
+        x = x + LlamaMlp(self.config, self.dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
+        return (constrain(x, "batch", "length", "embed"), cache, layer + 1), None
+
+
+class Llama(nn.Module):
+    """The language model. `init` through any method makes all parameters."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        c = self.config
+        self.embed_tokens = Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=_normal(c))
+        self.layers = scan_layers(LlamaLayer, c.num_hidden_layers, self.remat, inputs=1)(c, self.dtype)
+        self.norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=_normal(c),
+                dot_general=_dot_float32,
+            )
+
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Embeddings of token ids; an id outside the vocabulary gives NaN."""
+        # The table is gathered over its split width first: less traffic than moving what was looked up.
+        table = constrain(self.embed_tokens.embedding.astype(self.dtype), "vocab", "embed")
+        return constrain(jnp.take(table, tokens, axis=0), "batch", "length", "embed")
+
+    def __call__(
+        self,
+        embeds: Float[Array, "B L D"],
+        positions: Int[Array, "B L"],
+        segment_ids: Int[Array, "B L"],
+    ) -> Float[Array, "B L D"]:
+        """Hidden states after the final norm; every segment as if it stood alone in its row.
+
+        `positions` restart at 0 in each segment; segment 0 is padding, whose states mean nothing.
+        """
+        lengths = _segment_lengths(positions, segment_ids)
+        around = Surroundings(rotations(self.config, positions, lengths), causal_segment_mask(segment_ids))
+        return self._run(embeds, around, None)[0]
+
+    def extend(
+        self, embeds: Float[Array, "B L D"], valid: Bool[Array, "B L"], cache: KVCache
+    ) -> tuple[Float[Array, "B L D"], KVCache]:
+        """Appends each row's valid tokens to its cache; hidden states (final norm) and the new cache.
+
+        A row may have any number of valid tokens, also none; the states of invalid ones mean
+        nothing. Rows never influence each other. Tokens that do not fit are dropped and entries
+        that are there stay whole, but `lengths` count on: check the room before.
+
+        Under dynamic rotary scaling past `max_position_embeddings`, keys and queries of one chunk
+        agree on the frequencies of the row's present length; states computed by earlier chunks stay.
+        """
+        positions = cache.lengths[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+        lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
+        read_rotation = None
+        if _dynamic(self.config):
+            entries = jnp.broadcast_to(jnp.arange(cache.capacity), (len(lengths), cache.capacity))
+            read_rotation = rotations(self.config, entries, lengths[:, None])
+        around = Surroundings(
+            rotation=rotations(self.config, positions, lengths[:, None]),
+            mask=cache_mask(positions, valid, cache.capacity),
+            slots=jnp.where(valid, positions, cache.capacity),
+            read_rotation=read_rotation,
+        )
+        hidden, cache = self._run(embeds, around, cache)
+        assert cache is not None
+        return hidden, cache.replace(lengths=lengths)
+
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Scores of the next token, float32 whatever `dtype` is."""
+        if self.config.tie_word_embeddings:
+            weights = self.embed_tokens.embedding.astype(self.dtype).T
+            out = jnp.matmul(hidden.astype(self.dtype), weights, preferred_element_type=jnp.float32)
+        else:
+            out = self.lm_head(hidden)
+        return constrain(out, "batch", "length", "vocab") if out.ndim == 3 else out
+
+    def _run(self, embeds: jax.Array, around: Surroundings, cache: KVCache | None):
+        x = constrain(embeds.astype(self.dtype), "batch", "length", "embed")
+        (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), around)
+        hidden = self.norm(x)
+        if self.is_initializing():
+            self.embed(jnp.zeros(embeds.shape[:2], jnp.int32))
+            self.logits(hidden)
+        return hidden, cache
+
+
+def rotations(config: LlamaConfig, positions: Int[Array, "B L"], lengths: Int[Array, "B #L"]) -> Rotation:
+    """Cosines and sines of the rotary angles at `positions` of sequences `lengths` long, float32.
+
+    Pair i of H/2 turns by `position * theta^(-2i/H)` (arXiv 2104.09864, eq. 15). Linear scaling
+    divides positions by its factor s (arXiv 2306.15595); dynamic scaling multiplies theta by
+    `(s n/m - s + 1)^(H/(H-2))` for a length n beyond the m positions of pretraining.
+    """
+    scaling, width = config.rope_scaling, config.head_dim
+    exponents = np.arange(0, width, 2) / width
+    frequencies = jnp.asarray(config.rope_theta**-exponents, jnp.float32)
+    if scaling is not None and scaling.type == "linear":
+        frequencies = frequencies / scaling.factor
+    if scaling is not None and scaling.type == "dynamic":
+        known = config.max_position_embeddings
+        stretch = scaling.factor * jnp.maximum(lengths, known) / known - (scaling.factor - 1)
+        growth = exponents * width / (width - 2)
+        frequencies = frequencies * stretch[..., None] ** jnp.asarray(-growth, jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B L N H"], rotation: Rotation) -> Float[Array, "B L N H"]:
+    """Turns the pairs (i, i + H/2) of every head by its position's angles, in float32."""
+    cos, sin = (y[:, :, None] for y in rotation)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _segment_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """[B, L]: of each position, the length of its segment: the last position in it + 1."""
+    most = jax.vmap(partial(jax.ops.segment_max, num_segments=positions.shape[1] + 1))(positions, segment_ids)
+    return jnp.take_along_axis(most, segment_ids, axis=1) + 1
+
+
+def _dynamic(config: LlamaConfig) -> bool:
+    return config.rope_scaling is not None and config.rope_scaling.type == "dynamic"
+
+
+def _normal(config: LlamaConfig) -> Any:
+    return nn.initializers.normal(config.initializer_range)
+
+
+def _dot_float32(*args: Any, **kwargs: Any) -> jax.Array:
+    return jax.lax.dot_general(*args, **{**kwargs, "preferred_element_type": jnp.float32})

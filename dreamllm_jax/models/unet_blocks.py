@@ -1,0 +1,203 @@
+"""What the U-Net and the VAE are built of: group norm, resnets, resampling, the spatial transformer.
+
+Parameter names are those of diffusers (`UNet2DConditionModel`, `AutoencoderKL`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dreamllm_jax.models.attention import attention
+from dreamllm_jax.models.conv import Conv
+from dreamllm_jax.models.layers import Dense, LayerNorm, gelu, scan_layers
+from dreamllm_jax.sharding import constrain
+
+
+class GroupNorm(nn.Module):
+    """Normalizes groups of neighbouring channels over all pixels, in float32 (arXiv 1803.08494).
+
+    Raises:
+      ValueError: the groups do not divide the channels.
+    """
+
+    groups: int
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *pixels c"]) -> Float[Array, "B *pixels c"]:
+        channels = x.shape[-1]
+        if channels % self.groups:
+            raise ValueError(
+                f"norm_num_groups={self.groups} does not divide {channels} channels; choose widths "
+                "(block_out_channels) that are multiples of it."
+            )
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)
+        x = x - self._mean(x)
+        x = x * (jax.lax.rsqrt(self._mean(x * x) + self.epsilon) * scale) + bias
+        return x.astype(self.dtype)
+
+    def _mean(self, x: Float[Array, "B *pixels c"]) -> Float[Array, "B *ones c"]:
+        """Each channel's group mean; first over pixels alone, which is 3 times as fast on CPU."""
+        means = x.mean(range(1, x.ndim - 1)).reshape(len(x), self.groups, -1).mean(-1)
+        means = jnp.repeat(means, x.shape[-1] // self.groups, axis=1)
+        return means.reshape(len(x), *(1,) * (x.ndim - 2), -1)
+
+
+class ResnetBlock(nn.Module):
+    """Two normed 3x3 convolutions beside a shortcut, the time embedding added between them."""
+
+    width: int
+    groups: int
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B h w c"], time: Float[Array, "B M"] | None = None
+    ) -> Float[Array, "B h w c2"]:
+        norm = partial(GroupNorm, self.groups, self.epsilon, dtype=self.dtype)
+        y = Conv(self.width, dtype=self.dtype, name="conv1")(jax.nn.silu(norm(name="norm1")(x)))
+        if time is not None:
+            shift = Dense(self.width, dtype=self.dtype, name="time_emb_proj")(jax.nn.silu(time))
+            y = y + shift[:, None, None]
+        y = Conv(self.width, dtype=self.dtype, name="conv2")(jax.nn.silu(norm(name="norm2")(y)))
+        if x.shape[-1] != self.width:
+            x = Conv(self.width, size=1, dtype=self.dtype, name="conv_shortcut")(x)
+        return constrain(x + y, "batch", "height", "width", "channels")
+
+
+class Downsample(nn.Module):
+    """Halves height and width (rounded up where padded on both sides) by a strided convolution."""
+
+    padding: tuple[int, int]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 c"]:
+        return Conv(x.shape[-1], stride=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repeating pixels, cropped to `size` if given; then a convolution."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B h w c"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "B h2 w2 c"]:
+        rows, height, width, channels = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (rows, height, 2, width, 2, channels))
+        x = x.reshape(rows, 2 * height, 2 * width, channels)
+        if size is not None:
+            assert all(s in (2 * n - 1, 2 * n) for s, n in zip(size, (height, width), strict=True))
+            x = x[:, : size[0], : size[1]]
+        return Conv(channels, dtype=self.dtype, name="conv")(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to the context (to x itself without one), after an optional group norm.
+
+    The softmax is in float32 always, which is what diffusers' `upcast_attention` asks for.
+    """
+
+    heads: int
+    qkv_bias: bool = False
+    norm_groups: int | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L C"], context: Float[Array, "B S X"] | None = None
+    ) -> Float[Array, "B L C"]:
+        width = x.shape[-1]
+        if width % self.heads:
+            raise ValueError(f"{width} channels are not divisible by {self.heads} attention heads.")
+        if self.norm_groups is not None:
+            x = GroupNorm(self.norm_groups, dtype=self.dtype, name="group_norm")(x)
+        context = x if context is None else context
+
+        def split(source: Float[Array, "B S X"], name: str) -> Float[Array, "B S N H"]:
+            y = Dense(width, self.qkv_bias, dtype=self.dtype, name=name)(source)
+            y = y.reshape(*y.shape[:2], self.heads, width // self.heads)
+            return constrain(y, "batch", None, "heads", "head_dim")
+
+        out = attention(split(x, "to_q"), split(context, "to_k"), split(context, "to_v"))
+        return Dense(width, dtype=self.dtype, name="to_out_0")(out.reshape(x.shape))
+
+
+class Geglu(nn.Module):
+    """`a * gelu(b)` for the two halves a, b of a linear map (arXiv 2002.05202)."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L F"]:
+        hidden, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        return constrain(hidden * gelu(gate), "batch", None, "mlp")
+
+
+class FeedForward(nn.Module):
+    """A gated MLP four times as wide as its input."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        hidden = Geglu(4 * x.shape[-1], dtype=self.dtype, name="net_0")(x)
+        return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, MLP; pre-norm; shaped as the body of a scan."""
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L C"], context: Float[Array, "B S X"]
+    ) -> tuple[Float[Array, "B L C"], None]:
+        def normed(name: str) -> Float[Array, "B L C"]:
+            return LayerNorm(1e-5, dtype=self.dtype, name=name)(x)
+
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(normed("norm1"))
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(normed("norm2"), context)
+        x = x + FeedForward(dtype=self.dtype, name="ff")(normed("norm3"))
+        return constrain(x, "batch", None, "embed"), None
+
+
+class SpatialTransformer(nn.Module):
+    """diffusers' `Transformer2DModel`: `depth` transformer blocks over the pixels, beside a shortcut.
+
+    The linear maps into and out of it are stored as 1x1 convolutions unless `use_linear_projection`.
+    """
+
+    depth: int
+    heads: int
+    groups: int
+    use_linear_projection: bool
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"], context: Float[Array, "B S X"]) -> Float[Array, "B h w c"]:
+        rows, height, width, channels = x.shape
+        project = Dense if self.use_linear_projection else partial(Conv, size=1)
+        y = GroupNorm(self.groups, dtype=self.dtype, name="norm")(x)
+        y = project(channels, dtype=self.dtype, name="proj_in")(y)
+        stack = scan_layers(TransformerBlock, self.depth, self.remat, inputs=1)
+        stack = stack(self.heads, self.dtype, name="transformer_blocks")
+        y, _ = stack(y.reshape(rows, height * width, channels), context)
+        y = project(channels, dtype=self.dtype, name="proj_out")(y.reshape(x.shape))
+        return constrain(x + y, "batch", "height", "width", "channels")

@@ -1,0 +1,202 @@
+"""Where every array lives: meshes, the two rule tables, and `constrain`.
+
+A parameter's path selects its logical axes (`PARAMETER_RULES`), a logical axis its mesh axes
+(`MESH_AXES`). The mesh axes are
+
+    data     whole copies of the model (across slices)
+    fsdp     rows of the batch, and slices of every weight, gathered where used
+    tensor   heads, MLP width and vocabulary
+    context  the length of the sequence
+
+A parameter that no rule or more than one collection of axes fits, a rule that no parameter uses
+(checked by the tests), and a dimension that its mesh axes do not divide are errors: nothing is
+replicated by accident.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dreamllm_jax.config.train import MeshConfig
+
+MESH_AXIS_NAMES = ("data", "fsdp", "tensor", "context")
+BATCH_AXES = ("data", "fsdp")
+
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": BATCH_AXES,
+    "length": ("context",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "embed": (),
+    "head_dim": (),
+    "height": (),
+    "width": (),
+    "channels": (),
+    # parameters
+    "weight_in": ("fsdp",),
+    "weight_out": ("tensor",),
+    "whole": (),
+}
+
+_ROW = ("weight_in", "weight_out")  # [in, out] whose output is split: columns of heads or MLP
+_COLUMN = ("weight_out", "weight_in")  # [in, out] whose input is split: the way back to the width
+_CONV = ("whole", "whole", "weight_in", "weight_out")
+
+# Each row: a regular expression for the whole path, and the logical axes of the trailing
+# dimensions. Leading dimensions that a row does not name are stacks of scanned layers: whole.
+PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # every vector: norms, biases, the class token, the temperature
+    (r".*/(scale|bias|class_embedding|logit_scale)", ()),
+    # embeddings and heads
+    (r"llama/embed_tokens/embedding", _COLUMN),
+    (r"llama/lm_head/kernel", _ROW),
+    (r".*/(token_embedding|position_embedding)/embedding", ("whole", "weight_in")),
+    (r"dream_queries/dream_queries", ("whole", "weight_in")),
+    # transformer layers of every tower
+    (r".*/(q_proj|k_proj|v_proj|to_q|to_k|to_v|gate_proj|up_proj|fc1|net_0/proj)/kernel", _ROW),
+    (r".*/(o_proj|out_proj|to_out_0|down_proj|fc2|net_2)/kernel", _COLUMN),
+    (r".*/(visual_projection|text_projection)/kernel", _ROW),
+    # projectors
+    (r"(vision_projector|condition_projector|global_projector)/.*(linear|projection).*/kernel", _ROW),
+    (r"vision_projector/(conv[^/]*|.*/conv[^/]*)/kernel", _CONV),
+    # U-Net and VAE; image-side channels (3, 4 or 8) are too few to split
+    (r"vision/embeddings/patch_embedding/kernel", ("whole", "whole", "whole", "weight_in")),
+    (r"(unet|vae/encoder|vae/decoder)/conv_in/kernel", ("whole", "whole", "whole", "weight_out")),
+    (r"(unet|vae/encoder|vae/decoder)/conv_out/kernel", ("whole", "whole", "weight_in", "whole")),
+    (r"vae/(quant_conv|post_quant_conv)/kernel", ("whole",) * 4),
+    (r"(unet|vae)/.*/(conv1|conv2|conv_shortcut|conv)/kernel", _CONV),
+    (r"unet/.*/(linear_1|linear_2|time_emb_proj)/kernel", _ROW),
+    (r"unet/.*attentions_\d+/(proj_in|proj_out)/kernel", _ROW),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """The device mesh; at most one axis may be -1 and takes the devices that are left.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor, config.context]
+    given = dict(zip(MESH_AXIS_NAMES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise ValueError(f"mesh {given}: sizes must be positive, and at most one -1 (the devices left).")
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {given} does not divide the {len(devices)} devices; the axes must multiply to "
+            f"{len(devices)}, or one of them be -1."
+        )
+    axis_types = (AxisType.Auto,) * len(MESH_AXIS_NAMES)
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXIS_NAMES, axis_types=axis_types)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to its logical axes on the mesh set by `jax.set_mesh`; identity without one.
+
+    A hint to the compiler: an axis whose size its mesh axes do not divide stays unsplit.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    assert len(axes) == x.ndim, f"{len(axes)} axes for an array of shape {x.shape}"
+    spec = []
+    for size, axis in zip(x.shape, axes, strict=True):
+        names = MESH_AXES[axis] if axis is not None else ()
+        split = math.prod(mesh.shape[n] for n in names)
+        spec.append(names if names and size % split == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """`llama/norm/scale` from a key path of jax.tree_util."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def match_rule(path: str) -> tuple[str, tuple[str, ...]]:
+    """The one row of `PARAMETER_RULES` for a parameter.
+
+    Raises:
+      ValueError: none fits, or rows with different axes fit.
+    """
+    rows = [row for row in PARAMETER_RULES if re.fullmatch(row[0], path)]
+    if not rows:
+        raise ValueError(f"Parameter {path!r} matches no row of sharding.PARAMETER_RULES; add one.")
+    if len({axes for _, axes in rows}) > 1:
+        raise ValueError(
+            f"Parameter {path!r} matches several rows: {[r for r, _ in rows]}; make them disjoint."
+        )
+    return rows[0]
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The PartitionSpec of one parameter.
+
+    Raises:
+      ValueError: no rule fits the path, or a dimension is not divisible by its mesh axes.
+    """
+    axes = match_rule(path)[1]
+    assert len(axes) <= len(shape), f"{path}: rule {axes} is longer than the shape {shape}"
+    if not axes:
+        return PartitionSpec()
+    if path.endswith("/kernel") and axes == _CONV and len(shape) < 4:
+        axes = axes[2:]
+    spec: list[tuple[str, ...] | None] = [None] * (len(shape) - len(axes))
+    for size, axis in zip(shape[len(spec) :], axes, strict=True):
+        names = tuple(n for n in MESH_AXES[axis] if mesh.shape[n] > 1)
+        split = math.prod(mesh.shape[n] for n in names)
+        if size % split:
+            raise ValueError(
+                f"Parameter {path!r} of shape {shape}: dimension {size} is not divisible by mesh axes "
+                f"{dict((n, mesh.shape[n]) for n in names)}; choose a mesh whose axes divide it."
+            )
+        spec.append(names or None)
+    return PartitionSpec(*spec)
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a parameter tree (arrays or ShapeDtypeStructs), in the same structure."""
+    return jax.tree_util.tree_map_with_path(
+        lambda p, x: NamedSharding(mesh, parameter_spec(path_string(p), x.shape, mesh)), params
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array of rows: split on its first axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global device arrays from each process's own rows (numpy, this process's share).
+
+    Raises:
+      ValueError: the rows are not divisible by the devices that split them.
+    """
+    sharding, split = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(x: Any) -> jax.Array:
+        rows = x.shape[0] * jax.process_count()
+        if rows % split:
+            raise ValueError(
+                f"A batch of {rows} rows is not divisible by data x fsdp = {split} devices; "
+                "choose a multiple as the number of rows."
+            )
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,1 @@
+"""Objectives, the train step, and the loop over stages."""

@@ -1,0 +1,57 @@
+"""`python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=FOLDER`: trains a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from dreamllm_jax.config.train import Recipe
+from dreamllm_jax.config.train import recipe as build_recipe
+
+
+def load_recipe(path: str) -> Recipe:
+    """The recipe of a file `configs/NAME.py`, or `configs/NAME.py:ARG` for a variant of it.
+
+    Raises:
+      ValueError: there is no such file, or it has no `get_config`, or the recipe is wrong.
+    """
+    name, _, argument = path.partition(":")
+    if not Path(name).is_file():
+        raise ValueError(
+            f"--config={name}: there is no such file; give a recipe, for example configs/stage2.py."
+        )
+    spec = importlib.util.spec_from_file_location("recipe_file", name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(name).resolve().parent))  # recipes build on one another
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, "get_config"):
+        raise ValueError(
+            f"--config={name}: the file has no function get_config(arg); see configs/handwriting.py."
+        )
+    return build_recipe(module.get_config(argument or None))
+
+
+def main() -> None:
+    """Parses the command line, trains, and says where the model is."""
+    parser = argparse.ArgumentParser(prog="python -m dreamllm_jax.train", description=__doc__)
+    parser.add_argument("--config", required=True, help="recipe file, e.g. configs/handwriting.py[:ARG]")
+    parser.add_argument("--workdir", required=True, help="folder for checkpoints, logs and models")
+    parser.add_argument("--until", help="stop after the stage of this name")
+    arguments = parser.parse_args()
+    try:
+        from dreamllm_jax.train.loop import train
+
+        model = train(load_recipe(arguments.config), Path(arguments.workdir), arguments.until)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"trained: {model}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What a run reports of itself: curves (JSON lines and TensorBoard), seconds, peak memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+class MetricWriter:
+    """Appends one record a step to `curves.jsonl` and to TensorBoard, both under `folder`."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "curves.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+        """Writes one step's scalars, and returns them as floats."""
+        values = {k: float(np.asarray(v)) for k, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        return values
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_curves(folder: Path) -> Iterator[dict[str, float]]:
+    """The records of `curves.jsonl`, the last one of each step (a resumed run repeats some)."""
+    records: dict[int, dict[str, float]] = {}
+    path = folder / "curves.jsonl"
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line a crash cut short; the resumed run wrote it anew
+                continue
+            records[record["step"]] = record
+    yield from (records[s] for s in sorted(records))
+
+
+class Meter:
+    """Wall-clock seconds and peak resident memory between its making and `read`."""
+
+    def __init__(self):
+        self._start = time.monotonic()
+        try:  # Linux: begin a new high-water mark, so that each stage has its own
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+    def read(self) -> dict[str, float]:
+        """`seconds` and `peak_rss_gib`."""
+        return {"seconds": time.monotonic() - self._start, "peak_rss_gib": _peak_kib() / 2**20}
+
+
+def _peak_kib() -> float:
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    return float(found[1]) if found else float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -1,0 +1,203 @@
+"""What a stage minimizes: the joint loss of DreamLLM, and the three of stage 0.
+
+An objective maps (model, params, batch, draws, loss config, counts) to the loss and its metrics.
+`counts` are those of the *global* batch, so results add up over micro-batches, hosts and devices.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.diffusion import schedule as diffusion
+from dreamllm_jax.losses import (
+    chunked_cross_entropy,
+    contrastive_loss,
+    distillation_errors,
+    kl_to_unit_gaussian,
+    loss_scale,
+)
+from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
+from dreamllm_jax.models.vae import sample_latents
+from dreamllm_jax.types import Batch
+
+
+@flax.struct.dataclass
+class Draws:
+    """All randomness of a step, drawn per row: a function of (seed, step, row) alone."""
+
+    latent_noise: Float[Array, "B J h w c"]
+    noise: Float[Array, "B J h w c"]
+    offset: Float[Array, "B J 1 1 c"]
+    perturbation: Float[Array, "B J h w c"]
+    timesteps: Int[Array, "B J"]
+    dropped: Bool[Array, "B J"]
+
+
+@flax.struct.dataclass
+class Counts:
+    """What the sums are divided by: supervised tokens, drawn images and rows of the global batch."""
+
+    tokens: Float[Array, ""]
+    dreams: Float[Array, ""]
+    rows: Float[Array, ""]
+
+
+def count(batch: Batch) -> Counts:
+    """The counts of a batch, at least one of each so that an absent kind adds zero."""
+    return Counts(
+        tokens=jnp.maximum(batch.loss_weights.sum(), 1.0),
+        dreams=jnp.maximum(batch.dream_mask.sum().astype(jnp.float32), 1.0),
+        rows=jnp.float32(batch.tokens.shape[0]),
+    )
+
+
+def draw(keys: Array, dreams: int, model: DreamLLMConfig, config: LossConfig) -> Draws | None:
+    """Draws for rows with the given keys; None for a model that does not draw."""
+    if model.unet is None:
+        return None
+    assert model.vae is not None
+    latents = (dreams, model.latent_size, model.latent_size, model.vae.latent_channels)
+
+    def row(key: Array) -> Draws:
+        k = jax.random.split(key, 6)
+        return Draws(
+            latent_noise=jax.random.normal(k[0], latents),
+            noise=jax.random.normal(k[1], latents),
+            offset=jax.random.normal(k[2], (dreams, 1, 1, latents[-1])),
+            perturbation=jax.random.normal(k[3], latents),
+            timesteps=jax.random.randint(k[4], (dreams,), 0, model.schedule.num_train_timesteps),
+            dropped=jax.random.bernoulli(k[5], config.condition_dropout, (dreams,)),
+        )
+
+    return jax.vmap(row)(keys)
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])
+
+
+def denoising_errors(
+    model: DreamLLMModule,
+    params: dict,
+    batch: Batch,
+    draws: Draws,
+    config: LossConfig,
+    context: Float[Array, "M S X"],
+    pooled: Float[Array, "M G"] | None,
+) -> Float[Array, "B J"]:
+    """Each dream's weighted denoising error under its context; zero where there is no dream."""
+    assert batch.dream_images is not None and model.config.vae is not None
+    c = model.config.schedule
+    table = diffusion.make_schedule(c)
+    moments = model.apply({"params": params}, _flat(batch.dream_images), method="encode_image")
+    latents = sample_latents(
+        moments.astype(jnp.float32), _flat(draws.latent_noise), model.config.vae.scaling_factor
+    )
+    noise = _flat(draws.noise) + config.noise_offset * _flat(draws.offset)
+    t = draws.timesteps.reshape(-1)
+    noisy = diffusion.add_noise(
+        table, latents, noise + config.input_perturbation * _flat(draws.perturbation), t
+    )
+    added = None
+    if pooled is not None:
+        assert batch.dream_sizes is not None
+        added = {"text_embeds": pooled, "time_ids": _flat(batch.dream_sizes)}
+    prediction = model.apply({"params": params}, noisy, t, context, added, method="denoise")
+    target = diffusion.prediction_target(table, c, latents, noise, t)
+    weights = diffusion.loss_weights(table, c, t, config.snr_gamma)
+    errors = distillation_errors(prediction, target, weights).reshape(batch.dream_mask.shape)
+    return jnp.where(batch.dream_mask, errors, 0.0)
+
+
+def drop_conditions(x: Array, dropped: Bool[Array, "B J"], null_dream: Int[Array, "B"]) -> Array:
+    """Replaces dropped dreams' conditions [B, J, ...] by the row's own empty-prompt condition."""
+    null = x[jnp.arange(x.shape[0]), jnp.maximum(null_dream, 0)][:, None]
+    use = (dropped & (null_dream >= 0)[:, None]).reshape(dropped.shape + (1,) * (x.ndim - 2))
+    return jnp.where(use, null, x)
+
+
+def joint(
+    model: DreamLLMModule, params: dict, batch: Batch, draws: Draws | None, config: LossConfig, counts: Counts
+) -> tuple[Array, dict[str, Array]]:
+    """L = w_lm * CE + w_vm * score distillation (arXiv 2309.11499, equations 4 to 6)."""
+    variables = {"params": params}
+    hidden = model.apply(variables, batch, method="read")
+    loss, metrics = jnp.zeros((), jnp.float32), {}
+    if config.weight_lm:
+        nll, right = chunked_cross_entropy(
+            lambda h: model.apply(variables, h, method="logits"),
+            hidden,
+            batch.targets,
+            batch.loss_weights,
+            config.logits_chunk,
+        )
+        metrics["loss_lm"], metrics["token_accuracy"] = nll / counts.tokens, right / counts.tokens
+        loss += config.weight_lm * metrics["loss_lm"]
+    if config.weight_vm and model.config.draws and batch.dream_mask.shape[1]:
+        assert draws is not None
+        rows, dreams = batch.dream_mask.shape
+        states = query_states(hidden, batch.dream_slots, dreams, model.config.num_dream_queries)
+        if config.condition_dropout:
+            states = drop_conditions(states, draws.dropped, batch.null_dream)
+        context, pooled = model.apply(variables, _flat(states), method="conditions")
+        errors = denoising_errors(model, params, batch, draws, config, context, pooled)
+        metrics["loss_vm"] = errors.sum() / counts.dreams
+        loss += config.weight_vm * metrics["loss_vm"]
+    return loss / loss_scale(config), metrics
+
+
+def diffusion_objective(
+    model: DreamLLMModule, params: dict, batch: Batch, draws: Draws | None, config: LossConfig, counts: Counts
+) -> tuple[Array, dict[str, Array]]:
+    """Denoising under the text tower's states: how Stable Diffusion was trained (arXiv 2112.10752)."""
+    assert draws is not None
+    dreams = batch.dream_mask.shape[1]
+    context = model.apply({"params": params}, batch.tokens, method="read_caption")
+    context = jnp.repeat(context, dreams, axis=0)
+    errors = denoising_errors(model, params, batch, draws, config, context, None)
+    loss = errors.sum() / counts.dreams
+    return loss, {"loss_vm": loss}
+
+
+def vae_objective(
+    model: DreamLLMModule, params: dict, batch: Batch, draws: Draws | None, config: LossConfig, counts: Counts
+) -> tuple[Array, dict[str, Array]]:
+    """Reconstruction (mean absolute and squared error) + weighted KL; no adversary, no perceptual net."""
+    assert draws is not None and batch.dream_images is not None
+    pixels, image, mean, logvar = model.apply(
+        {"params": params}, _flat(batch.dream_images), _flat(draws.latent_noise), method="reconstruct"
+    )
+    mask = batch.dream_mask.reshape(-1)
+    error = jnp.abs(image - pixels) + jnp.square(image - pixels)
+    reconstruction = jnp.sum(error.mean(axis=(1, 2, 3)) * mask) / counts.dreams
+    kl = jnp.sum(kl_to_unit_gaussian(mean, logvar) * mask) / counts.dreams
+    metrics = {
+        "loss_reconstruction": reconstruction,
+        "kl": kl,
+        "latent_square": jnp.sum(jnp.square(mean).mean(axis=(1, 2, 3)) * mask) / counts.dreams,
+    }
+    return reconstruction + config.kl_weight * kl, metrics
+
+
+def contrastive_objective(
+    model: DreamLLMModule, params: dict, batch: Batch, draws: Draws | None, config: LossConfig, counts: Counts
+) -> tuple[Array, dict[str, Array]]:
+    """CLIP's contrastive loss between each row's first image and its text."""
+    assert batch.images is not None
+    image, text, scale = model.apply({"params": params}, batch.images[:, 0], batch.tokens, method="contrast")
+    same = (batch.tokens[:, None] == batch.tokens[None]).all(-1).astype(jnp.float32)
+    total, right = contrastive_loss(image, text, scale, same)
+    return total / counts.rows, {"loss_contrastive": total / counts.rows, "matched": right / counts.rows}
+
+
+OBJECTIVES = {
+    "joint": joint,
+    "diffusion": diffusion_objective,
+    "vae": vae_objective,
+    "contrastive": contrastive_objective,
+}

@@ -1,0 +1,146 @@
+"""The explicit state of training: what is trained, what is frozen, and how it is laid out."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.train import Recipe, StageConfig
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.sharding import parameter_shardings, replicated
+from dreamllm_jax.train.optim import make_optimizer
+from dreamllm_jax.types import Batch
+
+Flat = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Parameters are flat: `{"llama/norm/scale": array, ...}`. `ema` is empty when it is off.
+
+    `key` is the stage's raw random key (uint32 [2]), as checkpoints hold it.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    trainable: Flat
+    frozen: Flat
+    opt_state: Any
+    ema: Flat
+
+
+def example_batch(model: DreamLLMConfig, rows: int = 1, length: int | None = None) -> Batch:
+    """A batch of zeros with one image and one dream in each row, to trace and to measure with."""
+    queries = model.num_dream_queries if model.draws else 0
+    length = length or model.num_patches + queries + 2
+    ints = jnp.zeros((rows, length), jnp.int32)
+    images = dream_images = sizes = None
+    if model.vision is not None:
+        images = jnp.zeros((rows, 1, model.vision.image_size, model.vision.image_size, 3), jnp.uint8)
+    if model.vae is not None:
+        dream_images = jnp.zeros((rows, 1, model.image_size, model.image_size, 3), jnp.uint8)
+        sizes = jnp.zeros((rows, 1, 6), jnp.int32)
+    return Batch(
+        tokens=ints,
+        targets=ints,
+        segment_ids=ints + 1,
+        positions=ints + jnp.arange(length, dtype=jnp.int32),
+        loss_weights=jnp.ones((rows, length), jnp.float32),
+        image_slots=ints - 1,
+        dream_slots=ints - 1,
+        image_mask=jnp.ones((rows, 1), bool),
+        dream_mask=jnp.ones((rows, 1), bool),
+        null_dream=jnp.full((rows,), -1, jnp.int32),
+        images=images,
+        dream_images=dream_images,
+        dream_sizes=sizes,
+    )
+
+
+def init_params(model: DreamLLMModule, key: jax.Array) -> Flat:
+    """Fresh float32 parameters of every tower, flat. Traceable: `jax.eval_shape` works at any size."""
+    caption = jnp.zeros((1, 2), jnp.int32)
+    variables = model.init(key, example_batch(model.config), caption, method="everything")
+    return flatten_dict(variables["params"], sep="/")
+
+
+def abstract_params(config: DreamLLMConfig) -> Flat:
+    """Shapes and dtypes of every parameter, without allocating any."""
+    model = DreamLLMModule(config)
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def nested(params: Flat) -> dict[str, Any]:
+    """The nested tree that `Module.apply` takes."""
+    return unflatten_dict(params, sep="/")
+
+
+def is_trainable(path: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns matches the beginning of the path, up to a `/` or its end."""
+    return any(re.match(rf"(?:{p})(?:/|$)", path) for p in patterns)
+
+
+def partition(params: Flat, patterns: Sequence[str]) -> tuple[Flat, Flat]:
+    """(trainable, frozen).
+
+    Raises:
+      ValueError: a pattern that matches no parameter.
+    """
+    for pattern in patterns:
+        if not any(is_trainable(path, [pattern]) for path in params):
+            tops = sorted({p.split("/")[0] for p in params})
+            raise ValueError(
+                f"trainable pattern {pattern!r} matches no parameter of this model; its parts are {', '.join(tops)}."
+            )
+    trainable = {k: v for k, v in params.items() if is_trainable(k, patterns)}
+    return trainable, {k: v for k, v in params.items() if k not in trainable}
+
+
+def place(params: Flat, dtype: Any, mesh: Mesh) -> Flat:
+    """The parameters in `dtype`, each where its rule says."""
+    shardings = parameter_shardings(params, mesh)
+    return {k: jax.device_put(jnp.asarray(v, dtype), shardings[k]) for k, v in params.items()}
+
+
+def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
+    """The state at the beginning of a stage, every array in its place on the mesh."""
+    trainable, frozen = partition(params, stage.trainable)
+    trainable = place(trainable, jnp.float32, mesh)
+    frozen = place(frozen, jnp.dtype(recipe.frozen_dtype), mesh)
+    tx = make_optimizer(stage.optim, stage.steps)
+    shardings = optimizer_shardings(tx, trainable, mesh)
+    key = jax.random.fold_in(jax.random.key(recipe.seed), zlib.crc32(stage.name.encode()))
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)),
+        key=jax.device_put(jax.random.key_data(key), replicated(mesh)),
+        trainable=trainable,
+        frozen=frozen,
+        opt_state=jax.jit(tx.init, out_shardings=shardings)(trainable),
+        ema=jax.tree.map(jnp.copy, trainable) if stage.optim.ema_decay else {},
+    )
+
+
+def optimizer_shardings(tx: optax.GradientTransformation, trainable: Flat, mesh: Mesh) -> Any:
+    """Moments lie where their parameters lie; counters are replicated."""
+    return optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, trainable),
+        parameter_shardings(trainable, mesh),
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def final_params(state: TrainState) -> Flat:
+    """All parameters after a stage: the averaged ones where there is an EMA."""
+    return {**state.frozen, **(state.ema or state.trainable)}

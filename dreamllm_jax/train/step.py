@@ -1,0 +1,92 @@
+"""The train step: one jitted function from (state, batch) to (state, metrics)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from dreamllm_jax.config.train import StageConfig
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.train.objectives import OBJECTIVES, Counts, count, draw
+from dreamllm_jax.train.optim import learning_rate, make_optimizer
+from dreamllm_jax.train.state import Flat, TrainState, nested
+from dreamllm_jax.types import Batch
+
+
+def row_keys(key: Array, step: Array, rows: int) -> Array:
+    """One key per row of the global batch: a function of (seed, step, row) alone."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), jnp.arange(rows))
+
+
+def loss_and_metrics(
+    trainable: Flat,
+    frozen: Flat,
+    batch: Batch,
+    keys: Array,
+    counts: Counts,
+    model: DreamLLMModule,
+    stage: StageConfig,
+) -> tuple[Array, dict[str, Array]]:
+    """The stage's objective on some rows of the batch, as their share of the global mean."""
+    draws = draw(keys, batch.dream_mask.shape[1], model.config, stage.loss)
+    params = nested({**frozen, **trainable})
+    return OBJECTIVES[stage.objective](model, params, batch, draws, stage.loss, counts)
+
+
+def gradients(
+    trainable: Flat, frozen: Flat, batch: Batch, keys: Array, model: DreamLLMModule, stage: StageConfig
+) -> tuple[Flat, dict[str, Array]]:
+    """Gradients and metrics of the whole batch, in `accumulation` micro-batches.
+
+    Micro-batch a takes rows a, a + A, a + 2A, ...: each device keeps its own rows.
+    """
+    counts = count(batch)
+    grad = jax.grad(loss_and_metrics, has_aux=True)
+    parts = stage.optim.accumulation
+    if parts == 1:
+        return grad(trainable, frozen, batch, keys, counts, model, stage)
+
+    def split(x: Array) -> Array:
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    def body(carry, x):
+        result = grad(trainable, frozen, *x, counts, model, stage)
+        return jax.tree.map(jnp.add, carry, result), None
+
+    micro = jax.tree.map(split, (batch, keys))
+    first = jax.tree.map(lambda x: x[0], micro)
+    shapes = jax.eval_shape(lambda t, x: grad(t, frozen, *x, counts, model, stage), trainable, first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, micro)
+    return total
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stage"), donate_argnames="state")
+def train_step(
+    state: TrainState, batch: Batch, *, model: DreamLLMModule, stage: StageConfig
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step of a stage; the state is donated.
+
+    Frozen parameters take part in the forward pass and conduct gradients, but receive none.
+    """
+    keys = row_keys(jax.random.wrap_key_data(state.key), state.step, batch.tokens.shape[0])
+    grads, metrics = gradients(state.trainable, state.frozen, batch, keys, model, stage)
+    tx = make_optimizer(stage.optim, stage.steps)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    ema = state.ema
+    if stage.optim.ema_decay:
+        # Early on a shorter average, so that the random beginning is forgotten.
+        decay = jnp.minimum(stage.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = optax.incremental_update(trainable, ema, 1.0 - decay)
+    metrics |= {
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": learning_rate(stage.optim, stage.steps)(state.step),
+        "tokens": batch.loss_weights.sum(),
+        "dreams": batch.dream_mask.sum(),
+    }
+    return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema), metrics

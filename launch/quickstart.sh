@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Trains a small DreamLLM on real handwriting and shows what it writes:
+# launch/quickstart.sh [WORKDIR] [recipe overrides]
+#
+# Makes .venv in the repository if needed, trains configs/handwriting.py through all its stages, and leaves
+# WORKDIR/report.html, WORKDIR/metrics.json and WORKDIR/checkpoint/. WORKDIR is ./quickstart unless given.
+# Run again, it goes on where it stopped. An override is handed to the training, as --config.seed=1.
+set -euo pipefail
+here=${BASH_SOURCE[0]%/*}
+[ "$here" != "${BASH_SOURCE[0]}" ] || here=.
+# shellcheck source=launch/python.sh
+. "$here/python.sh"
+
+case ${1:-} in
+  -h | --help)
+    say "Usage: launch/quickstart.sh [WORKDIR] [recipe overrides such as --config.seed=1]"
+    exit 0
+    ;;
+  -* | '') workdir=quickstart ;;
+  *)
+    workdir=$1
+    shift
+    ;;
+esac
+if [ -e "$workdir" ] && [ ! -d "$workdir" ]; then
+  fail "WORKDIR=$workdir is a file; give the path of a folder, which is made where it does not exist."
+fi
+
+prepare_python runtime
+mkdir -p "$workdir" 2>/dev/null || fail "The folder $workdir cannot be made; give a WORKDIR that can be written to."
+workdir=$(CDPATH='' cd -- "$workdir" && pwd -P)
+[ -w "$workdir" ] || fail "The folder $workdir cannot be written to; give another WORKDIR."
+cd "$root"
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.cache/jax}"
+
+say "Training configs/handwriting.py; everything is written to $workdir."
+"$python" -m dreamllm_jax.train --config=configs/handwriting.py --workdir="$workdir" "$@" ||
+  fail "The training stopped early; what it had finished is in $workdir, and the same command goes on from there."
+say "Evaluating what was trained."
+"$python" -m dreamllm_jax.evaluate --workdir="$workdir" ||
+  fail "The evaluation stopped early; the trained model is in $workdir, and the same command tries again."
+say "Done: open $workdir/report.html to see what the model wrote."

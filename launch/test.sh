@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Runs the tests: launch/test.sh [pytest arguments]
+#
+# Makes .venv in the repository if needed. Paths among the arguments are relative to the repository.
+# Examples: launch/test.sh -m "not slow" -x       launch/test.sh tests/models -k llama
+set -euo pipefail
+here=${BASH_SOURCE[0]%/*}
+[ "$here" != "${BASH_SOURCE[0]}" ] || here=.
+# shellcheck source=launch/python.sh
+. "$here/python.sh"
+
+prepare_python test
+cd "$root"
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.cache/jax}"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+say "Running the tests on JAX's ${JAX_PLATFORMS} (compiled programs are kept in $JAX_COMPILATION_CACHE_DIR)."
+if [ "${CI:-}" = true ]; then
+  set -- --color=no --durations=10 "$@"
+fi
+exec "$python" -m pytest "$@"

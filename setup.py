@@ -1,0 +1,5 @@
+"""Builds the package; its metadata, dependencies and tools are described in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

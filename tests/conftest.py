@@ -1,0 +1,52 @@
+"""The stage for every test: eight emulated CPU devices, checked shapes, kept compilations.
+
+Everything here must happen before JAX is first imported, hence at import and through the environment.
+What the caller has set (`JAX_PLATFORMS=tpu`, another number of devices) is respected.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).resolve().parent.parent
+
+XLA_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    # Eight devices on two busy cores wait long for each other; by default XLA gives up after 40 s.
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
+    "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
+}
+flags = os.environ.get("XLA_FLAGS", "").split()
+flags += [
+    f"{name}={value}" for name, value in XLA_FLAGS.items() if not any(f.startswith(name) for f in flags)
+]
+os.environ["XLA_FLAGS"] = " ".join(flags)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# No test reaches for a network: what a library would download is an error instead.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+install_import_hook("dreamllm_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The reference's numbers: `dreamllm-a`, `dreamllm-b`, `sequences.json` (see the README there)."""
+    folder = ROOT / "tests" / "golden"
+    if not folder.is_dir():
+        pytest.fail(f"The golden data is missing: {folder} is part of the repository; clone it again.")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def devices() -> list:
+    """The eight emulated devices; a test that asks for them is skipped where there are fewer."""
+    import jax
+
+    if len(jax.devices()) < 8:
+        pytest.skip(f"This test needs 8 devices; JAX sees {len(jax.devices())}.")
+    return jax.devices()[:8]

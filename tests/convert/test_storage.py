@@ -1,0 +1,131 @@
+"""The converted form on disk: whole or absent, bit for bit, and checked."""
+
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dreamllm_jax.convert.safetensors_files import read_safetensors
+from dreamllm_jax.convert.storage import (
+    INDEX,
+    flatten,
+    load_params,
+    new_folder,
+    open_params,
+    read_block,
+    save_params,
+    unflatten,
+)
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return {
+        "llama": {
+            "layers": {"kernel": rng.normal(size=(3, 4, 5)).astype(np.float32)},
+            "norm": {"scale": jnp.ones((4,), jnp.bfloat16)},
+        },
+        "vae": {"n": np.arange(3, dtype=np.int32), "scalar": np.float32(2.5).reshape(())},
+    }
+
+
+def same(a, b):
+    assert a.shape == b.shape and np.dtype(a.dtype) == np.dtype(b.dtype)
+    np.testing.assert_array_equal(
+        np.asarray(a).reshape(-1).view(np.uint8), np.asarray(b).reshape(-1).view(np.uint8)
+    )
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 100, 1])
+def test_saved_parameters_come_back(tmp_path, shard_bytes):
+    save_params(tmp_path, params(), shard_bytes=shard_bytes)
+    loaded, saved = flatten(load_params(tmp_path)), flatten(params())
+    assert set(loaded) == set(saved)
+    for path in saved:
+        same(loaded[path], np.asarray(saved[path]))
+    assert unflatten(loaded).keys() == params().keys()
+
+
+def test_other_readers_understand_the_files(tmp_path):
+    save_params(tmp_path, params())
+    theirs = load_file(tmp_path / "params.safetensors")
+    same(theirs["llama/layers/kernel"], params()["llama"]["layers"]["kernel"])
+    save_file({"x": np.ones((2, 3), ml_dtypes.bfloat16)}, tmp_path / "theirs.safetensors")
+    same(read_safetensors(tmp_path / "theirs.safetensors")["x"].read(), np.ones((2, 3), ml_dtypes.bfloat16))
+
+
+def test_dtype_and_blocks(tmp_path):
+    save_params(tmp_path, params(), dtype="bfloat16")
+    tensors = open_params(tmp_path)
+    assert tensors["llama/layers/kernel"].dtype == ml_dtypes.bfloat16
+    assert tensors["vae/n"].dtype == np.int32
+    whole = tensors["llama/layers/kernel"].read()
+    block = read_block(tensors["llama/layers/kernel"], (slice(1, 3), slice(None), slice(0, 2)))
+    np.testing.assert_array_equal(block, whole[1:3, :, :2])
+    placed = load_params(tmp_path, dtype="float32", place=lambda path, tensor: jnp.asarray(tensor.read()))
+    assert placed["llama"]["layers"]["kernel"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="int4"):
+        load_params(tmp_path, dtype="int4")
+
+
+def test_damage_is_named(tmp_path):
+    save_params(tmp_path, params(), shard_bytes=1)
+    shard = tmp_path / json.loads((tmp_path / INDEX).read_text())["weight_map"]["llama/layers/kernel"]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
+        load_params(tmp_path)
+    shard.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=rf"{shard.name} is truncated"):
+        load_params(tmp_path)
+    shard.write_bytes(whole[:20])
+    with pytest.raises(ValueError, match=rf"{shard.name}"):
+        load_params(tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"incomplete: {shard.name} missing"):
+        load_params(tmp_path)
+    with pytest.raises(ValueError, match="is not a converted model"):
+        load_params(tmp_path / "nothing")
+
+
+def test_an_index_cannot_point_elsewhere(tmp_path):
+    save_params(tmp_path, params())
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../other.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside its folder"):
+        load_params(tmp_path)
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(RuntimeError), new_folder(target) as beside:
+        save_params(beside, params())
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(target) as beside:
+        save_params(beside, params())
+    with pytest.raises(ValueError, match="not empty"), new_folder(target) as beside:
+        pass
+    with pytest.raises(RuntimeError), new_folder(target, overwrite=True) as beside:
+        raise RuntimeError
+    assert load_params(target)
+    with new_folder(target, overwrite=True) as beside:
+        save_params(beside, {"a": np.ones(2)})
+    assert list(load_params(target)) == ["a"] and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failing_tensor_leaves_no_readable_folder(tmp_path):
+    class Broken:
+        origin, shape, dtype = "broken", (2,), np.dtype(np.float32)
+
+        def read(self, start=None, stop=None):
+            raise ValueError("no")
+
+    save_params(tmp_path, params())
+    with pytest.raises(ValueError, match="no"):
+        save_params(tmp_path, {"a": np.ones(2), "b": Broken()})
+    assert [p.name for p in tmp_path.iterdir()] == []

@@ -1,0 +1,28 @@
+"""A tokenizer small enough to write expectations by hand: one id per word."""
+
+from dreamllm_jax.data.tokenizer import SpecialTokens, Tokenizer
+
+SPECIAL = SpecialTokens(
+    bos=1,
+    eos=2,
+    unk=0,
+    pad=90,
+    im_start=91,
+    dream_end=92,
+    dream_start=93,
+    im_patch=94,
+    im_end=95,
+    image=96,
+    dream=97,
+)
+
+
+class WordTokenizer(Tokenizer):
+    """Words get ids from 100 on, in the order in which they are first met."""
+
+    def __init__(self):
+        self.special = SPECIAL
+        self.words: dict[str, int] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return [self.words.setdefault(word, 100 + len(self.words)) for word in text.split()]

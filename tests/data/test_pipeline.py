@@ -1,0 +1,173 @@
+"""Batches: exact resuming, independence of hosts and threads, counted losses."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from dreamllm_jax.config.base import build
+from dreamllm_jax.config.data import DataConfig, KindWeights
+from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.towers import ClipVisionConfig
+from dreamllm_jax.data.handwriting import corpus_text, training_source
+from dreamllm_jax.data.packing import RowLayout
+from dreamllm_jax.data.pieces import Picture, interleaved
+from dreamllm_jax.data.pipeline import BatchStream, batches
+from dreamllm_jax.data.tokenizer import train_tokenizer
+from tests.data.fakes import WordTokenizer
+
+LAYOUT = RowLayout(96, 4, 3, max_images=5, max_dreams=5, image_size=16, dream_size=16, null_dream=True)
+KINDS = KindWeights(pairs=1.0, conversations=1.0, documents=2.0, text=1.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(corpus_text(), 400)
+
+
+@pytest.fixture
+def stream(tokenizer):
+    opened = []
+
+    def make(**options):
+        source = training_source(KINDS, "joint")
+        opened.append(BatchStream(source, tokenizer, LAYOUT, **{"rows": 4, "seed": 1, **options}))
+        return opened[-1]
+
+    yield make
+    for s in opened:
+        s.close()
+
+
+def assert_same(a, b):
+    for field in dataclasses.fields(a):
+        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
+
+
+def test_resuming_is_exact(stream):
+    first = stream()
+    for _ in range(5):
+        next(first)
+    state = json.loads(json.dumps(first.state_dict()))
+    assert len(json.dumps(state)) < 2000
+    expected = [next(first) for _ in range(4)]
+    again = stream()
+    next(again)
+    again.load_state(state)
+    for batch in expected:
+        assert_same(next(again), batch)
+    assert again.stats() == first.stats() and again.state_dict() == first.state_dict()
+    begun = stream(start_step=5)
+    assert begun.state_dict() == state
+    assert_same(next(begun), expected[0])
+
+
+def test_closing_loses_nothing(stream):
+    a, b = stream(), stream(prefetch=0)
+    for _ in range(3):
+        assert_same(next(a), next(b))
+        a.close()
+
+
+def test_hosts_share_the_same_rows(stream):
+    whole = stream()
+    parts = [stream(process_index=i, process_count=2) for i in range(2)]
+    for _ in range(4):
+        batch, halves = next(whole), [next(p) for p in parts]
+        for field in dataclasses.fields(batch):
+            joined = getattr(halves[0], field.name), getattr(halves[1], field.name)
+            if joined[0] is not None:
+                np.testing.assert_array_equal(np.concatenate(joined), getattr(batch, field.name))
+    # A state taken on one number of hosts is good on another.
+    moved = stream()
+    moved.load_state(parts[1].state_dict())
+    assert_same(next(moved), next(whole))
+
+
+def test_seed_and_rows_matter(stream):
+    a, b = next(stream()), next(stream(seed=2))
+    assert (a.tokens != b.tokens).any() and (a.tokens[0] != a.tokens[1]).any()
+    assert_same(
+        next(stream(rows=2)),
+        dataclasses.replace(
+            a,
+            **{
+                f.name: getattr(a, f.name)[:2]
+                for f in dataclasses.fields(a)
+                if getattr(a, f.name) is not None
+            },
+        ),
+    )
+
+
+def test_hosts_must_divide_rows(stream):
+    with pytest.raises(ValueError, match="data.rows=4 does not divide among 3 processes"):
+        stream(process_count=3)
+
+
+class Troubled:
+    """Every third picture is broken; every fifth document is too long."""
+
+    def document(self, rng, index):
+        image = b"broken" if index % 3 == 0 else np.zeros((16, 16, 3), np.uint8)
+        text = "w " * (200 if index % 5 == 0 else 5)
+        return interleaved([text, Picture(image, seen=True, dreamed=False), "end"], "joint")
+
+
+def test_what_is_lost_is_counted():
+    s = BatchStream(Troubled(), WordTokenizer(), LAYOUT, rows=1, seed=0, lookahead=1, prefetch=0)
+    batch = next(s)
+    for _ in range(5):
+        next(s)
+    stats = s.stats()
+    read = s.state_dict()["rows"]["0"]["next"] - len(s.state_dict()["rows"]["0"]["waiting"])
+    assert stats["documents"] == read and stats["empty_documents"] == 0
+    assert abs(stats["broken_images"] - read / 3) <= 1
+    long = [i for i in range(read) if i % 5 == 0]
+    assert stats["dropped_images"] == sum(i % 3 != 0 for i in long)
+    assert stats["dropped_tokens"] == len(long) * (200 + 1 - (LAYOUT.room - 2))
+    assert 0 < stats["pad_share"] < 1
+    assert (batch.image_slots >= 0).sum() == 4 * batch.image_mask.sum()
+
+
+def test_the_threads_error_comes_through(tokenizer):
+    class Failing:
+        def document(self, rng, index):
+            raise KeyError("the source broke")
+
+    s = BatchStream(Failing(), tokenizer, LAYOUT, rows=1, seed=0)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="the source broke"):
+            next(s)
+    s.close()
+
+
+def test_from_configs(tokenizer):
+    model = DreamLLMConfig(vision=ClipVisionConfig(image_size=16, patch_size=8))
+    data = build(
+        DataConfig, {"source": "handwriting", "kinds": {"conversations": 1.0}, "rows": 2, "length": 64}
+    )
+    stream = batches(data, model, tokenizer, seed=0)
+    batch = next(stream)
+    stream.close()
+    assert batch.tokens.shape == (2, 64) and batch.images.shape == (2, 8, 16, 16, 3)
+    assert batch.dream_images is None and batch.dream_mask.shape == (2, 0)
+    with pytest.raises(ValueError, match="data.source is not set"):
+        batches(DataConfig(), model, tokenizer, seed=0)
+    with pytest.raises(ValueError, match="gives no kind a weight"):
+        batches(DataConfig(source="handwriting"), model, tokenizer, seed=0)
+    with pytest.raises(ValueError, match="left nothing to learn"):  # nothing can be drawn without a decoder
+        config = dataclasses.replace(data, kinds=KindWeights(pairs=1.0), mode="creation")
+        next(batches(config, model, tokenizer, seed=0))
+
+
+def test_config_mistakes():
+    with pytest.raises(ValueError, match="unknown key 'pair'. Did you mean 'pairs'"):
+        build(DataConfig, {"kinds": {"pair": 1.0}})
+    with pytest.raises(ValueError, match="data.rows is 0"):
+        DataConfig(rows=0)
+    with pytest.raises(ValueError, match="cannot be negative"):
+        KindWeights(text=-1.0)
+    with pytest.raises(ValueError, match="caption_dropout is 2"):
+        DataConfig(caption_dropout=2.0)

@@ -1,0 +1,232 @@
+"""Documents to tokens: expectations by hand, and the reference's own sequences."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreamllm_jax.data.pieces import (
+    Beside,
+    End,
+    Picture,
+    Text,
+    captioned,
+    conversation,
+    interleaved,
+    pair,
+)
+from dreamllm_jax.data.sequences import encode_pieces, encode_prompt
+from dreamllm_jax.data.templates import get_template
+from dreamllm_jax.data.tokenizer import SpecialTokens, Tokenizer
+from dreamllm_jax.types import Document
+from tests.data.fakes import SPECIAL, WordTokenizer
+
+P, Q = 4, 3
+RED = Image.new("RGB", (8, 8), "red")
+BLUE = Image.new("RGB", (8, 8), "blue")
+S = SPECIAL
+SEEN = [S.im_start, *[S.im_patch] * P, S.im_end]
+DREAM = [S.dream_start, *[S.im_patch] * Q, S.dream_end]
+
+
+def encode(pieces, length=100, tokenizer=None, **options):
+    return encode_pieces(pieces, tokenizer or WordTokenizer(), P, Q, length, **options)
+
+
+def learned(sequence):
+    return [int(t) for t, s in zip(sequence.tokens, sequence.supervised, strict=True) if s]
+
+
+def test_pair_comprehension():
+    s = encode(pair(RED, "a seven", "comprehension"))
+    assert s.tokens.tolist() == [1, *SEEN, 100, 101, 2]
+    assert learned(s) == [100, 101, 2]
+    assert s.image_slots.tolist() == [-1, -1, 0, 1, 2, 3, -1, -1, -1, -1]
+    assert s.images == (RED,) and s.dreams == () and s.dropped == 0 and s.teaches
+
+
+def test_pair_creation_learns_no_token():
+    s = encode(pair(RED, "a seven", "creation"))
+    assert s.tokens.tolist() == [1, 100, 101, *DREAM, 2]
+    assert learned(s) == []
+    assert s.dream_slots.tolist() == [-1, -1, -1, -1, 0, 1, 2, -1, -1]
+    assert s.dreams == (RED,) and s.images == () and s.teaches
+
+
+def test_pair_creation_shortens_its_caption_for_the_image():
+    s = encode(pair(RED, "one two three four five", "creation"), length=9)
+    assert s.tokens.tolist() == [1, 100, 101, *DREAM, 2]
+    assert (s.dropped_tokens, s.dropped_images) == (3, 0)
+
+
+def test_pair_joint_is_one_of_the_two():
+    rng = np.random.default_rng(0)
+    seen = [len(encode(pair(RED, "x", "joint", rng)).images) for _ in range(100)]
+    assert 30 < sum(seen) < 70
+    with pytest.raises(ValueError, match="needs rng"):
+        pair(RED, "x", "joint")
+    with pytest.raises(ValueError, match="Unknown mode 'jiont'; known: comprehension, creation, joint"):
+        pair(RED, "x", "jiont")
+
+
+def test_interleaved_joint():
+    s = encode(interleaved(["one", RED, " two ", "", BLUE], "joint"))
+    assert s.tokens.tolist() == [1, 100, *DREAM, *SEEN, 101, *DREAM, *SEEN, 2]
+    assert learned(s) == [100, S.dream_start, 101, S.dream_start, 2]
+    assert s.image_slots[s.image_slots >= 0].tolist() == list(range(2 * P))
+    assert s.dream_slots[s.dream_slots >= 0].tolist() == list(range(2 * Q))
+    assert (s.tokens[(s.image_slots >= 0) | (s.dream_slots >= 0)] == S.im_patch).all()
+    assert s.images == s.dreams == (RED, BLUE)
+
+
+def test_interleaved_takes_pieces_as_they_are():
+    given = Picture(RED, seen=True, dreamed=False)
+    s = encode(interleaved([given, Text("hidden", supervised=False), "shown", BLUE], "creation"))
+    assert s.tokens.tolist() == [1, *SEEN, 100, 101, *DREAM, 2]
+    assert learned(s) == [101, S.dream_start, 2]
+
+
+def test_image_that_does_not_fit_ends_the_document():
+    parts = ["one two", RED, "three", BLUE, "four five"]
+    whole = encode(interleaved(parts, "joint"))
+    for length in range(2, len(whole) + 1):
+        s = encode(interleaved(parts, "joint"), length)
+        n = len(s)
+        assert n <= length
+        assert s.tokens[: n - 1].tolist() == whole.tokens[: n - 1].tolist()
+        assert s.supervised[: n - 1].tolist() == whole.supervised[: n - 1].tolist()
+        assert s.tokens[-1] == 2
+        assert s.supervised[-1] == (n == len(whole))  # a document that was cut does not teach to stop
+        assert len(s.images) == len(s.dreams) == (s.image_slots.max() + 1) // P
+        assert (s.tokens == S.im_start).sum() == (s.tokens == S.im_end).sum() == len(s.images)
+        assert len(s.images) + s.dropped_images == 2
+        assert (s.tokens >= 100).sum() + s.dropped_tokens == 5
+
+
+def test_image_budgets_end_the_document():
+    s = encode(interleaved(["one", RED, "two", BLUE, "three"], "joint"), max_images=1)
+    assert s.tokens.tolist() == [1, 100, *DREAM, *SEEN, 101, 2]
+    assert (s.dropped_images, s.dropped_tokens) == (1, 1)
+    s = encode(interleaved([RED, "one"], "creation"), max_dreams=0)
+    assert s.tokens.tolist() == [1, 2] and not s.teaches and (s.dropped_images, s.dropped_tokens) == (1, 1)
+
+
+def test_eos_option_and_length():
+    assert encode([Text("one")]).tokens.tolist() == [1, 100, 2]
+    assert encode([Text("one")], eos=False).tokens.tolist() == [1, 100]
+    assert learned(encode([Text("one", supervised=False)])) == []
+    assert encode([Text("one"), End()]).tokens.tolist() == [1, 100, 2]
+    with pytest.raises(ValueError, match="leaves no room"):
+        encode([Text("one")], length=1)
+
+
+def test_caption_beside_its_picture():
+    s = encode(captioned(RED, "a seven"))
+    assert s.tokens.tolist() == [1, 100, 101, 2] and s.images == s.dreams == (RED,) and s.teaches
+    assert (s.image_slots < 0).all() and (s.dream_slots < 0).all()
+    s = encode([Beside(RED)], max_images=0, max_dreams=1)
+    assert s.images == () and s.dreams == (RED,)
+    assert encode(captioned(RED, "x"), max_images=0, max_dreams=0).dropped_images == 1
+
+
+def test_conversation_learns_exactly_the_answers():
+    tokenizer = WordTokenizer()
+    pieces = conversation(["<image>\nWhat is this?", "A seven.", "Draw it.", "<dream> Done."], [RED, BLUE])
+    s = encode(pieces, tokenizer=tokenizer)
+    words = {i: w for w, i in tokenizer.words.items()}
+    assert [words.get(t, t) for t in learned(s)] == ["A", "seven.", 2, S.dream_start, "Done.", 2]
+    assert s.images == (RED, BLUE) and s.dreams == (BLUE,)
+    texts = [p.text for p in pieces if isinstance(p, Text)]
+    assert texts[0].startswith("A chat between") and texts[0].endswith("questions. USER: ")
+    assert texts[1:] == ["\nWhat is this? ASSISTANT:", "A seven.", "USER: Draw it. ASSISTANT:", " Done."]
+
+
+def test_conversation_plain_meets_its_prompt():
+    tokenizer = WordTokenizer()
+    s = encode(conversation([(RED, "Which one?"), "seven"], template="plain"), tokenizer=tokenizer)
+    assert s.tokens.tolist() == [1, *SEEN, 100, 101, 102, 2] and learned(s) == [102, 2]
+    prompt = encode_prompt(Document([RED, "Which one?"]), tokenizer, P, 50)
+    assert prompt.tokens.tolist() == s.tokens[:-2].tolist() and prompt.images == (RED,)
+
+
+def test_conversation_with_template_meets_its_prompt():
+    tokenizer = WordTokenizer()
+    s = encode(conversation([(RED, "Which one?"), "seven"]), 200, tokenizer)
+    prompt = encode_prompt(Document([RED, "Which one?"]), tokenizer, P, 200, template="vicuna_v1.1")
+    assert prompt.tokens.tolist() == s.tokens[:-2].tolist()
+    assert not prompt.supervised.any() and not prompt.dreams
+
+
+def test_conversation_mistakes():
+    with pytest.raises(ValueError, match="3 turns"):
+        conversation(["a", "b", "c"])
+    with pytest.raises(ValueError, match="more <image> and <dream> markers than images"):
+        conversation(["<image> a", "b"])
+    with pytest.raises(ValueError, match="1 more images than"):
+        conversation(["a", "b"], [RED])
+    with pytest.raises(ValueError, match="Unknown conversation template 'llama'; known: plain, vicuna_v1.1"):
+        get_template("llama")
+
+
+def test_prompt():
+    tokenizer = WordTokenizer()
+    assert encode_prompt("", tokenizer, P, 10).tokens.tolist() == [1]
+    s = encode_prompt(Document(["one", RED, "two", BLUE]), tokenizer, P, 50)
+    assert s.tokens.tolist() == [1, 100, *SEEN, 101, *SEEN]
+    with pytest.raises(ValueError, match="The prompt has 4 tokens .* at most 3 fit"):
+        encode_prompt("a b c", tokenizer, P, 3)
+    with pytest.raises(ValueError, match="2 pictures; at most 1"):
+        encode_prompt(Document([RED, BLUE]), tokenizer, P, 50, max_images=1)
+
+
+class GoldenTokenizer(Tokenizer):
+    """The reference's legacy tokenizer, one chunk at a time."""
+
+    def __init__(self, folder):
+        self.model = pytest.importorskip("sentencepiece").SentencePieceProcessor(
+            str(folder / "tokenizer.model")
+        )
+        names = json.loads((folder / "added_tokens.json").read_text())
+        added = {name.strip("<>[]").lower(): i for name, i in names.items()}
+        self.special = SpecialTokens(bos=1, eos=2, unk=0, **added)
+
+    def encode(self, text):
+        return self.model.encode(text)
+
+
+def golden_pieces(kind, given, mode):
+    if kind == "image_text_pair":
+        return pair(RED, given["text"], mode)
+    if kind == "conversation":
+        images = [RED] * sum(turn.count("<image>") for turn in given["turns"])
+        return conversation(given["turns"], images)
+    parts = []
+    for i, text in enumerate(given["text_list"]):
+        if i and i - 1 not in given["matched_text_index"]:
+            parts[-1] += " " + text.strip()  # sentences between two images are joined
+        else:
+            parts.append(text)
+        if i in given["matched_text_index"]:
+            parts.append(RED)
+    return interleaved(parts, mode)
+
+
+def test_the_reference_sequences(golden):
+    tokenizer = GoldenTokenizer(golden / "dreamllm-a" / "checkpoint")
+    rows = json.loads((golden / "sequences.json").read_text())["sequences"]
+    checked = 0
+    for row in rows:
+        if not row["legacy"] and row["kind"] == "conversation":
+            continue  # chunks are always tokenized as legacy LLaMA tokenizers do
+        s = encode(golden_pieces(row["kind"], row["input"], row["mode"]), 400, tokenizer)
+        assert s.tokens.tolist() == row["input_ids"]
+        assert (len(s.images), len(s.dreams)) == (row["num_images"], row["num_dream_images"])
+        labels = np.array(row["labels"])
+        labels[0] = -100  # nothing predicts the first token
+        if row["kind"] == "conversation":  # there the labels begin early, at the colon
+            starts = np.flatnonzero((labels[1:] != -100) & (labels[:-1] == -100)) + 1
+            labels[starts] = -100
+        np.testing.assert_array_equal(np.where(s.supervised, s.tokens, -100), labels)
+        checked += 1
+    assert checked >= 20

@@ -1,0 +1,274 @@
+"""The samplers, step by step against diffusers, and against problems whose answer is known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamllm_jax.config.towers import ScheduleConfig
+from dreamllm_jax.diffusion.sampling import METHODS, guided, make_plan, sample
+from dreamllm_jax.diffusion.schedule import alphas_cumprod
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULERS = {
+    "ddpm": ("DDPMScheduler", dict(clip_sample=False)),
+    "ddim": ("DDIMScheduler", dict(clip_sample=False)),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+}
+MEAN, DEVIATION = 0.7, 0.3
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def row_keys(seed, rows):
+    return jax.random.split(jax.random.key(seed), rows)
+
+
+def network(xp, latents, timesteps):
+    """Something nonlinear that depends on both arguments, for numpy-like `xp`."""
+    return xp.tanh(0.8 * latents + 0.3) + xp.cos(0.01 * timesteps) * 0.4
+
+
+def our_trajectory(config, method, num_steps, noise, step_noise, eta=0.0):
+    """The network's inputs at every step, and the result."""
+    seen = []
+
+    def denoise(latents, timesteps):
+        jax.debug.callback(
+            lambda x, t: seen.append((np.array(x), float(t))), latents, timesteps[0], ordered=True
+        )
+        return network(jnp, latents, timesteps.reshape(-1, 1, 1, 1))
+
+    @jax.jit
+    def run(noise, step_noise):
+        options = dict(method=method, num_steps=num_steps, eta=eta, step_noise=step_noise)
+        return sample(denoise, noise, config, **options)
+
+    result = np.asarray(run(noise, step_noise))
+    jax.effects_barrier()
+    return seen, result
+
+
+def their_trajectory(monkeypatch, config, method, num_steps, noise, step_noise, eta=0.0):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    name, options = SCHEDULERS[method]
+    fields = {**dataclasses.asdict(config), **options}
+    if method != "ddim":
+        del fields["set_alpha_to_one"]
+    scheduler = getattr(diffusers, name)(**fields)
+    scheduler.set_timesteps(num_steps)
+    draws = iter(torch.tensor(np.asarray(step_noise)))
+    monkeypatch.setattr(f"{type(scheduler).__module__}.randn_tensor", lambda *a, **k: next(draws))
+    latents = torch.tensor(np.asarray(noise)) * scheduler.init_noise_sigma
+    seen = []
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, t)
+        seen.append((scaled.numpy(), float(t)))
+        kwargs = dict(eta=eta) if method == "ddim" else {}
+        latents = scheduler.step(network(torch, scaled, t.float()), t, latents, **kwargs).prev_sample
+    return seen, latents.numpy()
+
+
+def assert_same_trajectory(monkeypatch, config, method, num_steps, eta=0.0, tolerance=3e-6):
+    noise, step_noise = normal(0, 2, 4, 4, 3), normal(1, num_steps, 2, 4, 4, 3)
+    arguments = (config, method, num_steps, noise, step_noise, eta)
+    theirs, their_result = their_trajectory(monkeypatch, *arguments)
+    ours, our_result = our_trajectory(*arguments)
+    assert len(ours) == len(theirs) == num_steps
+    for (our_latents, our_t), (their_latents, their_t) in zip(ours, theirs, strict=True):
+        assert our_t == pytest.approx(their_t, rel=1e-6)
+        scale = max(1.0, np.abs(their_latents).max())
+        np.testing.assert_allclose(our_latents, their_latents, rtol=0, atol=tolerance * scale)
+    np.testing.assert_allclose(our_result, their_result, rtol=0, atol=tolerance * np.abs(their_result).max())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_step_equals_diffusers(monkeypatch, method, spacing, prediction):
+    if method == "ddim" and spacing == "linspace":
+        pytest.skip("diffusers' DDIM steps to a level that linspace does not visit next")
+    config = ScheduleConfig(prediction_type=prediction, timestep_spacing=spacing)
+    assert_same_trajectory(monkeypatch, config, method, 10)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("curve", ["linear", "squaredcos_cap_v2"])
+def test_other_curves_equal_diffusers(monkeypatch, method, curve):
+    config = ScheduleConfig(beta_schedule=curve, prediction_type="v_prediction")
+    assert_same_trajectory(monkeypatch, config, method, 20)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_terminal_snr_equals_diffusers(monkeypatch, method, prediction):
+    config = ScheduleConfig(
+        prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    # diffusers' Euler holds latents 4096 times as large here, and rounds accordingly.
+    tolerance = 1e-4 if method == "euler" else 3e-6
+    assert_same_trajectory(monkeypatch, config, method, 5, tolerance=tolerance)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_with_noise_equals_diffusers(monkeypatch, eta, to_one):
+    assert_same_trajectory(monkeypatch, ScheduleConfig(set_alpha_to_one=to_one), "ddim", 10, eta)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 30])
+@pytest.mark.parametrize("method", METHODS)
+def test_few_and_uneven_steps_equal_diffusers(monkeypatch, method, num_steps):
+    assert_same_trajectory(monkeypatch, ScheduleConfig(), method, num_steps)
+
+
+def gaussian_denoiser(config):
+    """The exact prediction for data N(MEAN, DEVIATION^2)."""
+    levels = jnp.asarray(alphas_cumprod(config))
+
+    def denoise(latents, timesteps):
+        abar = jnp.interp(timesteps, jnp.arange(len(levels)), levels).reshape(-1, 1, 1, 1)
+        a, variance = jnp.sqrt(abar), abar * DEVIATION**2 + 1 - abar
+        clean = MEAN + a * DEVIATION**2 * (latents - a * MEAN) / variance
+        noise = (latents - a * clean) / jnp.sqrt(1 - abar)
+        velocity = a * noise - jnp.sqrt(1 - abar) * clean
+        return {"epsilon": noise, "v_prediction": velocity, "sample": clean}[config.prediction_type]
+
+    return denoise
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gaussian_is_recovered(method, prediction):
+    config = ScheduleConfig(prediction_type=prediction, timestep_spacing="trailing")
+
+    @jax.jit
+    def run(noise, keys):
+        options = dict(method=method, num_steps=1000, keys=keys)
+        return sample(gaussian_denoiser(config), noise, config, **options)
+
+    abar = alphas_cumprod(config)[-1]  # not quite 0: start from what the data becomes there
+    start = np.sqrt(abar) * MEAN + np.sqrt(abar * DEVIATION**2 + 1 - abar) * normal(0, 1, 128, 128, 1)
+    result = run(start, row_keys(1, 1))
+    assert float(result.mean()) == pytest.approx(MEAN, abs=0.005)
+    assert float(result.std()) == pytest.approx(DEVIATION, abs=0.01)
+
+
+def test_orders_of_convergence():
+    """Half the step size halves the error; the second order pays, though its last step is of the first."""
+    config = ScheduleConfig(timestep_spacing="trailing")
+    noise, abar = normal(0, 1, 8, 8, 1), float(alphas_cumprod(config)[-1])
+    spread = np.sqrt(abar * DEVIATION**2 + 1 - abar)
+    exact = MEAN + DEVIATION * (noise - np.sqrt(abar) * MEAN) / spread
+
+    def error(method, num_steps):
+        result = sample(gaussian_denoiser(config), noise, config, method=method, num_steps=num_steps)
+        return float(jnp.abs(result - exact).mean())
+
+    assert 0.4 < error("ddim", 160) / error("ddim", 80) < 0.65
+    assert 0.4 < error("dpmpp_2m", 160) / error("dpmpp_2m", 80) < 0.55
+    assert error("dpmpp_2m", 160) < 0.6 * error("ddim", 160)
+
+
+def test_euler_is_ddim_without_noise():
+    """Two names and two noise parametrizations of one step, on the same noise levels."""
+    config, noise = ScheduleConfig(prediction_type="v_prediction"), normal(0, 2, 4, 4, 3)
+    euler, ddim = (
+        sample(gaussian_denoiser(config), noise, config, method=method, num_steps=9)
+        for method in ("euler", "ddim")
+    )
+    np.testing.assert_allclose(euler, ddim, atol=1e-5)
+
+
+@pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 0.5), ("euler", 0.0), ("dpmpp_2m", 0.0)])
+def test_rows_do_not_depend_on_the_batch(method, eta):
+    config = ScheduleConfig()
+    noise, keys = normal(0, 5, 4, 4, 3), row_keys(1, 5)
+
+    def run(noise, keys):
+        def denoise(x, t):
+            return network(jnp, x, t.reshape(-1, 1, 1, 1))
+
+        return sample(denoise, noise, config, method=method, num_steps=6, eta=eta, keys=keys)
+
+    whole = run(noise, keys)
+    np.testing.assert_allclose(run(noise[3:4], keys[3:4])[0], whole[3], atol=1e-6)
+    np.testing.assert_allclose(run(noise[::-1], keys[::-1])[::-1], whole, atol=1e-6)
+
+
+def test_zero_terminal_snr_is_finite_everywhere():
+    for spacing in ("leading", "trailing", "linspace"):
+        config = ScheduleConfig(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing=spacing
+        )
+        for method in METHODS:
+            for num_steps in (1, 2, 3, 50, 998):
+                assert all(np.isfinite(x).all() for x in make_plan(config, method, num_steps))
+
+
+def halves(latents, timesteps):
+    """A conditional network without conditions: its second half answers something else."""
+    rows = latents.shape[0] // 2
+    scale = jnp.where(jnp.arange(2 * rows) < rows, 0.5, 1.5).reshape(-1, 1, 1, 1)
+    return scale * network(jnp, latents, timesteps.reshape(-1, 1, 1, 1))
+
+
+def test_guidance_mixes_the_two_halves():
+    x, t = normal(0, 2, 4, 4, 3), jnp.array([10.0, 10.0])
+    raw = network(jnp, x, 10.0)
+    np.testing.assert_allclose(guided(halves, 1.0)(x, t), 1.5 * raw, rtol=1e-5)
+    np.testing.assert_allclose(guided(halves, 0.0)(x, t), 0.5 * raw, rtol=1e-5)
+    per_row = guided(halves, jnp.array([1.0, 3.0]))(x, t)
+    np.testing.assert_allclose(per_row, jnp.stack([1.5 * raw[0], 3.5 * raw[1]]), rtol=1e-5)
+
+
+def test_guidance_rescale_restores_the_conditional_deviation():
+    x, t = normal(0, 2, 4, 4, 3), jnp.array([10.0, 10.0])
+    cond = 1.5 * network(jnp, x, 10.0)
+    full, half, none = (guided(halves, 7.5, phi)(x, t) for phi in (1.0, 0.5, 0.0))
+    np.testing.assert_allclose(full.std((1, 2, 3)), cond.std((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(half, (full + none) / 2, rtol=1e-5)
+    flat = guided(lambda x, t: jnp.zeros_like(x), 7.5, 0.7)(x, t)
+    np.testing.assert_array_equal(flat, jnp.zeros_like(x))
+
+
+def test_one_compilation_serves_all_guidance_scales():
+    config, traces = ScheduleConfig(), []
+
+    @jax.jit
+    def run(noise, keys, scale, rescale):
+        traces.append(1)
+        return sample(guided(halves, scale, rescale), noise, config, method="ddpm", num_steps=4, keys=keys)
+
+    noise, keys = normal(0, 2, 4, 4, 3), row_keys(1, 2)
+    results = [run(noise, keys, scale, rescale) for scale, rescale in ((1.0, 0.0), (7.5, 0.0), (7.5, 0.7))]
+    assert len(traces) == 1
+    assert not np.allclose(results[0], results[1]) and not np.allclose(results[1], results[2])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(method="plms"), "'plms' is unknown; choose one of ddpm"),
+        (dict(num_steps=0), "num_steps is 0"),
+        (dict(num_steps=1000), "1 to 998"),
+        (dict(method="euler", num_steps=1001), "1 to 1000"),
+        (dict(method="ddim", eta=1.5), "eta is 1.5"),
+        (dict(method="euler", eta=0.5), "0 except for 'ddim'"),
+        (dict(method="ddpm"), "pass either keys or step_noise"),
+        (dict(method="ddpm", step_noise=jnp.zeros((3, 1, 2, 2, 1))), "step_noise has shape"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(lambda x, t: x, jnp.zeros((1, 2, 2, 1)), ScheduleConfig(), **options)

@@ -1,0 +1,90 @@
+"""The convolution's own gradients against autodiff's, on one device and on a mesh, and against torch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dreamllm_jax.models.conv import Conv, canonical, plain
+
+# (height, width), kernel size, stride, padding
+SHAPES = [
+    ((8, 8), 3, 1, (1, 1)),
+    ((5, 7), 3, 1, (1, 1)),
+    ((8, 8), 3, 2, (1, 1)),
+    ((7, 5), 3, 2, (1, 1)),
+    ((8, 6), 3, 2, (0, 1)),
+    ((4, 4), 1, 1, (0, 0)),
+    ((8, 8), 4, 4, (0, 0)),
+    ((1, 1), 3, 2, (1, 1)),
+]
+
+
+def example(sides, size, stride, padding, rows=4):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, *sides, 6)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 6, 5)), jnp.float32)
+    out = jax.eval_shape(lambda x, k: plain(x, k, stride, padding), x, kernel)
+    return x, kernel, jnp.asarray(rng.normal(size=out.shape), jnp.float32)
+
+
+def gradients(form, stride, padding):
+    def backward(x, kernel, d_out):
+        out, pull = jax.vjp(lambda x, k: form(x, k, stride, padding), x, kernel)
+        return out, *pull(d_out)
+
+    return jax.jit(backward)
+
+
+def close(actual, expected):
+    """To float32 rounding of the largest values."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-6 * np.abs(e).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_written_gradients_equal_autodiffs(shape):
+    arrays = example(*shape)
+    close(gradients(canonical, *shape[2:])(*arrays), gradients(plain, *shape[2:])(*arrays))
+
+
+def test_in_a_scan_they_equal_those_outside():
+    x, kernel, d_out = example(*SHAPES[2])
+
+    def loss(kernel):
+        outs = jax.lax.map(lambda row: canonical(row[None], kernel, 2, (1, 1))[0], x)
+        return (outs * d_out).sum()
+
+    close(jax.jit(jax.grad(loss))(kernel), gradients(plain, 2, (1, 1))(x, kernel, d_out)[2])
+
+
+def test_rows_split_over_devices_change_nothing(devices):
+    arrays = example(*SHAPES[0], rows=8)
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    split = jax.device_put(arrays, (rows, whole, rows))
+    close(gradients(canonical, 1, (1, 1))(*split), gradients(plain, 1, (1, 1))(*arrays))
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    x = jnp.ones((1, 4, 4, 3))
+    module = Conv(2, dtype=jnp.bfloat16)
+    params = module.init(jax.random.key(0), x)
+    grads = jax.grad(lambda p: module.apply(p, x).astype(jnp.float32).sum())(params)
+    assert module.apply(params, x).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, grads))} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("stride", [1, 2])
+def test_parity_with_torch(stride):
+    torch = pytest.importorskip("torch")
+    x, kernel, _ = example((7, 8), 3, stride, (1, 1))
+    expected = torch.nn.functional.conv2d(
+        torch.tensor(np.asarray(x)).permute(0, 3, 1, 2),
+        torch.tensor(np.asarray(kernel)).permute(3, 2, 0, 1),
+        stride=stride,
+        padding=1,
+    )
+    close(canonical(x, kernel, stride, (1, 1)), expected.permute(0, 2, 3, 1).numpy())
