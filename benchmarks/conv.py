@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dreamllm_jax.models.conv import plain, convolve
+from dreamllm_jax.models.conv import convolve, plain
 
 # (rows, height, width, channels in), channels out: the demonstration's U-Net.
 SHAPES = [((64, 8, 8, 32), 32), ((64, 8, 8, 64), 64), ((64, 16, 16, 16), 16), ((64, 4, 4, 128), 64)]

@@ -10,7 +10,6 @@ Command: python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=
 from ml_collections import ConfigDict
 
 VOCABULARY = 512
-LENGTH = 192
 
 
 def model() -> dict:
@@ -65,83 +64,61 @@ def model() -> dict:
     )
 
 
-def optim(learning_rate: float, **changes) -> dict:
-    return dict(learning_rate=learning_rate, warmup_ratio=0.05, weight_decay=0.01, b2=0.99, **changes)
+def stage(name: str, trainable: tuple, steps: int, rate: float, data: dict, **settings) -> dict:
+    optim = dict(learning_rate=rate, warmup_ratio=0.05, weight_decay=0.01, b2=0.99)
+    optim |= settings.pop("optim", {})
+    return dict(name=name, trainable=trainable, steps=steps, data=data, optim=optim, **settings)
 
 
 def captions(rows: int, **changes) -> dict:
-    data = dict(
-        source="handwriting", kinds=dict(captions=1.0), rows=rows, length=16, max_images=1, max_dreams=1
-    )
-    return data | changes
+    """One captioned picture a row: what the towers are pretrained on."""
+    shape = dict(rows=rows, length=16, max_images=1, max_dreams=1)
+    return dict(source="handwriting", kinds=dict(captions=1.0), **shape) | changes
 
 
-def rows(**changes) -> dict:
-    return dict(source="handwriting", rows=8, length=LENGTH, max_images=8, max_dreams=8) | changes
+def packed(rows: int, kinds: dict, **changes) -> dict:
+    """Documents packed into rows."""
+    shape = dict(rows=rows, length=192, max_images=8, max_dreams=8)
+    return dict(source="handwriting", kinds=kinds, **shape) | changes
 
 
-def stages() -> list[dict]:
-    vision_towers = ("vision", "text", "contrastive")
-    connectors = ("vision_projector", "dream_queries", "condition_projector")
-    joint = dict(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1)
+def stage0() -> list[dict]:
+    """What the real system downloads."""
+    text_only = packed(16, dict(text=1.0), max_images=0, max_dreams=0)
     return [
-        dict(
-            name="stage0_vae",
-            objective="vae",
-            trainable=("vae",),
-            steps=300,
-            data=captions(64),
-            loss=dict(kl_weight=1e-4),
-            optim=optim(2e-3),
-        ),
-        dict(
-            name="stage0_clip",
+        stage("stage0_vae", ("vae",), 250, 2e-3, captions(64), objective="vae", loss=dict(kl_weight=1e-4)),
+        stage(
+            "stage0_clip",
+            ("vision", "text", "contrastive"),
+            300,
+            1e-3,
+            captions(128),
             objective="contrastive",
-            trainable=vision_towers,
-            steps=400,
-            data=captions(128),
-            optim=optim(1e-3),
         ),
-        dict(
-            name="stage0_unet",
+        stage(
+            "stage0_unet",
+            ("unet",),
+            1000,
+            2e-3,
+            captions(64, caption_dropout=0.1),
             objective="diffusion",
-            trainable=("unet",),
-            steps=1500,
-            data=captions(64, caption_dropout=0.1),
-            optim=optim(2e-3, ema_decay=0.995),
+            optim=dict(ema_decay=0.995),
         ),
-        dict(
-            name="stage0_language",
-            trainable=("llama",),
-            steps=400,
-            data=rows(kinds=dict(text=1.0), max_images=0, max_dreams=0, rows=16),
-            loss=dict(weight_lm=1.0, weight_vm=0.0),
-            optim=optim(2e-3),
-        ),
-        dict(
-            name="stage1",
-            trainable=connectors,
-            steps=300,
-            data=rows(kinds=dict(pairs=1.0)),
-            loss=joint,
-            optim=optim(2e-3),
-        ),
-        dict(
-            name="stage2",
-            trainable=("llama", *connectors),
-            steps=600,
-            data=rows(kinds=dict(documents=0.7, pairs=0.3)),
-            loss=joint,
-            optim=optim(1e-3),
-        ),
-        dict(
-            name="stage3",
-            trainable=("llama", *connectors),
-            steps=200,
-            data=rows(kinds=dict(documents=0.5, pairs=0.2, conversations=0.3)),
-            loss=joint,
-            optim=optim(5e-4),
-        ),
+        stage("stage0_language", ("llama",), 300, 2e-3, text_only, loss=dict(weight_lm=1.0, weight_vm=0.0)),
+    ]
+
+
+def dream_stages() -> list[dict]:
+    """DreamLLM's own three stages."""
+    connectors = ("vision_projector", "dream_queries", "condition_projector")
+    everything = ("llama", *connectors)
+    joint = dict(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1)
+    documents = packed(8, dict(documents=0.7, pairs=0.3))
+    instructions = packed(8, dict(documents=0.5, pairs=0.2, conversations=0.3))
+    return [
+        stage("stage1", connectors, 200, 2e-3, packed(8, dict(pairs=1.0)), loss=joint),
+        stage("stage2", everything, 500, 1e-3, documents, loss=joint),
+        stage("stage3", everything, 150, 5e-4, instructions, loss=joint),
     ]
 
 
@@ -152,13 +129,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     recipe = dict(
         name="handwriting",
         model=model(),
-        stages=stages(),
+        stages=[*stage0(), *dream_stages()],
         tokenizer=dict(corpus="handwriting", vocab_size=VOCABULARY),
         generation=dict(
             max_new_tokens=32,
             max_images=7,
             num_inference_steps=12,
-            guidance_scale=2.0,
+            guidance_scale=3.0,
             sampler="dpmpp_2m",
         ),
         mesh=dict(data=1, fsdp=-1),

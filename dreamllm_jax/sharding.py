@@ -66,8 +66,8 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*/(o_proj|out_proj|to_out_0|down_proj|fc2|net_2)/kernel", _COLUMN),
     (r".*/(visual_projection|text_projection)/kernel", _ROW),
     # projectors
-    (r"(vision_projector|condition_projector|global_projector)/.*(linear|projection).*/kernel", _ROW),
-    (r"vision_projector/(conv[^/]*|.*/conv[^/]*)/kernel", _CONV),
+    (r"(vision_projector|condition_projector|global_projector)/linear_\d+/kernel", _ROW),
+    (r"(vision_projector|condition_projector)/conv_\d+/kernel", _CONV),
     # U-Net and VAE; image-side channels (3, 4 or 8) are too few to split
     (r"vision/embeddings/patch_embedding/kernel", ("whole", "whole", "whole", "weight_in")),
     (r"(unet|vae/encoder|vae/decoder)/conv_in/kernel", ("whole", "whole", "whole", "weight_out")),
@@ -150,8 +150,6 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     assert len(axes) <= len(shape), f"{path}: rule {axes} is longer than the shape {shape}"
     if not axes:
         return PartitionSpec()
-    if path.endswith("/kernel") and axes == _CONV and len(shape) < 4:
-        axes = axes[2:]
     spec: list[tuple[str, ...] | None] = [None] * (len(shape) - len(axes))
     for size, axis in zip(shape[len(spec) :], axes, strict=True):
         names = tuple(n for n in MESH_AXES[axis] if mesh.shape[n] > 1)

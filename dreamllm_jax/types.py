@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import flax.struct
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num
 from PIL import Image
 
 
@@ -40,6 +40,8 @@ class Batch:
 
     `dream_sizes` are SDXL's size conditions of each dream: original height and width, crop top and
     left, target height and width, in pixels. A field without use in a model may be None.
+
+    Pictures are bytes; floats are taken as pixels normalized for their tower.
     """
 
     tokens: Int[Array, "B L"]
@@ -52,8 +54,8 @@ class Batch:
     image_mask: Bool[Array, "B I"]
     dream_mask: Bool[Array, "B J"]
     null_dream: Int[Array, "B"]
-    images: UInt8[Array, "B I h w 3"] | None = None
-    dream_images: UInt8[Array, "B J h2 w2 3"] | None = None
+    images: Num[Array, "B I h w 3"] | None = None
+    dream_images: Num[Array, "B J h2 w2 3"] | None = None
     dream_sizes: Int[Array, "B J 6"] | None = None
 
 
@@ -69,7 +71,9 @@ class Document:
     parts: tuple[str | Image.Image, ...] = ()
     finish_reason: str | None = None
 
-    def __init__(self, parts: Sequence[str | Image.Image] = (), finish_reason: str | None = None):
+    def __init__(
+        self, parts: Sequence[str | Image.Image] | Image.Image = (), finish_reason: str | None = None
+    ):
         if isinstance(parts, str | Image.Image):
             parts = (parts,)
         for i, part in enumerate(parts):

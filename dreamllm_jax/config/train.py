@@ -74,6 +74,16 @@ class StageConfig:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
+    def program(self) -> StageConfig:
+        """The stage without what its compiled step does not depend on: name, length, data, rates."""
+        optim = OptimConfig()
+        rates = dict(
+            learning_rate=optim.learning_rate, warmup_ratio=optim.warmup_ratio, schedule=optim.schedule
+        )
+        return dataclasses.replace(
+            self, name="", steps=0, data=DataConfig(), optim=dataclasses.replace(self.optim, **rates)
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamllm_jax.config.base import build, to_dict
-from dreamllm_jax.config.model import DreamLLMConfig, model_config
+from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
 from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.convert import hugging_face
 from dreamllm_jax.convert.dreamllm_files import MOUNTS
@@ -42,7 +42,12 @@ def convert_to_jax(
     """
     params, report = source.params()
     report.raise_if_faulty(str(source.path))
-    content: dict[str, Any] = {"format": FORMAT, "model": to_dict(source.model)}
+    generation = GenerationConfig(template=source.template)
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "model": to_dict(source.model),
+        "generation": to_dict(generation),
+    }
     if source.loss is not None:
         content["loss"] = to_dict(source.loss)
     with new_folder(folder, overwrite) as beside:

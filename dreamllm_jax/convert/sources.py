@@ -34,10 +34,16 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
+# The conversation template that DreamLLM and LLaVA-1.5 were trained with.
+VICUNA = "vicuna_v1.1"
+
 
 @dataclasses.dataclass
 class Source:
-    """A recognized checkpoint: `parts` are its tensors, unread, under the names that the tables know."""
+    """A recognized checkpoint: `parts` are its tensors, unread, under the names that the tables know.
+
+    `template` is the conversation template it was trained with, None for plain continuation.
+    """
 
     kind: str
     path: Path
@@ -45,6 +51,7 @@ class Source:
     parts: dict[str, dict[str, Tensor]]
     report: Report = dataclasses.field(default_factory=Report)
     loss: LossConfig | None = None
+    template: str | None = None
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -119,7 +126,7 @@ def _mounted(kind: str, folder: Path, model: DreamLLMConfig, mounts: tuple[Mount
 def _open_dreamllm(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
     settings = configs_from_dreamllm(folder, parts_dir)
     parts, report = read_dreamllm(folder, settings)
-    return Source("DreamLLM", folder, settings.model, parts, report, settings.loss)
+    return Source("DreamLLM", folder, settings.model, parts, report, settings.loss, VICUNA)
 
 
 def _open_llama(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
@@ -162,7 +169,7 @@ def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
         vision_projector=ProjectorConfig("linear" if depth == 1 else "mlp", depth),
         vision_select_layer=int(raw.get("mm_vision_select_layer") or -2),
     )
-    source = _mounted("LLaVA", folder, model, LLAVA_MOUNTS)
+    source = dataclasses.replace(_mounted("LLaVA", folder, model, LLAVA_MOUNTS), template=VICUNA)
     if "vision" not in source.parts and tower is not None and find_weights(tower):
         source.parts["vision"] = mount(read_weights(tower), CLIP_VISION_MOUNTS, Report())["vision"]
     return source
@@ -184,7 +191,8 @@ def _open_llava_port(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
         vision_projector=ProjectorConfig("mlp", 2),
         vision_select_layer=int(raw.get("vision_feature_layer", -2)),
     )
-    return _mounted("LLaVA (Hugging Face)", folder, model, LLAVA_PORT_MOUNTS)
+    source = _mounted("LLaVA (Hugging Face)", folder, model, LLAVA_PORT_MOUNTS)
+    return dataclasses.replace(source, template=VICUNA)
 
 
 def _clip_folder(folder: Path, name: str, parts_dir: Path | None) -> Path | None:

@@ -19,8 +19,17 @@ from dreamllm_jax.data.sequences import Sequence
 from dreamllm_jax.data.tokenizer import SpecialTokens
 from dreamllm_jax.types import Batch
 
-# What a stream counts: of documents in rows; `empty_documents` had nothing left to learn and are in none.
-COUNTS = ("tokens", "documents", "empty_documents", "dropped_images", "dropped_tokens", "broken_images")
+# What a stream counts. `empty_documents` had nothing left to learn, `broken_documents` could not be read;
+# they are in no row.
+COUNTS = (
+    "tokens",
+    "documents",
+    "empty_documents",
+    "broken_documents",
+    "dropped_images",
+    "dropped_tokens",
+    "broken_images",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +139,7 @@ class RowStream:
             if sequence.teaches:
                 self.layout.check(sequence)
                 return number, sequence
-            self.counts["empty_documents"] += 1
+            self.counts["empty_documents"] += not sequence.broken_documents
             self._count_losses(sequence)
         raise ValueError(
             f"{patience} documents in a row left nothing to learn within {self.layout.room} tokens, "
@@ -139,7 +148,7 @@ class RowStream:
         )
 
     def _count_losses(self, sequence: Sequence) -> None:
-        for name in ("dropped_images", "dropped_tokens", "broken_images"):
+        for name in ("broken_documents", "dropped_images", "dropped_tokens", "broken_images"):
             self.counts[name] += getattr(sequence, name)
 
     def state(self) -> dict:
@@ -149,7 +158,7 @@ class RowStream:
 
     def restore(self, state: dict) -> None:
         """Stands where `state` was taken, by reading the waiting documents again."""
-        self.next, self.counts = int(state["next"]), dict(state["counts"])
+        self.next, self.counts = int(state["next"]), {**self.counts, **state["counts"]}
         self.waiting = collections.deque((number, self.read(number)) for number in state["waiting"])
 
 

@@ -5,7 +5,7 @@ and the place of a stream is a handful of numbers: resuming reads the few waitin
 and goes on exactly. That, and packing under image budgets, is why no grain loader runs here: its
 packing knows no budgets, its state is a worker's, and its processes would need the pictures sent
 between them. One thread ahead of the device is enough for work of a few milliseconds. Sources over
-files may read through grain's random-access datasets: `index` below counts as those do.
+files (`records`) take their order from grain's random-access datasets: `index` below counts as those do.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import numpy as np
 
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.data.files import BrokenRecord
 from dreamllm_jax.data.handwriting import training_source
 from dreamllm_jax.data.images import to_rgb
 from dreamllm_jax.data.packing import COUNTS, RowLayout, RowStream, assemble
-from dreamllm_jax.data.pieces import Beside, Picture, Piece
+from dreamllm_jax.data.pieces import Beside, End, Picture, Piece
+from dreamllm_jax.data.records import check_sources, open_mixture
 from dreamllm_jax.data.sequences import Sequence, encode_pieces
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.types import Batch
@@ -38,19 +40,25 @@ class Source(Protocol):
         """One document; `rng` is valid during the call alone.
 
         `index` counts the documents of all rows (row r has r, r + rows, ...): a finite source may
-        take record `index % size` of a shuffled epoch, an endless one draws from `rng`.
+        take record `index % size` of a shuffled epoch, an endless one draws from `rng`. A record that
+        cannot be used is a BrokenRecord: it is counted, and the row reads on.
         """
         ...
 
 
-def open_source(config: DataConfig, picture_size: int) -> Source:
-    """The source that a stage's config names.
+def open_source(config: DataConfig, picture_size: int, seed: int = 0) -> Source:
+    """The source that a stage's config names; `seed` orders the epochs of files.
 
     Raises:
-      ValueError: it names none, or gives no kind of document a weight.
+      ValueError: it names none, gives no kind of document a weight, or names files that are not there
+        or not what they should be.
     """
+    if config.sources:
+        return open_mixture(config.sources, config.mode, seed)
     if config.source is None:
-        raise ValueError("data.source is not set; set it to a source, for example 'handwriting'.")
+        raise ValueError(
+            "data.source is not set; set it to 'handwriting', or list files of your own in data.sources."
+        )
     return training_source(
         config.kinds,
         config.mode,
@@ -58,6 +66,18 @@ def open_source(config: DataConfig, picture_size: int) -> Source:
         augment=config.augment,
         caption_dropout=config.caption_dropout,
     )
+
+
+def check_source(config: DataConfig) -> None:
+    """What can be said about a stage's source in no time: files are looked for, not read.
+
+    Raises:
+      ValueError: as `open_source`, as far as that goes.
+    """
+    if config.sources:
+        check_sources(config)
+    else:
+        open_source(config, 16)
 
 
 def row_layout(config: DataConfig, model: DreamLLMConfig, null_dream: bool) -> RowLayout:
@@ -92,7 +112,7 @@ def batches(
       ValueError: rows that do not divide among the hosts, no source, no room for any document.
     """
     layout = row_layout(config, model, null_dream)
-    source = open_source(config, max(layout.image_size or 0, layout.dream_size or 0) or 16)
+    source = open_source(config, max(layout.image_size or 0, layout.dream_size or 0) or 16, seed)
     return BatchStream(
         source,
         tokenizer,
@@ -197,8 +217,12 @@ class BatchStream(Iterator[Batch]):
 
     def _read(self, row: int, number: int) -> Sequence:
         """Document `number` of a row, always the same; pictures that cannot be read are left out of it."""
-        rng = self._draws.at(row, number)
-        pieces, broken = _readable(self._source.document(rng, number * self._rows + row))
+        rng, faulty = self._draws.at(row, number), 0
+        try:
+            document = self._source.document(rng, number * self._rows + row)
+        except BrokenRecord:
+            document, faulty = [End(supervised=False)], 1
+        pieces, broken = _readable(document)
         layout = self._layout
         sequence = encode_pieces(
             pieces,
@@ -209,7 +233,9 @@ class BatchStream(Iterator[Batch]):
             max_images=layout.max_images,
             max_dreams=layout.dream_room,
         )
-        return dataclasses.replace(sequence, broken_images=broken) if broken else sequence
+        if broken or faulty:
+            sequence = dataclasses.replace(sequence, broken_images=broken, broken_documents=faulty)
+        return sequence
 
 
 class _Draws:

@@ -31,7 +31,7 @@ class Sequence:
 
     `supervised[l]`: token l is a training target. Slots as in `types.Batch`, images and dreams
     counted within the sequence. `dropped_images` and `dropped_tokens` (of text) did not fit,
-    `broken_images` could not be read.
+    `broken_images` could not be read, nor `broken_documents` (1: this one, and nothing is left of it).
     """
 
     tokens: Int[np.ndarray, "L"]
@@ -43,6 +43,7 @@ class Sequence:
     dropped_images: int = 0
     dropped_tokens: int = 0
     broken_images: int = 0
+    broken_documents: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -17,13 +17,13 @@ from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.convert.pretrained import load_pretrained, save_pretrained
 from dreamllm_jax.convert.storage import flatten, unflatten
 from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.generate.decode import decode_text, dream
 from dreamllm_jax.generate.documents import draw_rows, write_documents
 from dreamllm_jax.generate.engine import Engine, prompt_keys
-from dreamllm_jax.generate.images import Condition
+from dreamllm_jax.generate.images import Condition, NullCondition
 from dreamllm_jax.generate.prompts import Prompt, as_list, bucket, context_length, prompt_batch
 from dreamllm_jax.sharding import parameter_shardings
-from dreamllm_jax.types import Document
 
 
 class DreamLLM:
@@ -43,15 +43,21 @@ class DreamLLM:
         generation: GenerationConfig | None = None,
         mesh: Mesh | None = None,
     ):
-        """Places the parameters (flat or nested) on the default device, or sharded over `mesh`."""
+        """Places the parameters (flat or nested) on the default device, or sharded over `mesh`.
+
+        Raises:
+          ValueError: a model without language model, or with fewer embeddings than the tokenizer has tokens.
+        """
+        _check_language(config, tokenizer)
         flat = flatten(params)
         if mesh is None:
             placed = {k: jnp.asarray(v) for k, v in flat.items()}
         else:
-            placed = {k: jax.device_put(v, s) for (k, v), s in _zip(flat, parameter_shardings(flat, mesh))}
+            shardings = parameter_shardings(flat, mesh)
+            placed = {k: jax.device_put(v, shardings[k]) for k, v in flat.items()}
         self._engine = Engine(config, unflatten(placed), tokenizer)
         self.generation = GenerationConfig() if generation is None else generation
-        self._null_conditions: dict[tuple[str, str | None], Condition] = {}
+        self._null_conditions: dict[tuple[str, str | None], NullCondition] = {}
 
     @classmethod
     def from_pretrained(
@@ -62,8 +68,10 @@ class DreamLLM:
         `dtype` ("float32", "bfloat16") casts the weights and sets what is computed in.
 
         Raises:
-          ValueError: the folder is missing, foreign, incomplete or damaged.
+          ValueError: the folder is missing, foreign, incomplete or damaged, or another dtype.
         """
+        if dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'.")
         loaded = load_pretrained(path, dtype)
         config = loaded.config if dtype is None else dataclasses.replace(loaded.config, dtype=dtype)
         return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh)
@@ -106,8 +114,8 @@ class DreamLLM:
         keys, engine = prompt_keys(seed, len(prompts)), self._engine
         batch = prompt_batch(prompts, self.tokenizer, self.config, settings.template)
         longest = int((batch.segment_ids > 0).sum(-1).max())
+        self._check_room(longest, settings)
         capacity = bucket(longest + settings.max_new_tokens, context_length(self.config))
-        self._check_room(longest, capacity, settings)
         _, tokens, _ = decode_text(
             engine.params,
             engine.read(batch, capacity),
@@ -118,7 +126,7 @@ class DreamLLM:
             model=engine.module,
             max_new_tokens=settings.max_new_tokens,
         )
-        texts = [self.tokenizer.decode(row[row >= 0]).strip() for row in np.asarray(tokens)]
+        texts = [self.tokenizer.decode(row[row >= 0].tolist()).strip() for row in np.asarray(tokens)]
         return texts if many else texts[0]
 
     def generate_images(
@@ -154,15 +162,15 @@ class DreamLLM:
             sampler=sampler,
             eta=eta,
         )
+        self._check_drawing(settings)
         keys = prompt_keys(seed, len(prompts))
         condition = self._condition(prompts, settings.template)
         null = self._null_condition(negative_prompt, settings)
         numbers = jnp.arange(num_images_per_prompt)
-        image_keys = jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(numbers))(keys).reshape(
-            -1
-        )
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        image_keys = fold(keys, numbers).reshape(-1)
         rows = np.repeat(np.arange(len(prompts)), num_images_per_prompt)
-        images = draw_rows(self._engine, condition, rows, image_keys, settings, null)
+        images = draw_rows(self._engine, condition, rows, image_keys, settings, null, expected=len(rows))
         pictures = [Image.fromarray(i) for i in images]
         n = num_images_per_prompt
         lists = [pictures[i * n : (i + 1) * n] for i in range(len(prompts))]
@@ -187,7 +195,8 @@ class DreamLLM:
         """The document that continues a prompt: a `Document`, or a list of them for a list.
 
         The model decides when to draw, draws, sees its own drawing, and writes on, until it ends the
-        document or has no room left (`finish_reason`). `max_new_tokens` bounds the text, `max_images` the pictures.
+        document or has no room left (`finish_reason`). `max_new_tokens` bounds the text, `max_images` the
+        pictures.
 
         Raises:
           ValueError: a prompt beyond the context, an unknown sampler.
@@ -204,6 +213,7 @@ class DreamLLM:
             sampler=sampler,
             eta=eta,
         )
+        self._check_drawing(settings)
         keys = prompt_keys(seed, len(prompts))
         null = self._null_condition(negative_prompt, settings) if self.config.draws else None
         documents = write_documents(self._engine, prompts, keys, settings, null)
@@ -211,16 +221,19 @@ class DreamLLM:
 
     def _settings(self, **given: Any) -> GenerationConfig:
         changes = {k: v for k, v in given.items() if v is not None}
-        known = ("ddpm", "ddim", "euler", "dpmpp_2m")
-        if "sampler" in changes and changes["sampler"] not in known:
-            raise ValueError(f"sampler {changes['sampler']!r} is unknown; choose one of {', '.join(known)}.")
         return dataclasses.replace(self.generation, **changes)
 
-    def _check_room(self, longest: int, capacity: int, settings: GenerationConfig) -> None:
-        if longest + settings.max_new_tokens > capacity:
+    def _check_drawing(self, settings: GenerationConfig) -> None:
+        """Raises ValueError for an unknown sampler, or steps or an eta that it does not take."""
+        if self.config.draws:
+            make_plan(self.config.schedule, settings.sampler, settings.num_inference_steps, settings.eta)
+
+    def _check_room(self, longest: int, settings: GenerationConfig) -> None:
+        if longest + settings.max_new_tokens > context_length(self.config):
             raise ValueError(
-                f"The longest prompt has {longest} tokens, and max_new_tokens is {settings.max_new_tokens}; together "
-                f"they exceed the model's context of {context_length(self.config)}: shorten one of them."
+                f"The longest prompt has {longest} tokens, and max_new_tokens is {settings.max_new_tokens}; "
+                f"together they exceed the model's context of {context_length(self.config)}: shorten one of "
+                "them."
             )
 
     def _condition(self, prompts: list[Prompt], template: str | None) -> Condition:
@@ -228,19 +241,18 @@ class DreamLLM:
         batch = prompt_batch(prompts, self.tokenizer, self.config, template)
         longest = int((batch.segment_ids > 0).sum(-1).max())
         needed = longest + 1 + self.config.num_dream_queries
-        capacity = bucket(needed, context_length(self.config))
-        if needed > capacity:
+        if needed > context_length(self.config):
             raise ValueError(
-                f"The longest prompt has {longest} tokens; with {self.config.num_dream_queries + 1} for the dream "
-                f"it exceeds the model's context of {context_length(self.config)}: shorten it."
+                f"The longest prompt has {longest} tokens; with {self.config.num_dream_queries + 1} for the "
+                f"dream it exceeds the model's context of {context_length(self.config)}: shorten it."
             )
         start = jnp.int32(self.tokenizer.special.dream_start)
-        reading = self._engine.read(batch, capacity)
+        reading = self._engine.read(batch, bucket(needed, context_length(self.config)))
         active = jnp.ones(len(prompts), bool)
         _, context, pooled = dream(self.params, reading, active, start, model=self._engine.module)
         return context, pooled
 
-    def _null_condition(self, negative_prompt: str, settings: GenerationConfig) -> Condition | None:
+    def _null_condition(self, negative_prompt: str, settings: GenerationConfig) -> NullCondition | None:
         """The unconditional side of guidance, kept between calls."""
         if settings.guidance_scale == 1:
             return None
@@ -251,5 +263,11 @@ class DreamLLM:
         return self._null_conditions[place]
 
 
-def _zip(a: dict[str, Any], b: dict[str, Any]) -> Any:
-    return ((item, b[item[0]]) for item in a.items())
+def _check_language(config: DreamLLMConfig, tokenizer: Tokenizer) -> None:
+    if config.llama is None:
+        raise ValueError("This model has no language model (model.llama is absent); DreamLLM needs one.")
+    if tokenizer.vocab_size > config.llama.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model embeds "
+            f"{config.llama.vocab_size}; they are not of the same model."
+        )

@@ -16,11 +16,12 @@ from PIL import Image
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.generate.decode import Reading, decode_text, dream, look
 from dreamllm_jax.generate.engine import Engine
-from dreamllm_jax.generate.images import Condition, draw_images
+from dreamllm_jax.generate.images import Condition, NullCondition, draw_images
 from dreamllm_jax.generate.prompts import Prompt, bucket, context_length, prompt_batch
 from dreamllm_jax.types import Document
 
-MOST_PICTURES_AT_ONCE = 64
+# How many pictures are drawn at once: few sizes, since each is compiled anew.
+PICTURES_AT_ONCE = (1, 4, 16)
 
 
 def block_length(engine: Engine) -> int:
@@ -34,7 +35,7 @@ def write_documents(
     prompts: list[Prompt],
     keys: jax.Array,
     settings: GenerationConfig,
-    unconditional: Condition | None,
+    unconditional: NullCondition | None,
 ) -> list[Document]:
     """Documents that continue the prompts (the prompts themselves not included).
 
@@ -54,7 +55,7 @@ def write_documents(
         control = engine.control(
             stops=[special.eos, special.dream_start] if engine.config.draws else [special.eos],
             may_dream=active & (drawn < settings.max_images) & engine.config.draws,
-            dream_room=block + 1,
+            dream_room=block,
             settings=settings,
         )
         reading, tokens, stop = decode_text(
@@ -69,7 +70,7 @@ def write_documents(
         )
         tokens, stop = np.asarray(tokens), np.asarray(stop)
         for row in np.flatnonzero(active):
-            ids = tokens[row][tokens[row] >= 0]
+            ids = tokens[row][tokens[row] >= 0].tolist()
             written[row] += len(ids)
             if text := engine.tokenizer.decode(ids).strip():
                 parts[row].append(text)
@@ -89,17 +90,18 @@ def draw_and_look(
     active: np.ndarray,
     keys: jax.Array,
     settings: GenerationConfig,
-    unconditional: Condition | None,
+    unconditional: NullCondition | None,
 ) -> tuple[Reading, dict[int, np.ndarray]]:
     """Draws one picture in each active row, and reads it there; returns the pictures by row."""
     special = engine.tokenizer.special
-    place = reading.cache.lengths
+    row_keys = jax.vmap(jax.random.fold_in)(keys, reading.cache.lengths)
     mask = jnp.asarray(active)
     start = jnp.int32(special.dream_start)
     reading, context, pooled = dream(engine.params, reading, mask, start, model=engine.module)
     picked = np.flatnonzero(active)
-    row_keys = jax.vmap(jax.random.fold_in)(keys, place)
-    images = draw_rows(engine, (context, pooled), picked, row_keys[picked], settings, unconditional)
+    images = draw_rows(
+        engine, (context, pooled), picked, row_keys[picked], settings, unconditional, expected=len(active)
+    )
     size = images.shape[1]
     seen, before, after = None, [special.dream_end], []
     if engine.config.sees:
@@ -118,19 +120,24 @@ def draw_rows(
     rows: np.ndarray,
     keys: jax.Array,
     settings: GenerationConfig,
-    unconditional: Condition | None,
+    unconditional: NullCondition | None,
+    expected: int,
 ) -> np.ndarray:
-    """Pictures (uint8 [n, h, w, 3]) for some rows of the conditions, in few sizes of batch."""
+    """Pictures (uint8 [n, h, w, 3]) for some rows of the conditions.
+
+    They are drawn in batches of one size, which `expected` pictures decide: a document loop whose rows
+    end one by one compiles the drawing once.
+    """
     pictures = []
-    for begin in range(0, len(rows), MOST_PICTURES_AT_ONCE):
-        chosen = rows[begin : begin + MOST_PICTURES_AT_ONCE]
-        size = next(s for s in (1, 4, 16, MOST_PICTURES_AT_ONCE) if s >= len(chosen))
+    size = next((s for s in PICTURES_AT_ONCE if s >= expected), PICTURES_AT_ONCE[-1])
+    for begin in range(0, len(rows), size):
+        chosen = rows[begin : begin + size]
         padded = np.resize(chosen, size)
         chosen_keys = keys[np.resize(np.arange(begin, begin + len(chosen)), size)]
         part = jax.tree.map(lambda x, p=padded: x[p], condition)
         null = part
         if unconditional is not None:
-            null = jax.tree.map(lambda x, n=size: jnp.broadcast_to(x, (n, *x.shape[1:])), unconditional)
+            null = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape[1:])), unconditional)
         images = draw_images(engine.params, part, null, chosen_keys, settings, engine.module)
         pictures.append(np.asarray(images)[: len(chosen)])
     return np.concatenate(pictures)

@@ -64,9 +64,13 @@ def prompt_keys(seed: int | Sequence[int], prompts: int) -> jax.Array:
     """One key per prompt: prompt i of a batch with seed s is the single prompt with seed s + i.
 
     Raises:
-      ValueError: a list of seeds of another length than the prompts.
+      ValueError: something that is no seed, or a list of seeds of another length than the prompts.
     """
-    seeds = [seed + i for i in range(prompts)] if isinstance(seed, int) else list(seed)
+    seeds = [seed + i for i in range(prompts)] if isinstance(seed, int | np.integer) else seed
+    if not isinstance(seeds, Sequence | np.ndarray) or not all(
+        isinstance(s, int | np.integer) for s in seeds
+    ):
+        raise ValueError(f"seed is {seed!r}; give an int, or a list of them, one for each prompt.")
     if len(seeds) != prompts:
         raise ValueError(f"{len(seeds)} seeds for {prompts} prompts; give one seed each, or a single one.")
-    return jnp.stack([jax.random.key(s) for s in seeds])
+    return jnp.stack([jax.random.key(int(s)) for s in seeds])

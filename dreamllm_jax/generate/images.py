@@ -13,8 +13,9 @@ from dreamllm_jax.diffusion.sampling import guided, sample
 from dreamllm_jax.diffusion.schedule import row_normal
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 
-
+# The U-Net's context and (SDXL) its pooled condition: of M pictures, and of the empty or negative prompt.
 Condition = tuple[Float[Array, "M Q X"], Float[Array, "M G"] | None]
+NullCondition = tuple[Float[Array, "1 Q X"], Float[Array, "1 G"] | None]
 
 
 def draw_images(

@@ -43,9 +43,9 @@ def context_length(config: DreamLLMConfig) -> int:
 
 
 def bucket(size: int, limit: int) -> int:
-    """The next power of two from 16, or multiple of 256, up to `limit`: few shapes, few compilations."""
+    """The next power of two from 16, or multiple of 256, at most `limit`: few shapes, few compilations."""
     up = 1 << max(4, (size - 1).bit_length()) if size <= 256 else -(-size // 256) * 256
-    return max(size, min(up, limit))
+    return min(up, limit)
 
 
 def prompt_batch(
@@ -60,7 +60,8 @@ def prompt_batch(
     for prompt in prompts:
         if isinstance(prompt, Document) and prompt.images and not config.sees:
             raise ValueError(
-                f"The prompt has {len(prompt.images)} pictures, but this model has no vision tower; use text only."
+                f"The prompt has {len(prompt.images)} pictures, but this model has no vision tower; use text "
+                "only."
             )
     sequences = [encode_prompt(p, tokenizer, config.num_patches, limit - 1, None, template) for p in prompts]
     rows, length = len(sequences), bucket(max(len(s.tokens) for s in sequences), limit)

@@ -18,7 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dreamllm_jax.sharding import constrain
+
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+AXES = ("batch", "height", "width", "channels")
 
 
 class Conv(nn.Module):
@@ -39,7 +42,10 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         padding = (self.size // 2,) * 2 if self.padding is None else self.padding
-        return convolve(x.astype(self.dtype), kernel, self.stride, padding) + bias
+        # Pinned on both sides: left free, XLA may split the channels between two convolutions, and on
+        # images smaller than the kernel its partitioner then computes wrong gradients (JAX 0.10).
+        x = constrain(x.astype(self.dtype), *AXES)
+        return constrain(convolve(x, kernel, self.stride, padding) + bias, *AXES)
 
 
 def convolve(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.models.clip import ClipText, ClipVision, ContrastiveHead, normalize_pixels
@@ -54,10 +54,14 @@ class DreamLLMModule(nn.Module):
 
     # Reading
 
-    def see(self, images: UInt8[Array, "*M h w 3"]) -> Float[Array, "*M P D"]:
-        """Images as the language model sees them: selected patch states, projected."""
+    def see(self, images: Num[Array, "*M h w 3"]) -> Float[Array, "*M P D"]:
+        """Images as the language model sees them: selected patch states, projected.
+
+        Bytes are normalized here; floats are taken as CLIP's normalized pixels.
+        """
         lead = images.shape[:-3]
-        pixels = normalize_pixels(images.reshape(-1, *images.shape[-3:]))
+        images = images.reshape(-1, *images.shape[-3:])
+        pixels = normalize_pixels(images) if images.dtype == jnp.uint8 else images
         states = self.vision(pixels, select_layer=self.config.vision_select_layer)[:, 1:]
         features = self.vision_projector(states)
         return features.reshape(*lead, *features.shape[1:])
@@ -117,9 +121,12 @@ class DreamLLMModule(nn.Module):
         """The U-Net's prediction."""
         return self.unet(latents, timesteps, context, added)
 
-    def encode_image(self, images: UInt8[Array, "M h w 3"]) -> Float[Array, "M h2 w2 c"]:
-        """The VAE's moments of uint8 images: mean and log-variance, concatenated on channels."""
-        return self.vae.encode(diffusion_pixels(images))
+    def encode_image(self, images: Num[Array, "M h w 3"]) -> Float[Array, "M h2 w2 c"]:
+        """The VAE's moments of images: mean and log-variance, concatenated on channels.
+
+        Bytes are normalized here; floats are taken as pixels in [-1, 1].
+        """
+        return self.vae.encode(diffusion_pixels(images) if images.dtype == jnp.uint8 else images)
 
     def decode_image(self, latents: Float[Array, "M h w c"]) -> UInt8[Array, "M h2 w2 3"]:
         """uint8 images of scaled latents."""

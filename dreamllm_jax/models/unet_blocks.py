@@ -198,6 +198,8 @@ class SpatialTransformer(nn.Module):
         y = project(channels, dtype=self.dtype, name="proj_in")(y)
         stack = scan_layers(TransformerBlock, self.depth, self.remat, inputs=1)
         stack = stack(self.heads, self.dtype, name="transformer_blocks")
-        y, _ = stack(y.reshape(rows, height * width, channels), context)
+        # Pinned where the scan begins: left free, XLA's partitioner is wrong within another scan (JAX 0.10).
+        y = constrain(y.reshape(rows, height * width, channels), "batch", None, "embed")
+        y, _ = stack(y, context)
         y = project(channels, dtype=self.dtype, name="proj_out")(y.reshape(x.shape))
         return constrain(x + y, "batch", "height", "width", "channels")

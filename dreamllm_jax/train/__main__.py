@@ -1,18 +1,25 @@
-"""`python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=FOLDER`: trains a recipe."""
+"""`python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=FOLDER`: trains a recipe.
+
+Any setting can be changed behind it: `--config.seed=1`, `--config.stages.stage2.steps=100`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from dreamllm_jax.config.overrides import apply_overrides
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
 
 
-def load_recipe(path: str) -> Recipe:
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a file `configs/NAME.py`, or `configs/NAME.py:ARG` for a variant of it.
+
+    `overrides` are `--config.PATH=VALUE`, applied last.
 
     Raises:
       ValueError: there is no such file, or it has no `get_config`, or the recipe is wrong.
@@ -34,7 +41,8 @@ def load_recipe(path: str) -> Recipe:
         raise ValueError(
             f"--config={name}: the file has no function get_config(arg); see configs/handwriting.py."
         )
-    return build_recipe(module.get_config(argument or None))
+    mapping = apply_overrides(module.get_config(argument or None), overrides)
+    return build_recipe(mapping)
 
 
 def main() -> None:
@@ -43,11 +51,11 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="recipe file, e.g. configs/handwriting.py[:ARG]")
     parser.add_argument("--workdir", required=True, help="folder for checkpoints, logs and models")
     parser.add_argument("--until", help="stop after the stage of this name")
-    arguments = parser.parse_args()
+    arguments, overrides = parser.parse_known_args()
     try:
         from dreamllm_jax.train.loop import train
 
-        model = train(load_recipe(arguments.config), Path(arguments.workdir), arguments.until)
+        model = train(load_recipe(arguments.config, overrides), Path(arguments.workdir), arguments.until)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"trained: {model}")

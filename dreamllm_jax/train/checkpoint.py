@@ -20,13 +20,16 @@ class StageCheckpoints:
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` is to be saved."""
+        return self._manager.should_save(step)
+
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-        """Saves if `step` is due; returns at once, and writes in the background."""
-        if self._manager.should_save(step):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
-            )
+        """Saves; returns when the state is copied, and writes in the background."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
+        )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state, laid out as `like`, with the data's place; None where there is none."""

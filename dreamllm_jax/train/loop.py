@@ -12,9 +12,11 @@ Under the work folder:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,16 @@ from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.convert.pretrained import load_pretrained, save_pretrained
-from dreamllm_jax.data.pipeline import batches
+from dreamllm_jax.data.pipeline import BatchStream, batches
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, shard_batch
 from dreamllm_jax.train.checkpoint import StageCheckpoints
+from dreamllm_jax.train.checks import check_recipe
 from dreamllm_jax.train.metrics import Meter, MetricWriter
+from dreamllm_jax.train.optim import learning_rates
 from dreamllm_jax.train.start import prepare_tokenizer, starting_point
-from dreamllm_jax.train.state import Flat, create_state, final_params, nested
+from dreamllm_jax.train.state import Flat, TrainState, create_state, final_params, nested
 from dreamllm_jax.train.step import train_step
 
 
@@ -48,25 +52,29 @@ def train(recipe: Recipe, workdir: Path, until: str | None = None) -> Path:
     """Runs every stage that is not done yet (up to the stage named `until`); returns the model's folder.
 
     Raises:
-      ValueError: an unknown stage, a work folder of another recipe, a mesh or batch that does not
-        fit the devices, a loss that is no longer finite.
+      ValueError: an unknown stage, a work folder of another recipe, a recipe that does not fit its
+        model, the devices or the weights to start from (all of these before anything is compiled or
+        written), a loss that is no longer finite.
     """
     last = recipe.stages[-1] if until is None else recipe.stage(until)
+    stages = recipe.stages[: recipe.stages.index(last) + 1]
     mesh = make_mesh(recipe.mesh)
-    _claim(workdir, recipe)
+    _check_folder(workdir, recipe)
     tokenizer = prepare_tokenizer(recipe.tokenizer)
-    _check_vocabulary(recipe.model, tokenizer)
-    point = None
-    for stage in recipe.stages[: recipe.stages.index(last) + 1]:
+    check_recipe(recipe, stages, mesh, tokenizer)
+    point = program = None
+    for stage in stages:
         folder = stage_folder(workdir, recipe, stage)
         if (folder / "done.json").exists():
             print(f"{stage.name}: done", flush=True)
-            point = folder / "model"
-            continue
-        config, params = starting_point(recipe) if point is None else _load(point)
-        config, params = run_stage(recipe, stage, config, params, tokenizer, mesh, folder)
-        del params
-        jax.clear_caches()
+        else:
+            config, params = starting_point(recipe) if point is None else _load(point)
+            _claim(workdir, recipe)
+            if stage.program() != program:
+                jax.clear_caches()
+                program = stage.program()
+            run_stage(recipe, stage, config, params, tokenizer, mesh, folder)
+            del params
         point = folder / "model"
     assert point is not None
     return point
@@ -80,74 +88,106 @@ def run_stage(
     tokenizer: Tokenizer,
     mesh: Mesh,
     folder: Path,
-) -> tuple[DreamLLMConfig, Flat]:
-    """One stage from its beginning, or from its newest state, to its end."""
-    meter, model = Meter(), DreamLLMModule(config)
-    state = create_state(params, stage, recipe, mesh)
-    data = batches(
-        stage.data,
-        config,
-        tokenizer,
-        seed=recipe.seed,
-        null_dream=stage.loss.condition_dropout > 0,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    checkpoints = StageCheckpoints(folder / "states", recipe.checkpoint_every, recipe.keep_checkpoints)
-    seconds_before = 0.0
-    if (found := checkpoints.restore(state)) is not None:
-        state, place = found
-        data.load_state(place["data"])
-        seconds_before = place["seconds"]
-        print(f"{stage.name}: resumes after step {int(state.step)} of {stage.steps}", flush=True)
-    writer = MetricWriter(folder / "logs")
-    start = int(state.step)
-    with jax.set_mesh(mesh), tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step") as bar:
+) -> None:
+    """One stage from its beginning, or from its newest state, to its end; leaves what it made in `folder`."""
+    meter = Meter()
+    with ExitStack() as stack:
+        data = batches(
+            stage.data,
+            config,
+            tokenizer,
+            seed=recipe.seed,
+            null_dream=stage.loss.condition_dropout > 0,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        stack.callback(data.close)
+        checkpoints = StageCheckpoints(folder / "states", recipe.checkpoint_every, recipe.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        state = create_state(params, stage, recipe, mesh)
+        if (found := checkpoints.restore(state)) is not None:
+            state, place = found
+            data.load_state(place["data"])
+            meter.resume(place["meter"])
+            print(f"{stage.name}: resumes after step {int(state.step)} of {stage.steps}", flush=True)
+        state = _run_steps(recipe, stage, config, state, data, mesh, checkpoints, meter, folder / "logs")
+        params = final_params(state)
+        if stage.objective == "vae":
+            config = with_measured_scale(config, params, next(data).dream_images)
+        summary = {"steps": stage.steps, "data": data.stats()}
+    save_pretrained(folder / "model", params, config, tokenizer, recipe.generation)
+    _write(folder / "done.json", json.dumps(meter.read() | summary, indent=1))
+    shutil.rmtree(folder / "states", ignore_errors=True)
+
+
+def _run_steps(
+    recipe: Recipe,
+    stage: StageConfig,
+    config: DreamLLMConfig,
+    state: TrainState,
+    data: BatchStream,
+    mesh: Mesh,
+    checkpoints: StageCheckpoints,
+    meter: Meter,
+    logs: Path,
+) -> TrainState:
+    """The steps that are left."""
+    model, program, start = DreamLLMModule(config), stage.program(), int(state.step)
+    rates = learning_rates(stage.optim, stage.steps)
+    with (
+        jax.set_mesh(mesh),
+        closing(MetricWriter(logs)) as writer,
+        tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step") as bar,
+    ):
         for step in range(start + 1, stage.steps + 1):
             batch = shard_batch(next(data), mesh)
-            state, metrics = train_step(state, batch, model=model, stage=stage)
+            state, metrics = train_step(state, batch, rates[step - 1], model=model, stage=program)
             bar.update()
-            if step % recipe.log_every == 0 or step == stage.steps:
+            due = checkpoints.due(step)
+            if due or step % recipe.log_every == 0 or step == stage.steps:
                 values = writer.write(step, metrics)
                 _check_finite(stage, step, values)
                 bar.set_postfix_str(_postfix(values))
-            place = {"data": data.state_dict(), "seconds": seconds_before + meter.read()["seconds"]}
-            checkpoints.save(step, state, place)
-    checkpoints.close()
-    writer.close()
-    params = final_params(state)
-    if stage.objective == "vae":
-        config = with_measured_scale(config, params, next(data).dream_images)
-    save_pretrained(folder / "model", params, config, tokenizer, recipe.generation)
-    shutil.rmtree(folder / "states", ignore_errors=True)
-    summary = meter.read()
-    summary["seconds"] += seconds_before
-    summary |= {"steps": stage.steps, "data": data.stats()}
-    data.close()
-    (folder / "done.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    return config, params
+            if due:
+                checkpoints.save(step, state, {"data": data.state_dict(), "meter": meter.read()})
+    return state
 
 
 def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> DreamLLMConfig:
     """The config with the factor that gives the fresh VAE's latents unit variance (arXiv 2112.10752, G)."""
     assert config.vae is not None
     flat = jnp.asarray(images).reshape(-1, *images.shape[2:])
-    moments = DreamLLMModule(config).apply({"params": nested(params)}, flat, method="encode_image")
+    encode = jax.jit(functools.partial(DreamLLMModule(config).apply, method="encode_image"))
+    moments = encode({"params": nested(params)}, flat)
     mean, logvar = np.split(np.asarray(moments, np.float32), 2, axis=-1)
     deviation = float(np.sqrt(mean.var() + np.exp(logvar).mean()))
     return dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=1.0 / deviation))
 
 
-def _claim(workdir: Path, recipe: Recipe) -> None:
-    """Writes the recipe into a new work folder, or checks that the folder is this recipe's."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path, text = workdir / "recipe.json", json.dumps(to_dict(recipe), indent=1)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+def _check_folder(workdir: Path, recipe: Recipe) -> None:
+    path = workdir / "recipe.json"
+    if path.exists() and path.read_text(encoding="utf-8") != _recipe_text(recipe):
         raise ValueError(
             f"{workdir} holds a run of another recipe, or of other settings of it (recipe.json differs from "
             f"{recipe.name!r}); choose an empty folder, or remove this one."
         )
-    path.write_text(text, encoding="utf-8")
+
+
+def _claim(workdir: Path, recipe: Recipe) -> None:
+    """Writes the recipe into the work folder: from now on it is this recipe's."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write(workdir / "recipe.json", _recipe_text(recipe))
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    return json.dumps(to_dict(recipe), indent=1)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def _load(folder: Path) -> tuple[DreamLLMConfig, Flat]:
@@ -155,21 +195,12 @@ def _load(folder: Path) -> tuple[DreamLLMConfig, Flat]:
     return loaded.config, loaded.params
 
 
-def _check_vocabulary(config: DreamLLMConfig, tokenizer: Tokenizer) -> None:
-    for name, tower in (("llama", config.llama), ("text", config.text)):
-        if tower is not None and name == "llama" and tower.vocab_size < tokenizer.vocab_size:
-            raise ValueError(
-                f"model.{name}.vocab_size is {tower.vocab_size}, but the tokenizer has {tokenizer.vocab_size} "
-                "tokens; raise it to at least that."
-            )
-
-
 def _check_finite(stage: StageConfig, step: int, values: dict[str, float]) -> None:
     bad = [k for k, v in values.items() if not math.isfinite(v)]
     if bad:
         raise ValueError(
-            f"stage {stage.name!r}, step {step}: {', '.join(bad)} is not finite; lower optim.learning_rate or "
-            "clip_norm, and run again: the stage resumes from its last checkpoint."
+            f"stage {stage.name!r}, step {step}: {', '.join(bad)} is not finite; lower optim.learning_rate "
+            "or clip_norm, and train into an empty folder."
         )
 
 

@@ -20,6 +20,8 @@ class MetricWriter:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "curves.jsonl").open("a", encoding="utf-8")
+        if self._file.tell():  # after a crash: the last line may lack its end
+            self._file.write("\n")
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
@@ -44,7 +46,7 @@ def read_curves(folder: Path) -> Iterator[dict[str, float]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # the line a crash cut short; the resumed run wrote it anew
+            except json.JSONDecodeError:  # a line that a crash cut short, or the empty one after it
                 continue
             records[record["step"]] = record
     yield from (records[s] for s in sorted(records))
@@ -54,15 +56,22 @@ class Meter:
     """Wall-clock seconds and peak resident memory between its making and `read`."""
 
     def __init__(self):
-        self._start = time.monotonic()
+        self._start, self._earlier = time.monotonic(), {"seconds": 0.0, "peak_rss_gib": 0.0}
         try:  # Linux: begin a new high-water mark, so that each stage has its own
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             pass
 
+    def resume(self, earlier: dict[str, float]) -> None:
+        """Counts what an earlier run had read."""
+        self._earlier = earlier
+
     def read(self) -> dict[str, float]:
-        """`seconds` and `peak_rss_gib`."""
-        return {"seconds": time.monotonic() - self._start, "peak_rss_gib": _peak_kib() / 2**20}
+        """`seconds` and `peak_rss_gib`, of the earlier run too."""
+        return {
+            "seconds": self._earlier["seconds"] + time.monotonic() - self._start,
+            "peak_rss_gib": max(self._earlier["peak_rss_gib"], _peak_kib() / 2**20),
+        }
 
 
 def _peak_kib() -> float:

@@ -6,6 +6,8 @@ An objective maps (model, params, batch, draws, loss config, counts) to the loss
 
 from __future__ import annotations
 
+import typing
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from dreamllm_jax.models.vae import sample_latents
 from dreamllm_jax.types import Batch
 
 
+@typing.no_type_check  # single rows and shapes travel in the same container
 @flax.struct.dataclass
 class Draws:
     """All randomness of a step, drawn per row: a function of (seed, step, row) alone."""
@@ -38,6 +41,7 @@ class Draws:
     dropped: Bool[Array, "B J"]
 
 
+@typing.no_type_check
 @flax.struct.dataclass
 class Counts:
     """What the sums are divided by: supervised tokens, drawn images and rows of the global batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from dreamllm_jax.convert.pretrained import load_pretrained
 from dreamllm_jax.data import handwriting
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.train.state import Flat, init_params
+from dreamllm_jax.train.state import Flat, abstract_params, init_params
 
 
 def prepare_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -35,18 +36,28 @@ def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
     Raises:
       ValueError: the folder is no pretrained model, or a tensor has another shape than the recipe's.
     """
-    model = DreamLLMModule(recipe.model)
-    # Run once: compiled quickly rather than well.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    fresh = jax.jit(lambda: init_params(model, jax.random.key(recipe.seed)), compiler_options=options)()
-    if recipe.init_from is None:
-        return recipe.model, fresh
-    loaded = load_pretrained(Path(recipe.init_from)).params
+    expected = abstract_params(recipe.model)
+    loaded = {} if recipe.init_from is None else load_pretrained(Path(recipe.init_from)).params
     wrong = [
-        f"{k}: {np.shape(v)} there, {fresh[k].shape} in the recipe"
+        f"{k}: {np.shape(v)} there, {expected[k].shape} in the recipe"
         for k, v in loaded.items()
-        if k in fresh and np.shape(v) != fresh[k].shape
+        if k in expected and np.shape(v) != expected[k].shape
     ]
     if wrong:
         raise ValueError(f"{recipe.init_from} does not fit the recipe's model: {'; '.join(wrong[:5])}.")
-    return recipe.model, {k: loaded[k] if k in loaded else v for k, v in fresh.items()}
+    fresh = _draw(recipe, expected.keys() - loaded.keys())
+    return recipe.model, {k: fresh[k] if k in fresh else loaded[k] for k in expected}
+
+
+def _draw(recipe: Recipe, names: Set[str]) -> Flat:
+    """Fresh parameters of these names; the others are not made."""
+    if not names:
+        return {}
+
+    def init() -> Flat:
+        params = init_params(DreamLLMModule(recipe.model), jax.random.key(recipe.seed))
+        return {k: v for k, v in params.items() if k in names}
+
+    # Run once: compiled quickly rather than well.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(init, compiler_options=options)()

@@ -94,22 +94,27 @@ def partition(params: Flat, patterns: Sequence[str]) -> tuple[Flat, Flat]:
     """(trainable, frozen).
 
     Raises:
-      ValueError: a pattern that matches no parameter.
+      ValueError: a pattern that matches no parameter, or is no regular expression.
     """
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"trainable pattern {pattern!r} is no regular expression: {error}.") from error
         if not any(is_trainable(path, [pattern]) for path in params):
             tops = sorted({p.split("/")[0] for p in params})
             raise ValueError(
-                f"trainable pattern {pattern!r} matches no parameter of this model; its parts are {', '.join(tops)}."
+                f"trainable pattern {pattern!r} matches no parameter of this model; its parts are "
+                f"{', '.join(tops)}."
             )
     trainable = {k: v for k, v in params.items() if is_trainable(k, patterns)}
     return trainable, {k: v for k, v in params.items() if k not in trainable}
 
 
 def place(params: Flat, dtype: Any, mesh: Mesh) -> Flat:
-    """The parameters in `dtype`, each where its rule says."""
+    """Copies of the parameters in `dtype`, each where its rule says (from the host, straight there)."""
     shardings = parameter_shardings(params, mesh)
-    return {k: jax.device_put(jnp.asarray(v, dtype), shardings[k]) for k, v in params.items()}
+    return {k: jax.device_put(v.astype(dtype), shardings[k], may_alias=False) for k, v in params.items()}
 
 
 def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
@@ -117,7 +122,7 @@ def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -
     trainable, frozen = partition(params, stage.trainable)
     trainable = place(trainable, jnp.float32, mesh)
     frozen = place(frozen, jnp.dtype(recipe.frozen_dtype), mesh)
-    tx = make_optimizer(stage.optim, stage.steps)
+    tx = make_optimizer(stage.optim)
     shardings = optimizer_shardings(tx, trainable, mesh)
     key = jax.random.fold_in(jax.random.key(recipe.seed), zlib.crc32(stage.name.encode()))
     return TrainState(

@@ -7,12 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train.objectives import OBJECTIVES, Counts, count, draw
-from dreamllm_jax.train.optim import learning_rate, make_optimizer
+from dreamllm_jax.train.optim import make_optimizer
 from dreamllm_jax.train.state import Flat, TrainState, nested
 from dreamllm_jax.types import Batch
 
@@ -67,17 +67,18 @@ def gradients(
 
 @functools.partial(jax.jit, static_argnames=("model", "stage"), donate_argnames="state")
 def train_step(
-    state: TrainState, batch: Batch, *, model: DreamLLMModule, stage: StageConfig
+    state: TrainState, batch: Batch, rate: Float[Array, ""], *, model: DreamLLMModule, stage: StageConfig
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step of a stage; the state is donated.
+    """One optimizer step of a stage at learning rate `rate`; the state is donated.
+
+    Pass `stage.program()`, so that stages with the same program share it.
 
     Frozen parameters take part in the forward pass and conduct gradients, but receive none.
     """
     keys = row_keys(jax.random.wrap_key_data(state.key), state.step, batch.tokens.shape[0])
     grads, metrics = gradients(state.trainable, state.frozen, batch, keys, model, stage)
-    tx = make_optimizer(stage.optim, stage.steps)
-    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    updates, opt_state = make_optimizer(stage.optim).update(grads, state.opt_state, state.trainable)
+    trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
     ema = state.ema
     if stage.optim.ema_decay:
         # Early on a shorter average, so that the random beginning is forgotten.
@@ -85,7 +86,7 @@ def train_step(
         ema = optax.incremental_update(trainable, ema, 1.0 - decay)
     metrics |= {
         "grad_norm": optax.global_norm(grads),
-        "learning_rate": learning_rate(stage.optim, stage.steps)(state.step),
+        "learning_rate": rate,
         "tokens": batch.loss_weights.sum(),
         "dreams": batch.dream_mask.sum(),
     }

@@ -186,3 +186,10 @@ def test_published_towers_are_known_without_their_folders(tmp_path, golden):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="'somebody/else'.*not found"):
         configs_from_dreamllm(tmp_path)
+
+
+def test_the_expected_shapes_are_those_of_the_whole_model(golden):
+    from dreamllm_jax.train.state import abstract_params
+
+    model = configs_from_dreamllm(golden / "dreamllm-b/checkpoint").model
+    assert expected_shapes(model) == {path: leaf.shape for path, leaf in abstract_params(model).items()}

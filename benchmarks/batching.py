@@ -1,0 +1,62 @@
+"""What a batch of prompts costs beside its members one by one, in one run, alternating.
+
+    python -m benchmarks.batching --model=quickstart/checkpoint [--prompts=16] [--rounds=3]
+
+Prints, for text, images and documents, the median seconds of both ways and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+from dreamllm_jax import DreamLLM
+from dreamllm_jax.data.handwriting import TRAINING_COUNTS, WORDS, caption, count
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(name: str, generate: Callable[[object, int], object], prompts: list[str], rounds: int) -> None:
+    """Times `generate` on all prompts at once and on each alone, in turns, after one call of each kind."""
+
+    def together() -> None:
+        generate(prompts, 0)
+
+    def alone() -> None:
+        for seed, prompt in enumerate(prompts):
+            generate(prompt, seed)
+
+    together(), alone()
+    pairs = [(seconds(together), seconds(alone)) for _ in range(rounds)]
+    batch, single = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(b / s for b, s in pairs)
+    print(f"{name:10} batch {batch:7.2f} s   one by one {single:7.2f} s   ratio {ratio:.2f}", flush=True)
+
+
+def main() -> None:
+    """Parses the command line and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a folder that from_pretrained loads")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    model, n = DreamLLM.from_pretrained(arguments.model), arguments.prompts
+    captions = [caption(i % len(WORDS)) for i in range(n)]
+    stories = [count(*TRAINING_COUNTS[i % len(TRAINING_COUNTS)])[0] for i in range(n)]
+    print(f"{n} prompts, median of {arguments.rounds} rounds")
+    compare("text", lambda p, s: model.generate_text(p, max_new_tokens=32, seed=s), stories, arguments.rounds)
+    compare("images", lambda p, s: model.generate_images(p, seed=s), captions, arguments.rounds)
+    compare("documents", lambda p, s: model.generate_document(p, seed=s), stories, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A mixture of finite sources over files, each gone through in a new order every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from dreamllm_jax.config.data import DataConfig, SourceConfig
+from dreamllm_jax.data.archives import open_images
+from dreamllm_jax.data.files import JsonRecords, find_files
+from dreamllm_jax.data.llava import Conversations
+from dreamllm_jax.data.mmc4 import Documents, Instructions
+from dreamllm_jax.data.pieces import Piece
+from dreamllm_jax.data.webdataset import Pairs
+
+# Sources change places within so many documents; a row then reads all of them, whatever the number of rows.
+_WINDOW = 4096
+
+
+@runtime_checkable
+class Records(Protocol):
+    """Documents by number."""
+
+    def __len__(self) -> int: ...
+
+    def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
+        """Document `number`; BrokenRecord where it cannot be used."""
+        ...
+
+
+def check_sources(config: DataConfig) -> None:
+    """Looks whether every file that the sources name is there; reads none.
+
+    Raises:
+      ValueError: one is not.
+    """
+    for source in config.sources:
+        find_files(source.path, _where(source, "path"))
+        if source.images is not None:
+            find_files(source.images, _where(source, "images"))
+
+
+def open_records(source: SourceConfig, mode: str) -> Records:
+    """The records that a source's config names.
+
+    Raises:
+      ValueError: files that are missing or of another kind, or that hold no record.
+    """
+    paths = find_files(source.path, _where(source, "path"))
+    if source.kind == "pairs":
+        return Pairs(paths, mode, source.caption_key)
+    records = JsonRecords(paths)
+    if not len(records):
+        raise ValueError(f"{_where(source, 'path')}: {source.path!r} holds no record; give files that do.")
+    images = None
+    if source.images is not None:
+        images = open_images(find_files(source.images, _where(source, "images")))
+    if source.kind == "conversations":
+        return Conversations(records, images, source.template)
+    assert images is not None
+    if source.kind == "interleaved":
+        return Documents(records, images, mode, source.min_similarity)
+    return Instructions(records, images, mode, source.min_similarity, source.template)
+
+
+def open_mixture(sources: Sequence[SourceConfig], mode: str, seed: int) -> Mixture:
+    """Opens every source.
+
+    Raises:
+      ValueError: files that are missing or of another kind, or that hold no record.
+    """
+    return Mixture([open_records(s, mode) for s in sources], [s.weight for s in sources], seed)
+
+
+class Mixture:
+    """Document `index` of an endless mixture: a function of (seed, index, and the sources' sizes).
+
+    Each source takes part by its weight, exactly; each record of a source comes once an epoch.
+    """
+
+    def __init__(self, records: Sequence[Records], weights: Sequence[float], seed: int):
+        import grain  # slow to import, and only here
+
+        self.records = list(records)
+        orders = []
+        for at, source in enumerate(self.records):
+            numbers = grain.MapDataset.range(len(source)).shuffle(seed=_seed(seed, at)).repeat()
+            orders.append(numbers.map(lambda number, at=at: (at, number)))
+        self._order = orders[0]
+        if len(orders) > 1:
+            mixed = grain.MapDataset.mix(orders, list(weights))
+            seed = _seed(seed, len(orders))
+            self._order = grain.experimental.WindowShuffleMapDataset(mixed, window_size=_WINDOW, seed=seed)
+
+    def document(self, rng: np.random.Generator, index: int) -> list[Piece]:
+        """As `pipeline.Source` says; BrokenRecord where the record cannot be used."""
+        at, number = self._order[index]
+        return self.records[at].document(int(number), rng)
+
+
+def _seed(seed: int, at: int) -> int:
+    return int(np.random.SeedSequence((seed, at)).generate_state(1)[0])
+
+
+def _where(source: SourceConfig, field: str) -> str:
+    return f"data.sources ({source.kind}) {field}"

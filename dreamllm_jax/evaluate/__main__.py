@@ -1,0 +1,26 @@
+"""`python -m dreamllm_jax.evaluate --workdir=FOLDER`: measures a trained handwriting model, and shows it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Parses the command line, evaluates, and says where the results are."""
+    parser = argparse.ArgumentParser(prog="python -m dreamllm_jax.evaluate", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="work folder of a finished training run")
+    workdir = Path(parser.parse_args().workdir)
+    try:
+        from dreamllm_jax.evaluate.run import evaluate, summary
+
+        new = evaluate(workdir)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(summary(workdir))
+    print(f"{'evaluated' if new else 'evaluated before, nothing to do'}: {workdir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Evaluates a finished work folder: `checkpoint/`, then `report.html`, then `metrics.json`.
+
+`metrics.json` is written last and names the model by its fingerprint, so that a folder with all three
+of the present model is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from dreamllm_jax.config.base import to_dict
+from dreamllm_jax.config.train import Recipe
+from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.convert.pretrained import load_pretrained, save_pretrained
+from dreamllm_jax.evaluate.handwriting import (
+    COPY_QUANTILE,
+    Comprehension,
+    Creation,
+    Judge,
+    Written,
+    comprehend,
+    create,
+    creation_scores,
+    document_scores,
+    write,
+)
+from dreamllm_jax.evaluate.report import Results, page
+from dreamllm_jax.generate.api import DreamLLM
+from dreamllm_jax.train.loop import stage_folder
+from dreamllm_jax.train.metrics import Meter, read_curves
+
+# Parts of a model that only stage 0 needs; the checkpoint is without them.
+STAGE_0_ONLY = ("text", "contrastive")
+
+TARGETS: dict[str, dict[str, float]] = {
+    "creation_accuracy": {"least": 0.90},
+    "creation_diversity": {"least": 0.6},
+    "comprehension_accuracy": {"least": 0.95},
+    "document_accuracy": {"least": 0.80},
+    "judge_accuracy": {"least": 0.97},
+    "seconds_total": {"most": 15 * 60},
+    "peak_rss_gib": {"most": 4.0},
+}
+
+
+def evaluate(workdir: Path) -> bool:
+    """Measures the last stage's model; False where that was done before.
+
+    Raises:
+      ValueError: no work folder, one that is not trained to its end, one of another corpus.
+    """
+    recipe = read_recipe(workdir)
+    model_folder = finished_model(workdir, recipe)
+    fingerprint = fingerprint_of(model_folder)
+    if is_done(workdir, fingerprint):
+        return False
+    meter = Meter()
+    export(model_folder, workdir / "checkpoint")
+    model = DreamLLM.from_pretrained(workdir / "checkpoint")
+    _check_abilities(model, recipe)
+    judge = Judge(model.config.image_size)
+    with tqdm(total=3, desc="drawing digits", unit="part") as bar:
+        creation = create(model, judge)
+        _advance(bar, "recognizing digits")
+        comprehension = comprehend(model, judge.held_out)
+        _advance(bar, "writing documents")
+        written = write(model, judge)
+        _advance(bar, "evaluated")
+    metrics = _scores(judge, creation, comprehension, written)
+    metrics |= _circumstances(workdir, recipe, meter, model) | {"fingerprint": fingerprint}
+    metrics |= _verdicts(metrics)
+    curves = {s.name: list(read_curves(stage_folder(workdir, recipe, s) / "logs")) for s in recipe.stages}
+    results = Results(metrics, creation, comprehension, written, judge.training, curves)
+    write_whole(workdir / "report.html", page(results))
+    write_whole(workdir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return True
+
+
+def summary(workdir: Path) -> str:
+    """The scores that have a target, a line each, from `metrics.json`."""
+    metrics = json.loads((workdir / "metrics.json").read_text(encoding="utf-8"))
+    lines = []
+    for name, target in metrics["targets"].items():
+        (bound, wanted), verdict = *target.items(), "" if metrics["reached"][name] else "   missed"
+        lines.append(f"  {name:24} {metrics[name]:8.3f}   at {bound} {wanted:g}{verdict}")
+    return "\n".join(lines)
+
+
+def read_recipe(workdir: Path) -> Recipe:
+    """The recipe that a work folder was trained by.
+
+    Raises:
+      ValueError: there is none, or it is not one of the handwriting corpus.
+    """
+    path = workdir / "recipe.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{workdir} is no work folder of a training run (it has no recipe.json); train first: "
+            f"python -m dreamllm_jax.train --config=configs/handwriting.py --workdir={workdir}"
+        )
+    try:
+        recipe = build_recipe(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # unreadable JSON too
+        raise ValueError(
+            f"{path} is no recipe ({error}); the folder is damaged or of another version."
+        ) from error
+    if recipe.stages[-1].data.source != "handwriting":
+        raise ValueError(
+            f"{workdir} holds the recipe {recipe.name!r}, which is not trained on the built-in handwriting; "
+            "this evaluation asks for digits only."
+        )
+    return recipe
+
+
+def finished_model(workdir: Path, recipe: Recipe) -> Path:
+    """The last stage's model.
+
+    Raises:
+      ValueError: a stage is not done.
+    """
+    for stage in recipe.stages:
+        if not (stage_folder(workdir, recipe, stage) / "done.json").is_file():
+            raise ValueError(
+                f"{workdir} is not trained to its end (stage {stage.name!r} is not done); run the training "
+                "again with the same --workdir: it goes on where it stopped."
+            )
+    return stage_folder(workdir, recipe, recipe.stages[-1]) / "model"
+
+
+def fingerprint_of(model_folder: Path) -> str:
+    """A digest of the model: config, tokenizer, and the checksums of all parameters."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "params.safetensors.index.json"):
+        path = model_folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def is_done(workdir: Path, fingerprint: str) -> bool:
+    """Whether all three results are there, of this very model."""
+    metrics = workdir / "metrics.json"
+    others = (workdir / "report.html", workdir / "checkpoint" / "config.json")
+    if not metrics.is_file() or not all(path.is_file() for path in others):
+        return False
+    try:
+        return json.loads(metrics.read_text(encoding="utf-8"))["fingerprint"] == fingerprint
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
+def export(model_folder: Path, folder: Path) -> None:
+    """Writes the model without what only stage 0 needs."""
+    loaded = load_pretrained(model_folder)
+    config = dataclasses.replace(loaded.config, text=None, contrastive=False)
+    params = {k: v for k, v in loaded.params.items() if k.split("/")[0] not in STAGE_0_ONLY}
+    save_pretrained(folder, params, config, loaded.tokenizer, loaded.generation)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _advance(bar: tqdm, then: str) -> None:
+    bar.set_description(then)
+    bar.update()
+
+
+def _check_abilities(model: DreamLLM, recipe: Recipe) -> None:
+    if not (model.config.sees and model.config.draws):
+        raise ValueError(
+            f"The model of recipe {recipe.name!r} cannot {'draw' if model.config.sees else 'see'}; this "
+            "evaluation needs both a vision tower and an image decoder."
+        )
+
+
+def _scores(
+    judge: Judge, creation: Creation, comprehension: Comprehension, written: list[Written]
+) -> dict[str, Any]:
+    held_out, training = len(judge.held_out), len(judge.training)
+    number = creation.judged.size
+    drawings = f"{number} drawings, {number // 10} of each digit"
+    cases = {kind: [w for w in written if w.case.kind == kind] for kind in ("count", "sum", "next")}
+    prompts = {kind: len({id(w.case) for w in chosen}) for kind, chosen in cases.items()}
+
+    def documents(*kinds: str) -> str:
+        n, p = sum(len(cases[k]) for k in kinds), sum(prompts[k] for k in kinds)
+        return f"{n} documents of {p} unseen prompts"
+
+    near = f"{drawings}, and {training} training pictures; against {held_out} held-out ones"
+    measured_on = {
+        "judge_accuracy": f"{held_out} held-out pictures; trained on {training} training pictures",
+        "creation_accuracy": f"{drawings}, read by the judge",
+        "creation_diversity": f"{drawings}; against all training pictures of the digit",
+        "creation_diversity_min": f"{drawings}; against all training pictures of the digit",
+        "creation_novelty": f"{near}; medians",
+        "creation_copied": f"{near}; nearer than {1 - COPY_QUANTILE:.0%} of these",
+        "comprehension_accuracy": f"all {held_out} held-out pictures",
+        "document_accuracy": documents("count", "sum"),
+        "document_accuracy_count": documents("count"),
+        "document_accuracy_sum": documents("sum"),
+        "document_accuracy_next": documents("next"),
+    }
+    scores = {"judge_accuracy": judge.accuracy, **creation_scores(creation, judge.training, judge.held_out)}
+    scores |= {"comprehension_accuracy": float(comprehension.right.mean()), **document_scores(written)}
+    return {**scores, "measured_on": measured_on}
+
+
+def _circumstances(workdir: Path, recipe: Recipe, meter: Meter, model: DreamLLM) -> dict[str, Any]:
+    """Seconds and memory of every stage, the machine, the settings."""
+    stages = []
+    for stage in recipe.stages:
+        done = json.loads((stage_folder(workdir, recipe, stage) / "done.json").read_text(encoding="utf-8"))
+        stages.append({"name": stage.name, "steps": stage.steps} | {k: done[k] for k in meter.read()})
+    training = sum(s["seconds"] for s in stages)
+    stages.append({"name": "evaluation", "steps": None, **meter.read()})
+    return {
+        "seconds_total": sum(s["seconds"] for s in stages),
+        "seconds_training": training,
+        "seconds_evaluation": stages[-1]["seconds"],
+        "peak_rss_gib": max(s["peak_rss_gib"] for s in stages),
+        "stages": stages,
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "generation": to_dict(model.generation),
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "system": platform.platform(),
+            "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+        },
+    }
+
+
+def _verdicts(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Targets, which of them are reached, and what time and memory were measured on."""
+    reached = {}
+    for name, target in TARGETS.items():
+        value = metrics[name]
+        reached[name] = value >= target["least"] if "least" in target else value <= target["most"]
+    where = f"{len(metrics['stages']) - 1} stages and the evaluation, on {metrics['machine']['cores']} cores"
+    times = {
+        "seconds_total": f"{where}; without installation and the start of Python",
+        "peak_rss_gib": f"the largest of {where}",
+    }
+    return {"targets": TARGETS, "reached": reached, "measured_on": metrics["measured_on"] | times}

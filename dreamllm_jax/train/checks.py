@@ -1,0 +1,78 @@
+"""What is wrong with a recipe, said before anything is compiled or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.train import Recipe, StageConfig
+from dreamllm_jax.data.pipeline import check_source, row_layout
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.sharding import parameter_shardings
+from dreamllm_jax.train.state import Flat, abstract_params, partition
+
+# The towers without which an objective has nothing to minimize.
+NEEDED_TOWERS = {
+    "joint": ("llama",),
+    "vae": ("vae",),
+    "contrastive": ("vision", "text", "contrastive"),
+    "diffusion": ("text", "unet", "vae"),
+}
+
+
+def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, tokenizer: Tokenizer) -> None:
+    """Checks the stages that are about to run, all of them, on shapes alone.
+
+    Raises:
+      ValueError: parameters or rows that the mesh does not divide; a stage whose trainable patterns,
+        data or objective do not fit the model; a vocabulary smaller than the tokenizer's.
+    """
+    params = abstract_params(recipe.model)
+    parameter_shardings(params, mesh)
+    for stage in stages:
+        try:
+            _check_stage(stage, recipe.model, params, mesh, tokenizer.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from error
+
+
+def _check_stage(
+    stage: StageConfig, model: DreamLLMConfig, params: Flat, mesh: Mesh, vocabulary: int
+) -> None:
+    partition(params, stage.trainable)
+    towers = NEEDED_TOWERS[stage.objective]
+    absent = [name for name in towers if not getattr(model, name)]
+    if absent:
+        raise ValueError(f"objective {stage.objective!r} needs the model's {', '.join(absent)}; give it one.")
+    for name in {"llama", "text"} & set(towers):
+        size = getattr(model, name).vocab_size
+        if size < vocabulary:
+            raise ValueError(
+                f"model.{name}.vocab_size is {size}, but the tokenizer has {vocabulary} tokens; raise it to "
+                "at least that."
+            )
+    if "text" in towers and model.text is not None and stage.data.length > model.text.max_position_embeddings:
+        raise ValueError(
+            f"data.length is {stage.data.length}; the text tower takes at most "
+            f"{model.text.max_position_embeddings} tokens."
+        )
+    _check_rows(stage, mesh)
+    row_layout(stage.data, model, null_dream=stage.loss.condition_dropout > 0)
+    check_source(stage.data)
+
+
+def _check_rows(stage: StageConfig, mesh: Mesh) -> None:
+    rows, parts = stage.data.rows, stage.optim.accumulation
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if parts < 1 or rows % (split * parts):
+        raise ValueError(
+            f"data.rows={rows} is not divisible by the {split} devices along data and fsdp, times "
+            f"optim.accumulation={parts}; choose a multiple of {split * max(parts, 1)}."
+        )
+    if parts > 1 and stage.objective == "contrastive":
+        raise ValueError(
+            f"optim.accumulation={parts} would contrast the rows of each micro-batch alone; a contrastive "
+            "stage needs accumulation 1."
+        )

@@ -1,0 +1,192 @@
+"""Reading and decoding on the cache equals the full forward of the same tokens, pictures and dreams."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamllm_jax.data.images import to_vision
+from dreamllm_jax.data.pieces import Picture, Text
+from dreamllm_jax.data.sequences import encode_pieces
+from dreamllm_jax.generate.decode import decode_text, dream, look, sample_token
+from dreamllm_jax.generate.engine import prompt_keys
+from dreamllm_jax.generate.prompts import prompt_batch
+from dreamllm_jax.models.dreamllm import query_states
+from dreamllm_jax.types import Batch, Document
+
+CAPACITY = 64
+
+
+def as_batch(sequences, config, images):
+    """Rows of whole sequences, one document each."""
+    length = max(len(s) for s in sequences)
+
+    def rows(name, fill):
+        values = [getattr(s, name) for s in sequences]
+        return np.stack([np.pad(v, (0, length - len(v)), constant_values=fill) for v in values])
+
+    lengths = np.array([len(s) for s in sequences])
+    segments = (np.arange(length) < lengths[:, None]).astype(np.int32)
+    return Batch(
+        tokens=rows("tokens", 0),
+        targets=np.full_like(segments, -1),
+        segment_ids=segments,
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), segments.shape),
+        loss_weights=np.zeros(segments.shape, np.float32),
+        image_slots=rows("image_slots", -1),
+        dream_slots=rows("dream_slots", -1),
+        image_mask=np.ones((len(sequences), 1), bool),
+        dream_mask=np.ones((len(sequences), 1), bool),
+        null_dream=np.full(len(sequences), -1, np.int32),
+        images=images,
+    )
+
+
+def test_what_is_read_step_by_step_is_what_one_forward_reads(model, picture):
+    """Prompt, dream and own drawing, of rows of different lengths; the U-Net's conditions too."""
+    engine, config, special = model._engine, model.config, model.tokenizer.special
+    texts, drawn = ["one", "Count from three to six."], [picture(1), picture(2)]
+    sequences = [
+        encode_pieces([Text(t), Picture(p, True, True)], model.tokenizer, 4, 3, 96, eos=False)
+        for t, p in zip(texts, drawn, strict=True)
+    ]
+    seen = np.stack([to_vision(p, 16) for p in drawn])
+    batch = as_batch(sequences, config, seen[:, None])
+
+    @jax.jit
+    def whole(params, batch):
+        hidden = engine.module.apply({"params": params}, batch, method="read")
+        states = query_states(hidden, batch.dream_slots, 1, 3)[:, 0]
+        return hidden, *engine.module.apply({"params": params}, states, method="conditions")
+
+    hidden, context, _ = whole(model.params, batch)
+    reading = engine.read(prompt_batch(texts, model.tokenizer, config, None), CAPACITY)
+    active = jnp.ones(2, bool)
+    start = jnp.int32(special.dream_start)
+    reading, drawn_context, _ = dream(model.params, reading, active, start, model=engine.module)
+    np.testing.assert_allclose(drawn_context, context, atol=1e-5)
+    before, after = jnp.array([special.dream_end, special.im_start]), jnp.array([special.im_end])
+    reading = look(model.params, reading, active, jnp.asarray(seen), before, after, model=engine.module)
+    last = [len(s) - 1 for s in sequences]
+    np.testing.assert_allclose(reading.last, hidden[np.arange(2), last], atol=1e-5)
+    np.testing.assert_array_equal(reading.cache.lengths, [len(s) for s in sequences])
+
+
+def test_a_drawing_changes_what_follows_it_and_waiting_rows_stay(model, picture):
+    engine, special = model._engine, model.tokenizer.special
+    prompts = ["one", "Count from three to six."]
+    before, after = jnp.array([special.dream_end, special.im_start]), jnp.array([special.im_end])
+
+    def seen(*pictures):
+        reading = engine.read(prompt_batch(prompts, model.tokenizer, model.config, None), CAPACITY)
+        old = np.asarray(reading.last)
+        images = jnp.asarray(np.stack([to_vision(p, 16) for p in pictures]))
+        active = jnp.array([True, False])
+        reading = look(model.params, reading, active, images, before, after, model=engine.module)
+        return old, np.asarray(reading.last), np.asarray(reading.cache.lengths)
+
+    old, a, lengths = seen(picture(1), picture(2))
+    _, b, _ = seen(picture(3), picture(2))
+    assert np.abs(a[0] - b[0]).max() > 1e-3
+    np.testing.assert_array_equal(a[1], old[1])
+    prompt_length = 1 + len(model.tokenizer.encode(prompts[1]))
+    assert lengths[1] == prompt_length
+
+
+def test_greedy_decoding_is_the_argmax_of_full_forwards(model, picture):
+    """Token by token, ragged rows, one of them with a picture; only text and `</s>` may be written."""
+    engine, config, tokenizer = model._engine, model.config, model.tokenizer
+    prompts = ["Write two plus five.", Document([picture(4), "What comes next?"])]
+    batch = prompt_batch(prompts, tokenizer, config, None)
+    settings = model._settings(max_new_tokens=6)
+    control = engine.control([tokenizer.special.eos], np.zeros(2, bool), 0, settings)
+    reading, tokens, stop = decode_text(
+        model.params,
+        engine.read(batch, CAPACITY),
+        jnp.ones(2, bool),
+        jnp.array([6, 3]),
+        prompt_keys(0, 2),
+        control,
+        model=engine.module,
+        max_new_tokens=6,
+    )
+    tokens, stop = np.asarray(tokens), np.asarray(stop)
+    assert (tokens[1, 3:] == -1).all()  # its budget
+    forward = jax.jit(
+        lambda params, batch: engine.module.apply(
+            {"params": params},
+            engine.module.apply({"params": params}, batch, method="read"),
+            method="logits",
+        )
+    )
+    length = 48
+    for row, prompt in enumerate(prompts):
+        written = [int(t) for t in tokens[row] if t >= 0]
+        sequence = prompt_batch([prompt], tokenizer, config, None)
+        first = int((sequence.segment_ids > 0).sum())
+
+        def padded(x, fill):
+            return np.pad(x, ((0, 0), (0, length)), constant_values=fill)[:, :length]
+
+        ids = padded(sequence.tokens, 0)
+        ids[0, first : first + len(written)] = written
+        segments = (np.arange(length) < first + len(written)).astype(np.int32)[None]
+        images = sequence.images
+        if images is None:
+            images = np.zeros((1, 1, 16, 16, 3), np.uint8)
+        full = sequence.replace(
+            tokens=ids,
+            targets=ids,
+            segment_ids=segments,
+            positions=np.arange(length, dtype=np.int32)[None],
+            loss_weights=np.zeros((1, length), np.float32),
+            image_slots=padded(sequence.image_slots, -1),
+            dream_slots=np.full((1, length), -1, np.int32),
+            images=images,
+        )
+        logits = np.where(control.forbidden, -np.inf, forward(model.params, full)[0])
+        logits[:, tokenizer.special.dream_start] = -np.inf
+        greedy = logits.argmax(-1)[first - 1 :][: len(written)]
+        np.testing.assert_array_equal(written, greedy)
+        if stop[row] >= 0:
+            assert logits[first - 1 + len(written)].argmax() == stop[row] == tokenizer.special.eos
+    np.testing.assert_array_equal(
+        reading.cache.lengths - (batch.segment_ids > 0).sum(1), (tokens >= 0).sum(1)
+    )
+
+
+def test_a_full_cache_ends_a_row(model):
+    engine = model._engine
+    settings = model._settings(max_new_tokens=6)
+    batch = prompt_batch(["one"], model.tokenizer, model.config, None)
+    capacity = int((batch.segment_ids > 0).sum()) + 2
+    control = engine.control([], np.zeros(1, bool), 0, settings)
+    reading, tokens, stop = decode_text(
+        model.params,
+        engine.read(batch, capacity),
+        jnp.ones(1, bool),
+        jnp.array([6]),
+        prompt_keys(0, 1),
+        control,
+        model=engine.module,
+        max_new_tokens=6,
+    )
+    assert (np.asarray(tokens) >= 0).sum() == 2
+    assert int(stop[0]) == -1
+    assert int(reading.cache.lengths[0]) == capacity
+
+
+@pytest.mark.parametrize("top_p, possible", [(1.0, {0, 1, 2}), (0.6, {1, 2}), (0.3, {2})])
+def test_sampling_draws_from_the_nucleus(top_p, possible):
+    logits = jnp.log(jnp.array([0.1, 0.4, 0.5]))
+    draw = jax.jit(jax.vmap(sample_token, (None, 0, None, None)))
+    drawn = np.asarray(draw(logits, jax.random.split(jax.random.key(0), 2000), 1.0, top_p))
+    assert set(drawn.tolist()) == possible
+    kept = np.array([p if i in possible else 0 for i, p in enumerate((0.1, 0.4, 0.5))])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 2000, kept / kept.sum(), atol=0.05)
+
+
+def test_temperature_zero_takes_the_likeliest(model):
+    logits = jnp.array([0.0, 3.0, -jnp.inf, 2.9])
+    for seed in range(3):
+        assert int(sample_token(logits, jax.random.key(seed), jnp.float32(0), jnp.float32(1))) == 1

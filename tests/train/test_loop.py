@@ -1,0 +1,311 @@
+"""A tiny recipe from beginning to end: what stays, what moves, what is averaged, and being cut off."""
+
+import copy
+import functools
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.convert.pretrained import load_pretrained
+from dreamllm_jax.train import checks, loop, start
+from dreamllm_jax.train.metrics import read_curves
+from dreamllm_jax.train.optim import learning_rate
+from dreamllm_jax.train.state import abstract_params, partition
+from tests.train import tiny
+
+CONNECTORS = ("vision_projector", "dream_queries", "condition_projector")
+DECAY = 0.15
+RECIPE = dict(
+    name="tiny",
+    model=tiny.MODEL,
+    tokenizer=dict(corpus="handwriting", vocab_size=tiny.VOCABULARY),
+    frozen_dtype="float32",
+    checkpoint_every=2,
+    log_every=1,
+    stages=[
+        dict(
+            name="vae",
+            objective="vae",
+            trainable=("vae",),
+            steps=2,
+            data=dict(
+                source="handwriting", kinds=dict(captions=1.0), rows=8, length=16, max_images=1, max_dreams=1
+            ),
+            optim=dict(learning_rate=1e-2),
+        ),
+        dict(
+            name="joint",
+            trainable=CONNECTORS,
+            steps=5,
+            data=dict(
+                source="handwriting", kinds=dict(pairs=1.0), rows=8, length=64, max_images=2, max_dreams=3
+            ),
+            loss=dict(condition_dropout=0.3),
+            optim=dict(learning_rate=1e-2, ema_decay=DECAY, warmup_ratio=0.4),
+        ),
+    ],
+)
+
+
+def changed(*path_and_value):
+    """The recipe, with one entry replaced: changed("stages", 1, "name", "other")."""
+    *path, last, value = path_and_value
+    mapping = copy.deepcopy(RECIPE)
+    functools.reduce(lambda node, key: node[key], path, mapping)[last] = value
+    return mapping
+
+
+def with_llama(**changes):
+    return {**tiny.MODEL, "llama": {**tiny.MODEL["llama"], **changes}}
+
+
+class Spy:
+    """Stands for `train_step`: keeps what every step left, and may cut a run off in the middle."""
+
+    def __init__(self, dies_before=None):
+        self.states, self.dies_before = {}, dies_before
+        self.step = loop.train_step
+
+    def __call__(self, state, batch, **options):
+        step = int(state.step) + 1
+        if step == self.dies_before:
+            raise KeyboardInterrupt
+        before = jax.tree.map(np.array, (state.trainable, state.ema))
+        state, metrics = self.step(state, batch, **options)
+        after = jax.tree.map(np.array, (state.trainable, state.ema))
+        self.states[step] = SimpleNamespace(
+            before=before[0], ema_before=before[1], trainable=after[0], ema=after[1]
+        )
+        return state, metrics
+
+
+def run(monkeypatch, folder, until=None, dies_before=None):
+    spy = Spy(dies_before)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", spy)
+        model = loop.train(build_recipe(RECIPE), folder, until)
+    return model, spy
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run without an accident, in two parts."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        vae, _ = run(patch, folder, until="vae")
+        beginning = tmp_path_factory.mktemp("beginning") / "copy"
+        shutil.copytree(folder, beginning)
+        joint, spy = run(patch, folder)
+    return SimpleNamespace(folder=folder, vae=vae, joint=joint, steps=spy.states, beginning=beginning)
+
+
+def test_stages_follow_one_another(whole):
+    assert whole.vae == whole.folder / "stages" / "0_vae" / "model"
+    assert whole.joint == whole.folder / "stages" / "1_joint" / "model"
+    assert list(whole.steps) == [1, 2, 3, 4, 5]
+    before, after = load_pretrained(whole.vae), load_pretrained(whole.joint)
+    assert before.config.vae.scaling_factor != tiny.config().vae.scaling_factor
+    assert after.config == before.config
+    trainable, frozen = partition(after.params, CONNECTORS)
+    assert len(trainable) == 4 and len(frozen) > 100
+    for path, value in frozen.items():
+        np.testing.assert_array_equal(value, before.params[path], err_msg=path)
+    for path, value in trainable.items():
+        assert (value != before.params[path]).mean() > 0.9, path
+        np.testing.assert_array_equal(value, whole.steps[5].ema[path])  # the average is what stays
+        np.testing.assert_array_equal(whole.steps[1].before[path], before.params[path])
+
+
+def test_the_first_stage_trains_its_tower_alone(whole):
+    fresh = start.starting_point(build_recipe(RECIPE))[1]
+    trained = load_pretrained(whole.vae).params
+    assert trained.keys() == fresh.keys()
+    moved = {path for path in fresh if (np.asarray(fresh[path]) != trained[path]).any()}
+    assert moved == {path for path in fresh if path.startswith("vae/")}
+
+
+def test_measured_scale_gives_latents_unit_variance(whole):
+    config = load_pretrained(whole.vae).config
+    params = load_pretrained(whole.vae).params
+    images = np.random.default_rng(0).integers(0, 256, (4, 2, 8, 8, 3)).astype(np.uint8)
+    measured = loop.with_measured_scale(config, params, images).vae.scaling_factor
+    model, flat = loop.DreamLLMModule(config), images.reshape(-1, 8, 8, 3)
+    moments = model.apply({"params": loop.nested(params)}, flat, method="encode_image")
+    mean, logvar = np.split(np.asarray(moments, np.float64), 2, axis=-1)
+    noise = np.random.default_rng(1).normal(size=(50, *mean.shape))
+    latents = (mean + np.exp(logvar / 2) * noise) * measured
+    assert abs(latents.std() - 1) < 0.02
+
+
+def test_the_average_of_the_weights(whole):
+    for step, seen in whole.steps.items():
+        decay = min(DECAY, step / (9 + step))
+        for path, average in seen.ema.items():
+            expected = decay * seen.ema_before[path] + (1 - decay) * seen.trainable[path]
+            np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7)
+    assert min(DECAY, 1 / 10) != min(DECAY, 5 / 14)  # both of its sides were seen
+
+
+def test_curves(whole):
+    records = list(read_curves(whole.folder / "stages" / "1_joint" / "logs"))
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
+    stage = build_recipe(RECIPE).stages[1]
+    rates = learning_rate(stage.optim, stage.steps)
+    for i, record in enumerate(records):
+        assert {"loss_lm", "loss_vm", "token_accuracy", "grad_norm", "tokens", "dreams"} <= record.keys()
+        np.testing.assert_allclose(record["learning_rate"], rates(i), rtol=1e-6)
+        assert record["dreams"] > 0 and record["tokens"] > 0 and np.isfinite(list(record.values())).all()
+
+
+def test_what_a_finished_stage_leaves(whole):
+    folder = whole.folder / "stages" / "1_joint"
+    assert sorted(p.name for p in folder.iterdir()) == ["done.json", "logs", "model"]
+    done = json.loads((folder / "done.json").read_text())
+    assert done["steps"] == 5 and done["seconds"] > 0 and done["peak_rss_gib"] > 0.05
+    assert done["data"]["documents"] > 8 * 5
+
+
+def test_a_finished_run_is_left_alone(whole, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "run_stage", None)
+    assert loop.train(build_recipe(RECIPE), whole.folder) == whole.joint
+    assert capsys.readouterr().out.splitlines() == ["vae: done", "joint: done"]
+
+
+def test_resuming_goes_on_bit_by_bit(whole, monkeypatch, capsys):
+    folder = whole.beginning
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, folder, dies_before=4)
+    assert (folder / "stages" / "0_vae" / "done.json").exists()
+    assert not (folder / "stages" / "1_joint" / "done.json").exists()
+    with (folder / "stages" / "1_joint" / "logs" / "curves.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # the crash cut a line short
+    model, spy = run(monkeypatch, folder)
+    assert "joint: resumes after step 2 of 5" in capsys.readouterr().out
+    assert list(spy.states) == [3, 4, 5]
+    for step, seen in spy.states.items():
+        for name in ("before", "ema_before", "trainable", "ema"):
+            ours, theirs = getattr(seen, name), getattr(whole.steps[step], name)
+            for path, value in theirs.items():
+                np.testing.assert_array_equal(ours[path], value, err_msg=f"step {step}: {name} {path}")
+    again, once = load_pretrained(model).params, load_pretrained(whole.joint).params
+    for path, value in once.items():
+        np.testing.assert_array_equal(again[path], value, err_msg=path)
+    logs = [list(read_curves(f / "stages" / "1_joint" / "logs")) for f in (folder, whole.folder)]
+    assert logs[0] == logs[1]
+
+
+UNFIT = {
+    "an unknown stage": (RECIPE, "stage4", "recipe 'tiny' has no stage 'stage4'; its stages: vae, joint."),
+    "a mesh of another size": (changed("mesh", dict(data=3, fsdp=1)), None, "does not divide the 8 devices"),
+    "two open axes": (changed("mesh", dict(data=-1, fsdp=-1)), None, "at most one -1"),
+    "rows": (
+        changed("stages", 1, "data", "rows", 12),
+        None,
+        "stage 'joint': data.rows=12 is not divisible by",
+    ),
+    "micro-batches": (changed("stages", 1, "optim", "accumulation", 2), None, "choose a multiple of 16"),
+    "no micro-batches": (changed("stages", 1, "optim", "accumulation", 0), None, "optim.accumulation=0"),
+    "a parameter": (
+        changed("mesh", dict(fsdp=1, tensor=8)) | {"model": with_llama(intermediate_size=60)},
+        None,
+        "dimension 60 is not divisible by mesh axes {'tensor': 8}",
+    ),
+    "a pattern": (changed("stages", 1, "trainable", ("lama",)), None, "pattern 'lama' matches no parameter"),
+    "no pattern": (changed("stages", 1, "trainable", ("(",)), None, "pattern '(' is no regular expression"),
+    "an objective": (
+        changed("stages", 0, "objective", "contrastive"),
+        None,
+        "needs the model's text, contrastive",
+    ),
+    "a vocabulary": (
+        changed("model", with_llama(vocab_size=296)),
+        None,
+        "model.llama.vocab_size is 296, but the tokenizer has 320 tokens",
+    ),
+    "no null dream": (
+        changed("stages", 1, "data", "max_dreams", 0),
+        None,
+        "has no room for the empty prompt's",
+    ),
+    "no source": (changed("stages", 1, "data", "source", None), None, "data.source is not set"),
+    "no kind": (changed("stages", 1, "data", "kinds", {}), None, "stage 'joint'"),
+    "no tokenizer": (changed("tokenizer", {}), None, "tokenizer: the recipe names none"),
+    "no weights": (changed("init_from", "nowhere"), None, "nowhere does not exist"),
+}
+
+
+@pytest.mark.parametrize(("mapping", "until", "sentence"), UNFIT.values(), ids=UNFIT)
+def test_what_does_not_fit_is_said_before_anything_happens(
+    mapping, until, sentence, tmp_path, monkeypatch, devices
+):
+    monkeypatch.setattr(checks, "abstract_params", functools.cache(abstract_params))
+    monkeypatch.setattr(start, "abstract_params", functools.cache(abstract_params))
+    monkeypatch.setattr(start, "_draw", None)
+    monkeypatch.setattr(loop, "run_stage", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        loop.train(build_recipe(mapping), tmp_path / "work", until)
+    message = str(error.value)
+    assert sentence in message and message.endswith(".") and "\n" not in message
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_unknown_key_of_a_recipe():
+    with pytest.raises(
+        ValueError, match=r"stages\[1\].optim: unknown key 'learning_rat'. Did you mean 'learn"
+    ):
+        build_recipe(changed("stages", 1, "optim", "learning_rat", 1.0))
+
+
+def test_a_folder_of_another_recipe(whole, monkeypatch):
+    monkeypatch.setattr(loop, "run_stage", None)
+    before = (whole.folder / "recipe.json").read_bytes()
+    with pytest.raises(ValueError, match="holds a run of another recipe.*choose an empty folder"):
+        loop.train(build_recipe(changed("seed", 1)), whole.folder)
+    assert (whole.folder / "recipe.json").read_bytes() == before
+
+
+def test_weights_of_another_shape(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "_draw", None)
+    mapping = changed("init_from", str(whole.joint))
+    mapping["model"] = {**tiny.MODEL, "num_dream_queries": 5}
+    with pytest.raises(
+        ValueError, match=r"does not fit .* dream_queries/dream_queries: \(4, 64\) there, \(5, 64\)"
+    ):
+        loop.train(build_recipe(mapping), tmp_path / "work")
+
+
+def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch):
+    mapping = changed("init_from", str(whole.joint))
+    mapping["model"] = {**tiny.MODEL, "contrastive": True, "text": TEXT}
+    monkeypatch.setattr(start, "_draw", lambda recipe, names: dict.fromkeys(names, "drawn"))
+    params, theirs = start.starting_point(build_recipe(mapping))[1], load_pretrained(whole.joint).params
+    drawn = {path for path, value in params.items() if isinstance(value, str)}
+    assert {path.split("/")[0] for path in drawn} == {"text", "contrastive"}
+    assert params.keys() - drawn == theirs.keys()
+    for path in theirs:
+        np.testing.assert_array_equal(params[path], theirs[path])
+
+
+TEXT = dict(
+    vocab_size=tiny.VOCABULARY,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    max_position_embeddings=16,
+    projection_dim=32,
+    eos_token_id=2,
+)
+
+
+def test_a_loss_that_is_no_longer_finite():
+    stage = build_recipe(RECIPE).stages[1]
+    loop._check_finite(stage, 3, {"loss_lm": 1.0})
+    with pytest.raises(ValueError, match="stage 'joint', step 3: loss_vm, grad_norm is not finite; lower"):
+        loop._check_finite(stage, 3, {"loss_lm": 1.0, "loss_vm": float("nan"), "grad_norm": float("inf")})

@@ -1,0 +1,167 @@
+"""What the joint loss depends on, documents and their draws, and what it does not: padding, other rows."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamllm_jax.config.base import build
+from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.train.objectives import Draws, count, draw, drop_conditions
+from dreamllm_jax.train.step import row_keys
+from tests.train import tiny
+
+fields = [field.name for field in dataclasses.fields(Draws)]
+
+
+def rows_of_draws(draws: Draws, places: list[tuple[int, int, int] | None]) -> Draws:
+    """Draws for rows that hold the dreams `first` to `first + n - 1` of row `b`, for places (b, first, n)."""
+
+    def take(values):
+        out = np.zeros_like(values)
+        for row, place in enumerate(places):
+            if place is not None:
+                b, first, n = place
+                out[row, :n] = values[b, first : first + n]
+        return out
+
+    return jax.tree.map(take, draws)
+
+
+def test_a_packed_row_equals_its_documents_one_by_one(
+    documents, batch, draws, joint, params, packed_result, same_gradients
+):
+    places, alone = [], []
+    for b, row in enumerate(tiny.rows_of(documents)):
+        first = 0
+        for document in row:
+            places.append((b, first, len(document.dreams)))
+            alone.append([document])
+            first += len(document.dreams)
+    assert max(map(len, tiny.rows_of(documents))) == 3 and len(alone) == len(documents)
+    assert draws.dropped[batch.dream_mask].any() and not draws.dropped[batch.dream_mask].all()
+    loss, sums, grads = 0.0, dict.fromkeys(packed_result[1], 0.0), {}
+    for i in range(0, len(alone), tiny.ROWS):
+        lacking = tiny.ROWS - len(alone[i : i + tiny.ROWS])
+        some = tiny.packed(alone[i : i + tiny.ROWS] + [[]] * lacking)
+        some_draws = rows_of_draws(draws, places[i : i + tiny.ROWS] + [None] * lacking)
+        part, metrics, some_grads = joint(params, some, some_draws, count(batch))
+        loss += part
+        sums = {k: v + metrics[k] for k, v in sums.items()}
+        grads = {k: g + grads[k] if grads else g for k, g in some_grads.items()}
+    np.testing.assert_allclose(loss, packed_result[0], rtol=1e-5)
+    for name, value in packed_result[1].items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+    same_gradients(grads, packed_result[2])
+
+
+def scrambled(x, keep, rng):
+    """`x` with other values of its own kind wherever `keep` is false."""
+    keep = np.broadcast_to(keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim)), x.shape)
+    if x.dtype == bool:
+        other = ~x
+    elif np.issubdtype(x.dtype, np.integer):
+        other = rng.integers(0, 256, x.shape)
+    else:
+        other = rng.normal(size=x.shape)
+    return np.where(keep, x, other).astype(x.dtype)
+
+
+def test_padding_changes_nothing(batch, draws, joint, params, packed_result, same_gradients):
+    rng, real = np.random.default_rng(1), batch.segment_ids > 0
+    assert not real.all() and not batch.image_mask.all() and not batch.dream_mask.all()
+    other = batch.replace(
+        tokens=scrambled(batch.tokens, real, rng),
+        targets=scrambled(batch.targets, batch.loss_weights > 0, rng),
+        positions=scrambled(batch.positions, real, rng) % 64,
+        images=scrambled(batch.images, batch.image_mask, rng),
+        dream_images=scrambled(batch.dream_images, batch.dream_mask, rng),
+    )
+    other_draws = jax.tree.map(lambda x: scrambled(x, batch.dream_mask, rng), draws)
+    loss, _, grads = joint(params, other, other_draws, count(batch))
+    np.testing.assert_allclose(loss, packed_result[0], rtol=1e-6)
+    same_gradients(grads, packed_result[2])
+
+
+def test_other_rows_change_nothing(documents, batch, draws, joint, params, same_gradients):
+    """One row's share of the loss, among the others and among quite different ones."""
+    mine = 2
+    rng, keep = np.random.default_rng(2), np.arange(tiny.ROWS) == mine
+
+    def share(some, draws):
+        """All other rows are read, but count nothing."""
+        muted = some.replace(
+            loss_weights=np.where(keep[:, None], some.loss_weights, 0),
+            dream_mask=np.where(keep[:, None], some.dream_mask, False),
+        )
+        return joint(params, muted, draws, count(batch))
+
+    loss, metrics, grads = share(batch, draws)
+    assert metrics["loss_lm"] > 0 and metrics["loss_vm"] > 0
+    others = tiny.rows_of(tiny.documents(len(documents), seed=5))
+    others[mine] = tiny.rows_of(documents)[mine]
+    changed = tiny.packed(others)
+    np.testing.assert_array_equal(changed.tokens[mine], batch.tokens[mine])
+    assert (changed.tokens != batch.tokens).any(1).sum() == tiny.ROWS - 1
+    changed_draws = jax.tree.map(lambda x: scrambled(x, keep, rng), draws)
+    loss_again, _, grads_again = share(changed, changed_draws)
+    np.testing.assert_allclose(loss_again, loss, rtol=1e-6)
+    same_gradients(grads_again, grads)
+
+
+def test_draws_are_a_function_of_seed_step_and_row():
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def drawn(seed, step, rows, dreams):
+        keys = row_keys(jax.random.key(seed), step, rows)
+        return draw(keys, dreams, tiny.config(), tiny.stage().loss)
+
+    draws = drawn(0, 5, 4, 3)
+    again, more = drawn(0, 5, 4, 3), drawn(0, 5, 8, 3)
+    next_step, next_seed = drawn(0, 6, 4, 3), drawn(1, 5, 4, 3)
+    assert draws.noise.shape == (4, 3, 4, 4, 4) and draws.timesteps.shape == (4, 3)
+    for name in fields:
+        mine = np.asarray(getattr(draws, name))
+        np.testing.assert_array_equal(mine, getattr(again, name))
+        np.testing.assert_array_equal(mine, getattr(more, name)[:4])
+        if name != "dropped":
+            rows = mine.reshape(4, -1)
+            assert len({row.tobytes() for row in rows}) == 4, name
+            assert (mine != getattr(next_step, name)).any() and (mine != getattr(next_seed, name)).any(), name
+    kinds = [np.asarray(getattr(draws, n)) for n in ("latent_noise", "noise", "perturbation")]
+    assert all((a != b).all() for a, b in [kinds[:2], kinds[1:], kinds[::2]])
+    assert (0 <= draws.timesteps).all() and (draws.timesteps < 1000).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+def test_the_share_of_dropped_conditions(share):
+    loss = build(LossConfig, {"condition_dropout": share})
+    keys = jax.random.split(jax.random.key(0), 500)
+    dropped = jax.jit(lambda k: draw(k, 8, tiny.config(), loss).dropped)(keys)
+    assert abs(dropped.mean() - share) < 0.02
+
+
+def test_a_model_that_does_not_draw_needs_no_draws():
+    assert (
+        draw(jax.random.split(jax.random.key(0), 2), 0, tiny.config(unet=None, vae=None), LossConfig())
+        is None
+    )
+
+
+def test_dropped_conditions_become_the_rows_null():
+    x = jnp.arange(3 * 4).reshape(3, 4, 1, 1) * jnp.ones((2, 2))
+    dropped = jnp.array([[True, False, True, False], [False] * 4, [True] * 4])
+    null = jnp.array([3, 2, -1])
+    out = np.asarray(drop_conditions(x, dropped, null))[..., 0, 0]
+    np.testing.assert_array_equal(out, [[3, 1, 3, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
+
+
+def test_counts(batch):
+    counts = count(batch)
+    assert counts.tokens == batch.loss_weights.sum() > 1
+    assert counts.dreams == batch.dream_mask.sum() > 1
+    assert counts.rows == tiny.ROWS
+    nothing = batch.replace(loss_weights=0 * batch.loss_weights, dream_mask=np.zeros_like(batch.dream_mask))
+    assert count(nothing).tokens == 1 and count(nothing).dreams == 1

@@ -1,0 +1,50 @@
+"""One step is the same step on every mesh, in any number of micro-batches."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.sharding import make_mesh, parameter_shardings, replicated, shard_batch
+from dreamllm_jax.train.step import gradients
+from tests.train import tiny
+
+ALONE = MeshConfig(data=1, fsdp=1)
+CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
+CASES = {
+    "1 device": (ALONE, 1),
+    "8 data": (MeshConfig(data=8, fsdp=1), 1),
+    "8 fsdp": (MeshConfig(data=1, fsdp=8), 1),
+    "2x2x2": (CUBE, 1),
+    "8 tensor": (MeshConfig(data=1, fsdp=1, tensor=8), 1),
+    "1 device, 2 micro-batches": (ALONE, 2),
+    "2x2x2, 2 micro-batches": (CUBE, 2),
+}
+
+
+@pytest.mark.parametrize(("mesh", "accumulation"), CASES.values(), ids=CASES)
+def test_loss_and_gradients(mesh, accumulation, devices, params, batch, keys, packed_result, same_gradients):
+    mesh = make_mesh(mesh, devices if mesh != ALONE else devices[:1])
+    shardings = parameter_shardings(params, mesh)
+    placed = {k: jax.device_put(v, shardings[k]) for k, v in params.items()}
+    stage = tiny.stage(optim=dict(accumulation=accumulation))
+    run = jax.jit(functools.partial(gradients, model=tiny.model(), stage=stage))
+    with jax.set_mesh(mesh):
+        grads, metrics = run(placed, {}, shard_batch(batch, mesh), jax.device_put(keys, replicated(mesh)))
+    loss, expected_metrics, expected = packed_result
+    assert metrics.keys() == expected_metrics.keys() >= {"loss_lm", "loss_vm", "token_accuracy"}
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose((metrics["loss_lm"] + 10 * metrics["loss_vm"]) / 11, loss, rtol=1e-5)
+    same_gradients(grads, expected)
+
+
+@pytest.mark.parametrize("name", ["8 fsdp", "2x2x2", "8 tensor"])
+def test_every_device_holds_its_part_alone(name, devices, params):
+    mesh = make_mesh(CASES[name][0], devices)
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    shardings = parameter_shardings(params, mesh)
+    held = sum(np.prod(shardings[k].shard_shape(v.shape)) for k, v in params.items())
+    assert held < 1.5 / split * sum(v.size for v in params.values())
