@@ -29,12 +29,12 @@ def model() -> dict:
             num_hidden_layers=4,
             num_attention_heads=4,
             image_size=16,
-            patch_size=4,
+            patch_size=8,
             projection_dim=64,
         ),
         vision_projector=dict(kind="linear"),
         vision_select_layer=-2,
-        num_dream_queries=8,
+        num_dream_queries=4,
         condition_projector=dict(kind="linear", bias=False),
         unet=dict(
             sample_size=8,
@@ -78,7 +78,7 @@ def captions(rows: int, **changes) -> dict:
 
 def packed(rows: int, kinds: dict, **changes) -> dict:
     """Documents packed into rows."""
-    shape = dict(rows=rows, length=192, max_images=8, max_dreams=8)
+    shape = dict(rows=rows, length=128, max_images=9, max_dreams=9)
     return dict(source="handwriting", kinds=kinds, **shape) | changes
 
 
@@ -112,8 +112,8 @@ def dream_stages() -> list[dict]:
     """DreamLLM's own three stages."""
     connectors = ("vision_projector", "dream_queries", "condition_projector")
     everything = ("llama", *connectors)
-    joint = dict(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1)
-    documents = packed(8, dict(documents=0.7, pairs=0.3))
+    joint = dict(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1, timestep_sampling="cubic")
+    documents = packed(8, dict(documents=0.65, pairs=0.2, text=0.15))
     instructions = packed(8, dict(documents=0.5, pairs=0.2, conversations=0.3))
     return [
         stage("stage1", connectors, 200, 2e-3, packed(8, dict(pairs=1.0)), loss=joint),

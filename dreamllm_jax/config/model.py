@@ -50,7 +50,8 @@ class DreamLLMConfig:
             raise ValueError("model: unet and vae come together; give both or neither.")
         if self.vae is not None and self.image_size % self.vae.downscale:
             raise ValueError(
-                f"model.image_size={self.image_size} is not divisible by the VAE's downscale {self.vae.downscale}."
+                f"model.image_size={self.image_size} is not divisible by the VAE's downscale "
+                f"{self.vae.downscale}; choose a multiple."
             )
         if self.contrastive and not (self.vision and self.text):
             raise ValueError("model.contrastive needs both the vision and the text tower.")

@@ -23,7 +23,8 @@ def apply_overrides(recipe: Any, arguments: Iterable[str]) -> Any:
         path, equals, text = argument.removeprefix(PREFIX).partition("=")
         if not argument.startswith(PREFIX) or not equals or not path:
             raise ValueError(
-                f"{argument!r} is no override of the recipe; write {PREFIX}KEY=VALUE, for example {PREFIX}seed=1."
+                f"{argument!r} is no override of the recipe; write {PREFIX}KEY=VALUE, "
+                f"for example {PREFIX}seed=1."
             )
         *parents, last = path.split(".")
         node = recipe

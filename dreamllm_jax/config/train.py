@@ -24,7 +24,8 @@ class MeshConfig:
 class LossConfig:
     """Weights and options of the joint loss; the published models used the defaults.
 
-    `scale` divides the weighted sum by the l1 or l2 norm of the two weights.
+    `scale` divides the weighted sum by the l1 or l2 norm of the two weights. `timestep_sampling` "cubic"
+    prefers noisy steps, where the condition decides what is drawn (arXiv 2302.08453, section 3.3).
     """
 
     weight_lm: float = 1.0
@@ -34,6 +35,7 @@ class LossConfig:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     condition_dropout: float = 0.0
+    timestep_sampling: Literal["uniform", "cubic"] = "uniform"
     kl_weight: float = 1e-6
     logits_chunk: int = 512
 
@@ -132,7 +134,8 @@ class Recipe:
             if stage.name == name:
                 return stage
         raise ValueError(
-            f"recipe {self.name!r} has no stage {name!r}; its stages: {', '.join(s.name for s in self.stages)}."
+            f"recipe {self.name!r} has no stage {name!r}; its stages: "
+            f"{', '.join(s.name for s in self.stages)}."
         )
 
 

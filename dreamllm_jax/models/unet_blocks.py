@@ -198,8 +198,9 @@ class SpatialTransformer(nn.Module):
         y = project(channels, dtype=self.dtype, name="proj_in")(y)
         stack = scan_layers(TransformerBlock, self.depth, self.remat, inputs=1)
         stack = stack(self.heads, self.dtype, name="transformer_blocks")
-        # Pinned where the scan begins: left free, XLA's partitioner is wrong within another scan (JAX 0.10).
+        # Pinned where the scan begins, and so are the gradients that come out of it: left free, XLA's
+        # partitioner is wrong when this scan runs within another one (JAX 0.10).
         y = constrain(y.reshape(rows, height * width, channels), "batch", None, "embed")
-        y, _ = stack(y, context)
+        y, _ = stack(y, constrain(context, "batch", None, "embed"))
         y = project(channels, dtype=self.dtype, name="proj_out")(y.reshape(x.shape))
         return constrain(x + y, "batch", "height", "width", "channels")

@@ -74,11 +74,19 @@ def draw(keys: Array, dreams: int, model: DreamLLMConfig, config: LossConfig) ->
             noise=jax.random.normal(k[1], latents),
             offset=jax.random.normal(k[2], (dreams, 1, 1, latents[-1])),
             perturbation=jax.random.normal(k[3], latents),
-            timesteps=jax.random.randint(k[4], (dreams,), 0, model.schedule.num_train_timesteps),
+            timesteps=draw_timesteps(k[4], dreams, model.schedule.num_train_timesteps, config),
             dropped=jax.random.bernoulli(k[5], config.condition_dropout, (dreams,)),
         )
 
     return jax.vmap(row)(keys)
+
+
+def draw_timesteps(key: Array, number: int, steps: int, config: LossConfig) -> Int[Array, " n"]:
+    """Training steps in [0, steps): uniform, or `(1 - u^3) steps` for uniform u ("cubic")."""
+    if config.timestep_sampling == "uniform":
+        return jax.random.randint(key, (number,), 0, steps)
+    u = jax.random.uniform(key, (number,))
+    return jnp.clip((1 - u**3) * steps, 0, steps - 1).astype(jnp.int32)
 
 
 def _flat(x: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from dreamllm_jax.types import Batch
 Flat = dict[str, Any]
 
 
+@typing.no_type_check  # shapes, shardings and checkpoint masks travel in the same container
 @flax.struct.dataclass
 class TrainState:
     """Parameters are flat: `{"llama/norm/scale": array, ...}`. `ema` is empty when it is off.

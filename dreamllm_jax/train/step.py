@@ -85,7 +85,7 @@ def train_step(
         decay = jnp.minimum(stage.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(trainable, ema, 1.0 - decay)
     metrics |= {
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": rate,
         "tokens": batch.loss_weights.sum(),
         "dreams": batch.dream_mask.sum(),

@@ -7,15 +7,17 @@ import shutil
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.convert.pretrained import load_pretrained
+from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train import checks, loop, start
 from dreamllm_jax.train.metrics import read_curves
-from dreamllm_jax.train.optim import learning_rate
-from dreamllm_jax.train.state import abstract_params, partition
+from dreamllm_jax.train.optim import learning_rates
+from dreamllm_jax.train.state import abstract_params, nested, partition
 from tests.train import tiny
 
 CONNECTORS = ("vision_projector", "dream_queries", "condition_projector")
@@ -71,12 +73,12 @@ class Spy:
         self.states, self.dies_before = {}, dies_before
         self.step = loop.train_step
 
-    def __call__(self, state, batch, **options):
+    def __call__(self, state, *args, **options):
         step = int(state.step) + 1
         if step == self.dies_before:
             raise KeyboardInterrupt
         before = jax.tree.map(np.array, (state.trainable, state.ema))
-        state, metrics = self.step(state, batch, **options)
+        state, metrics = self.step(state, *args, **options)
         after = jax.tree.map(np.array, (state.trainable, state.ema))
         self.states[step] = SimpleNamespace(
             before=before[0], ema_before=before[1], trainable=after[0], ema=after[1]
@@ -134,8 +136,9 @@ def test_measured_scale_gives_latents_unit_variance(whole):
     params = load_pretrained(whole.vae).params
     images = np.random.default_rng(0).integers(0, 256, (4, 2, 8, 8, 3)).astype(np.uint8)
     measured = loop.with_measured_scale(config, params, images).vae.scaling_factor
-    model, flat = loop.DreamLLMModule(config), images.reshape(-1, 8, 8, 3)
-    moments = model.apply({"params": loop.nested(params)}, flat, method="encode_image")
+    variables = {"params": nested({k: jnp.asarray(v) for k, v in params.items()})}
+    flat = jnp.asarray(images.reshape(-1, 8, 8, 3))
+    moments = DreamLLMModule(config).apply(variables, flat, method="encode_image")
     mean, logvar = np.split(np.asarray(moments, np.float64), 2, axis=-1)
     noise = np.random.default_rng(1).normal(size=(50, *mean.shape))
     latents = (mean + np.exp(logvar / 2) * noise) * measured
@@ -155,10 +158,10 @@ def test_curves(whole):
     records = list(read_curves(whole.folder / "stages" / "1_joint" / "logs"))
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
     stage = build_recipe(RECIPE).stages[1]
-    rates = learning_rate(stage.optim, stage.steps)
+    rates = learning_rates(stage.optim, stage.steps)
     for i, record in enumerate(records):
         assert {"loss_lm", "loss_vm", "token_accuracy", "grad_norm", "tokens", "dreams"} <= record.keys()
-        np.testing.assert_allclose(record["learning_rate"], rates(i), rtol=1e-6)
+        np.testing.assert_allclose(record["learning_rate"], rates[i], rtol=1e-6)
         assert record["dreams"] > 0 and record["tokens"] > 0 and np.isfinite(list(record.values())).all()
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from dreamllm_jax.config.base import build
 from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.train.objectives import Draws, count, draw, drop_conditions
+from dreamllm_jax.diffusion.schedule import alphas_cumprod
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.train.objectives import Draws, count, denoising_errors, draw, drop_conditions
 from dreamllm_jax.train.step import row_keys
 from tests.train import tiny
 
@@ -152,10 +154,48 @@ def test_a_model_that_does_not_draw_needs_no_draws():
 
 def test_dropped_conditions_become_the_rows_null():
     x = jnp.arange(3 * 4).reshape(3, 4, 1, 1) * jnp.ones((2, 2))
-    dropped = jnp.array([[True, False, True, False], [False] * 4, [True] * 4])
+    dropped = jnp.array([[True, False, True, False], [False, True, False, False], [True] * 4])
     null = jnp.array([3, 2, -1])
     out = np.asarray(drop_conditions(x, dropped, null))[..., 0, 0]
-    np.testing.assert_array_equal(out, [[3, 1, 3, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
+    np.testing.assert_array_equal(out, [[3, 1, 3, 3], [4, 6, 6, 7], [8, 9, 10, 11]])
+
+
+class Parrot(DreamLLMModule):
+    """Its denoiser returns what it is given; its encoder's mean is given by the picture."""
+
+    def encode_image(self, images):
+        mean = images[:, ::2, ::2, :1] / 255.0 * jnp.ones(4)
+        return jnp.concatenate([mean, jnp.full_like(mean, -2.0)], axis=-1)
+
+    def denoise(self, latents, timesteps, context, added=None):
+        return latents
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_denoising_errors_by_hand(batch, draws, kind):
+    """The target holds the offset, the input the perturbation too; min-SNR weighs; absent dreams are zero."""
+    config = tiny.config(schedule=dict(prediction_type=kind))
+    context = jnp.zeros((draws.timesteps.size, 1, 32))
+    errors = denoising_errors(
+        Parrot(config),
+        {},
+        jax.tree.map(jnp.asarray, batch),
+        jax.tree.map(jnp.asarray, draws),
+        tiny.stage().loss,
+        context,
+        None,
+    )
+    abar = alphas_cumprod(config.schedule)[draws.timesteps].astype(np.float64)
+    signal, sigma = np.sqrt(abar)[..., None, None, None], np.sqrt(1 - abar)[..., None, None, None]
+    mean = batch.dream_images[:, :, ::2, ::2, :1] / 255.0
+    clean = config.vae.scaling_factor * (mean + np.exp(-1.0) * draws.latent_noise)
+    noise = draws.noise + 0.1 * draws.offset
+    noisy = signal * clean + sigma * (noise + 0.1 * draws.perturbation)
+    target = {"epsilon": noise, "v_prediction": signal * noise - sigma * clean, "sample": clean}[kind]
+    snr = abar / (1 - abar)
+    weights = np.minimum(snr, 5) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[kind]
+    expected = ((noisy - target) ** 2).mean((2, 3, 4)) * weights * batch.dream_mask
+    np.testing.assert_allclose(errors, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_counts(batch):

@@ -1,0 +1,141 @@
+"""The losses against the plainest form of each."""
+
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.losses import (
+    chunked_cross_entropy,
+    contrastive_loss,
+    distillation_errors,
+    kl_to_unit_gaussian,
+    loss_scale,
+)
+
+B, L, D, V = 3, 10, 6, 7
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden, kernel = rng.normal(size=(B, L, D)), rng.normal(size=(D, V))
+    targets = rng.integers(0, V, (B, L)).astype(np.int32)
+    weights = (rng.random((B, L)) < 0.6) * rng.choice([0.5, 1.0], (B, L))
+    return hidden.astype(np.float32), kernel.astype(np.float32), targets, weights.astype(np.float32)
+
+
+def chunked(hidden, kernel, targets, weights, chunk):
+    return chunked_cross_entropy(lambda h: h @ kernel, hidden, targets, weights, chunk)
+
+
+@pytest.fixture(scope="module")
+def plain(inputs):
+    """Sum and right predictions in numpy, float64."""
+    hidden, kernel, targets, weights = (np.asarray(x, np.float64) for x in inputs)
+    logits = hidden @ kernel
+    chosen = np.take_along_axis(logits, targets.astype(int)[..., None], -1)[..., 0]
+    losses = np.log(np.exp(logits).sum(-1)) - chosen
+    return (losses * weights).sum(), ((logits.argmax(-1) == targets) * weights).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 9, 10, 11, 512])
+def test_chunks_change_neither_loss_nor_gradients(inputs, plain, chunk):
+    @functools.partial(jax.jit, static_argnums=4)
+    def run(*args):
+        return jax.value_and_grad(chunked, (0, 1), has_aux=True)(*args)
+
+    (loss, right), grads = run(*inputs, chunk)
+    np.testing.assert_allclose(loss, plain[0], rtol=1e-6)
+    np.testing.assert_allclose(right, plain[1], rtol=1e-6)
+    hidden, kernel, targets, weights = inputs
+    shares = np.exp(hidden @ kernel)
+    shares = (shares / shares.sum(-1, keepdims=True) - np.eye(V)[targets]) * weights[..., None]
+    np.testing.assert_allclose(grads[0], shares @ kernel.T, atol=2e-6)
+    np.testing.assert_allclose(grads[1], np.einsum("bld,blv->dv", hidden, shares), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_logits_of_a_whole_row_are_never_held(inputs, chunk):
+    """Neither forward nor backward, in any intermediate value of the program."""
+    run = jax.grad(lambda *args: chunked(*args, chunk)[0], (0, 1))
+    sizes = set()
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            sizes.update(getattr(v.aval, "shape", ()) for v in equation.outvars)
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(jax.make_jaxpr(run)(*inputs).jaxpr)
+    with_vocabulary = {shape for shape in sizes if shape and shape[-1] == V and len(shape) > 2}
+    assert (B, chunk, V) in with_vocabulary
+    assert max(np.prod(shape) for shape in with_vocabulary) == B * chunk * V
+
+
+def test_low_precision_logits_are_summed_in_float32(inputs):
+    hidden, kernel, targets, weights = inputs
+
+    def logits(h):
+        return (h @ kernel).astype(jnp.bfloat16)
+
+    loss, _ = chunked_cross_entropy(logits, *map(jnp.asarray, (hidden, targets, weights)), 4)
+    rounded = np.asarray(logits(hidden).astype(jnp.float32))
+    losses = np.log(np.exp(rounded).sum(-1)) - np.take_along_axis(rounded, targets[..., None], -1)[..., 0]
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, (losses * weights).sum(), rtol=1e-5)
+
+
+def test_distillation_errors():
+    rng = np.random.default_rng(1)
+    prediction, target = rng.normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
+    weights = np.array([1.0, 0.0, 0.25], np.float32)
+    errors = distillation_errors(
+        jnp.asarray(prediction, jnp.bfloat16), jnp.asarray(target), jnp.asarray(weights)
+    )
+    rounded = np.asarray(jnp.asarray(prediction, jnp.bfloat16), np.float32)
+    np.testing.assert_allclose(errors, ((rounded - target) ** 2).reshape(3, -1).mean(1) * weights, rtol=1e-5)
+    assert errors.dtype == jnp.float32 and errors[1] == 0
+
+
+@pytest.mark.parametrize(("scale", "expected"), [("none", 1.0), ("l1", 7.0), ("l2", 5.0)])
+def test_loss_scale(scale, expected):
+    assert loss_scale(LossConfig(weight_lm=3.0, weight_vm=4.0, scale=scale)) == expected
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def test_contrastive_loss_with_all_texts_different():
+    rng = np.random.default_rng(2)
+    image, text = unit(rng.normal(size=(4, 5))), unit(rng.normal(size=(4, 5)))
+    logits = 3.0 * image @ text.T
+    both = [np.log(np.exp(m).sum(1)) - np.diag(m) for m in (logits, logits.T)]
+    loss, right = contrastive_loss(
+        *map(jnp.asarray, (image, text, np.float32(3.0), np.eye(4, dtype=np.float32)))
+    )
+    np.testing.assert_allclose(loss, sum(both).sum() / 2, rtol=1e-5)
+    assert right == (logits.argmax(1) == np.arange(4)).sum()
+
+
+def test_equal_texts_are_all_right():
+    """Images of one text share its probability, and any of them counts as matched."""
+    text = unit(np.eye(4)[[0, 1, 1, 2]])
+    same = (text @ text.T).astype(np.float32)
+    loss, right = contrastive_loss(*map(jnp.asarray, (text, text, np.float32(50.0), same)))
+    np.testing.assert_allclose(loss, 2 * np.log(2), rtol=1e-4)  # two rows choose among two equals
+    assert right == 4
+    swapped, wrong = contrastive_loss(*map(jnp.asarray, (text, text[::-1].copy(), np.float32(50.0), same)))
+    assert swapped > 50 and wrong == 2
+
+
+def test_kl_to_unit_gaussian():
+    mean, logvar = np.zeros((2, 2, 2, 3), np.float32), np.zeros((2, 2, 2, 3), np.float32)
+    mean[1, 0, 0, 0], logvar[1, 1, 1, 2] = 2.0, 1.0
+    kl = kl_to_unit_gaussian(jnp.asarray(mean), jnp.asarray(logvar))
+    np.testing.assert_allclose(kl, [0.0, 0.5 * 4 + 0.5 * (np.e - 2)], rtol=1e-6)
