@@ -39,7 +39,7 @@ from dreamllm_jax.train.checks import check_recipe
 from dreamllm_jax.train.metrics import Meter, MetricWriter
 from dreamllm_jax.train.optim import learning_rates
 from dreamllm_jax.train.start import prepare_tokenizer, starting_point
-from dreamllm_jax.train.state import Flat, TrainState, create_state, final_params, nested
+from dreamllm_jax.train.state import Flat, TrainState, create_state, final_params, nested, stage_seed
 from dreamllm_jax.train.step import train_step
 
 
@@ -96,7 +96,7 @@ def run_stage(
             stage.data,
             config,
             tokenizer,
-            seed=recipe.seed,
+            seed=stage_seed(recipe, stage),
             null_dream=stage.loss.condition_dropout > 0,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -111,7 +111,7 @@ def run_stage(
             meter.resume(place["meter"])
             print(f"{stage.name}: resumes after step {int(state.step)} of {stage.steps}", flush=True)
         state = _run_steps(recipe, stage, config, state, data, mesh, checkpoints, meter, folder / "logs")
-        params = final_params(state)
+        params = final_params(state, params)
         if stage.objective == "vae":
             config = with_measured_scale(config, params, next(data).dream_images)
         summary = {"steps": stage.steps, "data": data.stats()}

@@ -50,7 +50,7 @@ def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
 
 
 def _draw(recipe: Recipe, names: Set[str]) -> Flat:
-    """Fresh parameters of these names; the others are not made."""
+    """Fresh parameters of these names, on the host; the others are not made."""
     if not names:
         return {}
 
@@ -60,4 +60,4 @@ def _draw(recipe: Recipe, names: Set[str]) -> Flat:
 
     # Run once: compiled quickly rather than well.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(init, compiler_options=options)()
+    return jax.device_get(jax.jit(init, compiler_options=options)())

@@ -148,6 +148,15 @@ def optimizer_shardings(tx: optax.GradientTransformation, trainable: Flat, mesh:
     )
 
 
-def final_params(state: TrainState) -> Flat:
-    """All parameters after a stage: the averaged ones where there is an EMA."""
-    return {**state.frozen, **(state.ema or state.trainable)}
+def final_params(state: TrainState, params: Flat) -> Flat:
+    """All parameters after a stage that began with `params`.
+
+    The frozen ones are those it began with, to the bit, whatever dtype they were held in; the
+    trained ones are the averaged ones where there is an EMA.
+    """
+    return {**params, **(state.ema or state.trainable)}
+
+
+def stage_seed(recipe: Recipe, stage: StageConfig) -> int:
+    """What a stage's data is drawn from: no stage repeats the documents of another."""
+    return (recipe.seed << 32) + zlib.crc32(stage.name.encode())

@@ -53,7 +53,7 @@ def test_augmentation_stays_near_and_varies():
     moved = (shifted.mean(0) * columns).sum() / shifted.mean(0).sum() - (
         still.mean(0) * columns
     ).sum() / still.mean(0).sum()
-    assert 0.8 < moved < 1.6  # 0.6 of an 8x8 pixel, to the right
+    assert 0.3 < moved < 0.9  # 0.3 of an 8x8 pixel, to the right
 
 
 def test_every_digit_stays_at_every_place():
@@ -109,8 +109,8 @@ def test_other_kinds():
         assert isinstance(pieces[1], Beside)
     for pieces in draw("text", n=200):
         assert len(texts(pieces)) == len(pieces) - 1
-    counting = [texts(d) for d in draw("text") if texts(d)[0] == "Count from seven to nine."]
-    assert counting[0] == ["Count from seven to nine.", "seven", "seven", "eight", "eight", "nine", "nine"]
+    counting = {tuple(texts(d)) for d in draw("text", n=2000) if texts(d)[0] == "Count from eight to nine."}
+    assert counting == {("Count from eight to nine.", "eight", "eight", "nine", "nine")}
     for pieces in draw("documents", "creation", 100):
         assert all(p.dreamed and not p.seen for p in pieces if isinstance(p, Picture))
 

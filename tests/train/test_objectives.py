@@ -12,7 +12,14 @@ from dreamllm_jax.config.base import build
 from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.diffusion.schedule import alphas_cumprod
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.train.objectives import Draws, count, denoising_errors, draw, drop_conditions
+from dreamllm_jax.train.objectives import (
+    Draws,
+    count,
+    denoising_errors,
+    draw,
+    draw_timesteps,
+    drop_conditions,
+)
 from dreamllm_jax.train.step import row_keys
 from tests.train import tiny
 
@@ -205,3 +212,12 @@ def test_counts(batch):
     assert counts.rows == tiny.ROWS
     nothing = batch.replace(loss_weights=0 * batch.loss_weights, dream_mask=np.zeros_like(batch.dream_mask))
     assert count(nothing).tokens == 1 and count(nothing).dreams == 1
+
+
+def test_cubic_timesteps_prefer_noisy_steps():
+    key = jax.random.key(0)
+    uniform = draw_timesteps(key, 4000, 1000, LossConfig())
+    cubic = draw_timesteps(key, 4000, 1000, LossConfig(timestep_sampling="cubic"))
+    assert 480 < float(uniform.mean()) < 520
+    assert 730 < float(cubic.mean()) < 770  # E[1 - u^3] = 3/4
+    assert int(cubic.min()) >= 0 and int(cubic.max()) <= 999

@@ -1,5 +1,6 @@
 """What a stage holds: the trained in full, the frozen without any state, all of it where the rules say."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from dreamllm_jax.config.train import Recipe, TokenizerConfig
 from dreamllm_jax.sharding import make_mesh, parameter_shardings
-from dreamllm_jax.train.state import create_state, final_params, is_trainable, partition
+from dreamllm_jax.train.state import create_state, final_params, is_trainable, partition, stage_seed
 from dreamllm_jax.train.step import gradients
 from tests.train import tiny
 
@@ -48,7 +49,9 @@ def test_trained_and_frozen(state, params):
     for path, value in state.frozen.items():
         assert value.dtype == jnp.bfloat16
         np.testing.assert_array_equal(value, jnp.asarray(params[path], jnp.bfloat16))
-    assert final_params(state).keys() == params.keys()
+    final = final_params(state, params)
+    assert final.keys() == params.keys()
+    assert all(final[path] is params[path] for path in state.frozen)
 
 
 def test_the_optimizer_knows_the_trained_alone(state):
@@ -96,9 +99,14 @@ def test_no_average_where_it_is_off(params, stage, recipe, devices):
     without = tiny.stage(trainable=TRAINABLE)
     state = create_state(params, without, recipe, make_mesh(recipe.mesh, devices))
     assert state.ema == {}
-    assert (
-        final_params(state)["dream_queries/dream_queries"] is state.trainable["dream_queries/dream_queries"]
-    )
+    path = "dream_queries/dream_queries"
+    assert final_params(state, params)[path] is state.trainable[path]
+
+
+def test_every_stage_and_seed_has_its_own_data(recipe):
+    one, other = tiny.stage(name="one"), tiny.stage(name="other")
+    seeds = {stage_seed(dataclasses.replace(recipe, seed=s), t) for s in (0, 1) for t in (one, other)}
+    assert len(seeds) == 4
 
 
 @pytest.mark.parametrize(
