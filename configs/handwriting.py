@@ -3,7 +3,7 @@
 Reproduces: the whole method of arXiv 2309.11499 on scikit-learn's 1,797 digits. Stage 0 trains what the
 real system downloads (VAE, CLIP, text-conditioned U-Net, language model); stages I, II and III are the
 real ones, with their trainable sets and loss weights. Learning rates and steps are scaled to the size.
-Hardware: two CPU cores, 4 GiB. Time: see README, measured by `launch/quickstart.sh`.
+Hardware: two CPU cores, 4 GiB. Time: `launch/quickstart.sh` measures it, into metrics.json.
 Command: python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=quickstart
 """
 

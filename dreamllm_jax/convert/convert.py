@@ -15,13 +15,13 @@ from dreamllm_jax.convert import hugging_face
 from dreamllm_jax.convert.dreamllm_files import MOUNTS
 from dreamllm_jax.convert.engine import Report, to_torch
 from dreamllm_jax.convert.pickles_out import write_pickle
+from dreamllm_jax.convert.pretrained import FORMAT
 from dreamllm_jax.convert.safetensors_files import SHARD_BYTES, write_json, write_sharded
 from dreamllm_jax.convert.sources import TOKENIZER_FILES, Source
 from dreamllm_jax.convert.storage import cast, need_space, new_folder, open_params, progress_bar, save_params
 from dreamllm_jax.convert.tensors import DTYPES, Tensor, is_floating, num_bytes
 from dreamllm_jax.convert.weights import read_config
 
-FORMAT = "dreamllm_jax"
 Parts = Mapping[str, Mapping[str, Tensor]]
 Step = Callable[[int], None]
 

@@ -152,23 +152,6 @@ def row_normal(keys: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def offset_noise(
-    keys: Key[Array, "B"], noise: Float[Array, "B h w c"], strength: float
-) -> Float[Array, "B h w c"]:
-    """`noise` plus one shared shift per row and channel, so that overall brightness is learned too.
-
-    The result is both what is added and what is predicted.
-    """
-    return noise + strength * row_normal(keys, (1, 1, noise.shape[-1]))
-
-
-def input_perturbation(
-    keys: Key[Array, "B"], noise: Float[Array, "B h w c"], strength: float
-) -> Float[Array, "B h w c"]:
-    """The noise to add in place of `noise`, which stays the one to predict (arXiv 2301.11706)."""
-    return noise + strength * row_normal(keys, noise.shape[1:])
-
-
 def _levels(alpha_bar: Array, like: Array) -> tuple[Array, Array]:
     """sqrt(abar) and sqrt(1 - abar), shaped to scale the rows of `like`."""
     abar = alpha_bar.reshape(alpha_bar.shape + (1,) * (like.ndim - 1))

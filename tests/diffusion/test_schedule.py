@@ -125,18 +125,6 @@ def test_zero_terminal_snr_keeps_weights_finite():
     assert np.isfinite(weights).all() and weights[1] == 0
 
 
-def test_extra_noise_is_per_row_and_of_the_right_size():
-    keys = jax.random.split(jax.random.key(0), 512)
-    zeros = jnp.zeros((512, 4, 4, 3))
-    offset = sch.offset_noise(keys, zeros, 0.1)
-    assert jnp.ptp(offset, axis=(1, 2)).max() == 0
-    perturbed = sch.input_perturbation(keys, zeros, 0.1)
-    for extra in (offset, perturbed):
-        assert abs(float(extra.std()) - 0.1) < 0.01
-    for extra, function in ((offset, sch.offset_noise), (perturbed, sch.input_perturbation)):
-        np.testing.assert_allclose(function(keys[7:8], zeros[7:8], 0.1)[0], extra[7], atol=1e-6)
-
-
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
 def test_impossible_numbers_of_steps_are_refused(num_steps):
     with pytest.raises(ValueError, match="1 to 1000"):
