@@ -39,7 +39,12 @@ def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "") -> C:
             values[key] = _convert(hints[key], given[key], path)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{name}: key {key!r} is missing; it has no default, set it.")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # an impossible value: say where it was given
+        short = str(error).removeprefix(f"{where.rpartition('.')[2]}.")
+        between = "." if short != str(error) else ": " if where else ""
+        raise ValueError(f"{where}{between}{short}") from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

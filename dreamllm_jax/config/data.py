@@ -11,7 +11,8 @@ class KindWeights:
     """How often each kind of document is drawn, relative to the others.
 
     captions: a picture beside its caption, in no slot (for towers that are trained on captions);
-    pairs, conversations, documents: what DreamLLM trains on; text: documents without pictures.
+    pairs, conversations, documents: what DreamLLM trains on; text: words alone, some of them told as
+    pictures are (`pieces.Spelled`).
     """
 
     captions: float = 0.0

@@ -10,6 +10,11 @@ from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 
 
+def _require(holds: bool, config: Any, path: str, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{path} is {getattr(config, path.rsplit('.', 1)[-1])}; it must {what}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1: all that are left."""
@@ -40,8 +45,11 @@ class LossConfig:
     logits_chunk: int = 512
 
     def __post_init__(self):
-        if not 0.0 <= self.condition_dropout < 1.0:
-            raise ValueError(f"loss.condition_dropout is {self.condition_dropout}; it must lie in [0, 1).")
+        _require(0 <= self.condition_dropout < 1, self, "loss.condition_dropout", "lie in [0, 1)")
+        _require(self.logits_chunk >= 1, self, "loss.logits_chunk", "be at least 1")
+        for name in ("weight_lm", "weight_vm", "kl_weight", "noise_offset", "input_perturbation"):
+            _require(getattr(self, name) >= 0, self, f"loss.{name}", "not be negative")
+        _require(self.snr_gamma is None or self.snr_gamma > 0, self, "loss.snr_gamma", "be positive, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +66,18 @@ class OptimConfig:
     clip_norm: float | None = 1.0
     accumulation: int = 1
     ema_decay: float = 0.0
+
+    def __post_init__(self):
+        for name in ("learning_rate", "eps"):
+            _require(getattr(self, name) > 0, self, f"optim.{name}", "be positive")
+        for name in ("b1", "b2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, self, f"optim.{name}", "lie in [0, 1)")
+        _require(0 <= self.warmup_ratio <= 1, self, "optim.warmup_ratio", "lie in [0, 1]")
+        _require(self.weight_decay >= 0, self, "optim.weight_decay", "not be negative")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0, self, "optim.clip_norm", "be positive, or None"
+        )
+        _require(self.accumulation >= 1, self, "optim.accumulation", "be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +96,9 @@ class StageConfig:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
+    def __post_init__(self):
+        _require(self.steps >= 1, self, "steps", "be at least 1")
+
     def program(self) -> StageConfig:
         """The stage without what its compiled step does not depend on: name, length, data, rates."""
         optim = OptimConfig()
@@ -83,7 +106,7 @@ class StageConfig:
             learning_rate=optim.learning_rate, warmup_ratio=optim.warmup_ratio, schedule=optim.schedule
         )
         return dataclasses.replace(
-            self, name="", steps=0, data=DataConfig(), optim=dataclasses.replace(self.optim, **rates)
+            self, name="", steps=1, data=DataConfig(), optim=dataclasses.replace(self.optim, **rates)
         )
 
 

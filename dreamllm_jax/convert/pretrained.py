@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
+from dreamllm_jax.convert.shapes import expected_shapes
 from dreamllm_jax.convert.storage import flatten, load_params, new_folder, save_params
 from dreamllm_jax.data.tokenizer import Tokenizer
 
@@ -59,7 +60,32 @@ def load_pretrained(folder: str | Path, dtype: str | None = None) -> Pretrained:
             f"{folder} holds another kind of checkpoint (config.json does not say format {FORMAT!r}); "
             "convert it first: python tools/convert_weights.py to-jax SRC DST."
         )
+    missing = [key for key in ("model", "generation") if key not in content]
+    if missing:
+        raise ValueError(f"{path} has no {' and no '.join(missing)}; the folder is damaged.")
     config = model_config(content["model"])
     generation = build(GenerationConfig, content["generation"], "generation")
     params = flatten(load_params(folder, dtype=dtype))
     return Pretrained(config, params, Tokenizer.load(folder), generation)
+
+
+def check_whole(folder: str | Path, config: DreamLLMConfig, params: Mapping[str, Any]) -> None:
+    """Checks that a folder's (flat) parameters are those of its config's model.
+
+    Raises:
+      ValueError: some are missing, misshapen or have no place in it, by name.
+    """
+    expected = expected_shapes(config)
+    wrong = [f"{name} is missing" for name in expected.keys() - params.keys()]
+    wrong += [f"{name} has no place in it" for name in params.keys() - expected.keys()]
+    wrong += [
+        f"{name} has shape {tuple(params[name].shape)}, not {shape}"
+        for name, shape in expected.items()
+        if name in params and tuple(params[name].shape) != tuple(shape)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{folder} does not hold the model that its config.json describes: {'; '.join(sorted(wrong)[:5])}"
+            f"{more}; the folder is incomplete or damaged."
+        )

@@ -1,6 +1,6 @@
 """The built-in corpus: scikit-learn's 1,797 real 8x8 handwritten digits, in words and pictures.
 
-Three kinds of data, as DreamLLM trains on, and the same as text alone:
+Three kinds of data, as DreamLLM trains on (and a fourth of words alone, see `numbers`):
 
     pairs          IMAGE <-> a handwritten seven
     conversations  IMAGE Which digit is this? -> seven
@@ -8,8 +8,8 @@ Three kinds of data, as DreamLLM trains on, and the same as text alone:
                    Write two plus five. IMAGE plus IMAGE equals IMAGE
                    IMAGE What comes next? eight IMAGE        (a nine has no next digit: never asked)
 
-Some counts and some sums never occur in training, in any kind (`HELD_OUT_*`), though every digit
-occurs at every place of a count and of a sum; a fifth of the pictures is held out too.
+Words, counts and sums are those of `numbers`, which also says which of them training never sees; a
+fifth of the pictures is held out too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,19 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from dreamllm_jax.config.data import KindWeights
+from dreamllm_jax.data.numbers import (
+    HELD_OUT_COUNTS,
+    HELD_OUT_SUMS,
+    NEXT,
+    QUESTION,
+    WORDS,
+    Part,
+    add,
+    caption,
+    count,
+    story,
+    text_document,
+)
 from dreamllm_jax.data.pieces import (
     Picture,
     Piece,
@@ -34,23 +47,9 @@ from dreamllm_jax.data.pieces import (
 )
 from dreamllm_jax.types import Document
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-QUESTION = "Which digit is this?"
-NEXT = "What comes next?"
-
-COUNTS = tuple((a, b) for a in range(10) for b in range(a + 1, min(a + 6, 10)))
-SUMS = tuple((a, b) for a in range(10) for b in range(10 - a))
-HELD_OUT_COUNTS = ((0, 4), (1, 3), (2, 6), (3, 6), (4, 5), (5, 8), (6, 8))
-HELD_OUT_SUMS = ((0, 6), (1, 4), (2, 5), (3, 1), (4, 2), (5, 3), (6, 1), (7, 2))
-
-TRAINING_COUNTS = tuple(c for c in COUNTS if c not in HELD_OUT_COUNTS)
-TRAINING_SUMS = tuple(s for s in SUMS if s not in HELD_OUT_SUMS)
-
 # Largest changes of augmentation: in pixels of the 8x8 original, degrees, and factor.
 _SHIFT, _ROTATION, _SCALE = 0.3, 8.0, 0.08
 _VARIANTS = 32
-
-Part = str | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,22 +139,6 @@ def load_digits(size: int = 16, seed: int = 0) -> tuple[Digits, Digits]:
     return side(training), side(held_out)
 
 
-def caption(digit: int) -> str:
-    """What a picture of `digit` is captioned with."""
-    return f"a handwritten {WORDS[digit]}"
-
-
-def count(first: int, last: int) -> tuple[str, tuple[Part, ...]]:
-    """The instruction to count, and what it asks for."""
-    parts = [part for digit in range(first, last + 1) for part in (WORDS[digit], digit)]
-    return f"Count from {WORDS[first]} to {WORDS[last]}.", tuple(parts)
-
-
-def add(a: int, b: int) -> tuple[str, tuple[Part, ...]]:
-    """The instruction to write a sum, and what it asks for."""
-    return f"Write {WORDS[a]} plus {WORDS[b]}.", (a, "plus", b, "equals", a + b)
-
-
 def unseen_cases(next_per_digit: int = 3, size: int = 16) -> list[Case]:
     """Every held-out count and sum, and `What comes next?` after held-out pictures of zero to eight."""
     cases = [Case("count", *count(*bounds)) for bounds in HELD_OUT_COUNTS]
@@ -166,19 +149,6 @@ def unseen_cases(next_per_digit: int = 3, size: int = 16) -> list[Case]:
             prompt = Document([Image.fromarray(held_out.images[index]), NEXT])
             cases.append(Case("next", prompt, (WORDS[digit + 1], digit + 1)))
     return cases
-
-
-def corpus_text() -> list[str]:
-    """Every sentence of the training corpus once: what its tokenizer is trained on."""
-    texts = [caption(d) for d in range(10)] + [f"{QUESTION} {word}" for word in WORDS]
-    texts += [f"{NEXT} {word}" for word in WORDS[1:]]
-    for prompt, parts in [count(*c) for c in TRAINING_COUNTS] + [add(*s) for s in TRAINING_SUMS]:
-        texts.append(" ".join([prompt, *_spelled(parts)]))
-    return texts
-
-
-def _spelled(parts: tuple[Part, ...]) -> list[str]:
-    return [WORDS[part] if isinstance(part, int) else part for part in parts]
 
 
 class HandwritingSource:
@@ -214,7 +184,8 @@ class HandwritingSource:
         return conversation([(self._picture(digit, rng), QUESTION), WORDS[digit]], template="plain")
 
     def documents(self, rng: np.random.Generator) -> list[Piece]:
-        first, parts = self._story(rng)
+        # A picture that is given must be seen.
+        first, parts = story(rng, given=self.mode != "creation")
         drawn = [p if isinstance(p, str) else self._picture(p, rng) for p in parts]
         if isinstance(first, str):
             return interleaved([first, *drawn], self.mode)
@@ -223,30 +194,7 @@ class HandwritingSource:
         return interleaved([given, NEXT, *drawn], self.mode)
 
     def text(self, rng: np.random.Generator) -> list[Piece]:
-        """A document of another kind as text: each picture's place is taken by its word."""
-        kind, word = rng.random(), WORDS[int(rng.integers(10))]
-        described = f"a handwritten {word}"
-        if kind < 0.15:
-            return interleaved([described, word], self.mode)
-        if kind < 0.25:
-            return interleaved([word, described], self.mode)
-        if kind < 0.35:
-            return interleaved([word, QUESTION, word], self.mode)
-        first, parts = self._story(rng)
-        opening = [first] if isinstance(first, str) else [WORDS[first], NEXT]
-        return interleaved([*opening, *_spelled(parts)], self.mode)
-
-    def _story(self, rng: np.random.Generator) -> tuple[Part, tuple[Part, ...]]:
-        """An instruction, or the digit that stands first; and what follows. Sums, the hardest, most often."""
-        kind = rng.random()
-        if kind < 0.3:
-            return count(*TRAINING_COUNTS[rng.integers(len(TRAINING_COUNTS))])
-        if kind < 0.8:
-            return add(*TRAINING_SUMS[rng.integers(len(TRAINING_SUMS))])
-        if self.mode == "creation":  # a picture that is given must be seen
-            return count(*TRAINING_COUNTS[rng.integers(len(TRAINING_COUNTS))])
-        digit = int(rng.integers(9))
-        return digit, (WORDS[digit + 1], digit + 1)
+        return text_document(rng, self.mode)
 
     def _picture(self, digit: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
         return self.digits.draw(digit, rng, self.augment)

@@ -59,6 +59,8 @@ def to_rgb(image: ImageLike) -> Image.Image:
             image = Image.open(io.BytesIO(image))
         elif isinstance(image, str | Path):
             image = Image.open(image)
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))

@@ -37,7 +37,28 @@ class Picture:
 
     def num_tokens(self, num_patches: int, num_queries: int) -> int:
         """Tokens it takes, markers included."""
-        return (num_patches + 2) * self.seen + (num_queries + 2) * self.dreamed
+        return _picture_tokens(self, num_patches, num_queries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spelled:
+    """A picture told in a word: the markers and slots of a `Picture`, but no image.
+
+    With `in_query` the word stands at the end of the query slots, where it is learned; with
+    `in_patches`, all over the patch slots. Slots without it hold `<im_patch>`. So a language model learns
+    from text alone what its queries will have to say, and what its patches will tell it.
+    """
+
+    word: str
+    seen: bool
+    dreamed: bool
+    in_query: bool = True
+    in_patches: bool = True
+    supervised: bool = True
+
+    def num_tokens(self, num_patches: int, num_queries: int) -> int:
+        """As many as of a `Picture`."""
+        return _picture_tokens(self, num_patches, num_queries)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +75,11 @@ class End:
     supervised: bool = True
 
 
-Piece = Text | Picture | Beside | End
+def _picture_tokens(picture: Picture | Spelled, num_patches: int, num_queries: int) -> int:
+    return (num_patches + 2) * picture.seen + (num_queries + 2) * picture.dreamed
+
+
+Piece = Text | Picture | Spelled | Beside | End
 
 
 def part_to_piece(part: str | ImageLike | Piece) -> Piece:
@@ -104,7 +129,7 @@ def pair(image: ImageLike, caption: str, mode: str, rng: np.random.Generator | N
 def interleaved(parts: Iterable[str | ImageLike | Piece], mode: str) -> list[Piece]:
     """A document: strings (stripped; empty ones left out) and pictures in reading order, all learned.
 
-    A `Text` or `Picture` among the parts stands as it is, whatever the mode.
+    A piece among the parts stands as it is, whatever the mode.
 
     Raises:
       ValueError: an unknown mode.

@@ -6,8 +6,9 @@ With P patches per image and Q dream queries, a picture becomes
     dreamed           <dream_start> Q*<im_patch> <dream_end>
     dreamed and seen  the dream, then the sight of it
 
-(query slots carry `<im_patch>`'s id: the learned queries replace their embeddings). Text and `</s>`
-are learned; of a picture's markers only `<dream_start>`: the model decides when to draw.
+(query slots carry `<im_patch>`'s id: the learned queries replace their embeddings). A picture that is
+`Spelled` has the same layout, with its word in some of the slots and no image. Text and `</s>` are
+learned; of a picture's markers only `<dream_start>`: the model decides when to draw.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dreamllm_jax.data.images import ImageLike
-from dreamllm_jax.data.pieces import Beside, End, Picture, Piece, Text, part_to_piece, question
+from dreamllm_jax.data.pieces import Beside, End, Picture, Piece, Spelled, Text, part_to_piece, question
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.types import Document
 
@@ -64,7 +65,7 @@ class _Writer:
     """Appends tokens and keeps the four parallel lists of the same length."""
 
     def __init__(self, tokenizer: Tokenizer, num_patches: int, num_queries: int):
-        self.ids = tokenizer.special
+        self.tokenizer, self.ids = tokenizer, tokenizer.special
         self.num_patches, self.num_queries = num_patches, num_queries
         self.tokens: list[int] = []
         self.supervised: list[bool] = []
@@ -92,6 +93,8 @@ class _Writer:
         """Writes anything but text."""
         if isinstance(piece, Picture):
             self.picture(piece)
+        elif isinstance(piece, Spelled):
+            self.spelled(piece)
         elif isinstance(piece, End):
             self.write([self.ids.eos], piece.supervised)
         elif isinstance(piece, Beside):
@@ -118,6 +121,25 @@ class _Writer:
                 self.image_slots[-self.num_patches :] = range(first, first + self.num_patches)
             self.write([ids.im_end], False)
             self.images.append(picture.image)
+
+    def spelled(self, picture: Spelled) -> None:
+        ids, word = self.ids, self.tokenizer.encode(picture.word)
+        room = min(self.num_queries if picture.dreamed else self.num_patches, self.num_patches)
+        if not 1 <= len(word) <= room:
+            raise ValueError(
+                f"A picture told as {picture.word!r} takes {len(word)} tokens; between 1 and {room} have "
+                "room in its slots. Tell it in a shorter word."
+            )
+        if picture.dreamed:
+            told = word if picture.in_query else []
+            self.write([ids.dream_start], picture.supervised)
+            self.write([ids.im_patch] * (self.num_queries - len(told)), False)
+            self.write(told, picture.supervised)
+            self.write([ids.dream_end], False)
+        if picture.seen:
+            shown = word if picture.in_patches else [ids.im_patch]
+            patches = (shown * self.num_patches)[: self.num_patches]
+            self.write([ids.im_start, *patches, ids.im_end], False)
 
     def sequence(self, dropped_images: int = 0, dropped_tokens: int = 0) -> Sequence:
         return Sequence(
@@ -186,7 +208,7 @@ def _is_learned(piece: Piece) -> bool:
 
 def _num_tokens(piece: Piece, writer: _Writer) -> int:
     """Tokens of anything but text."""
-    if isinstance(piece, Picture):
+    if isinstance(piece, Picture | Spelled):
         return piece.num_tokens(writer.num_patches, writer.num_queries)
     return int(isinstance(piece, End))
 
@@ -198,7 +220,7 @@ def _cut(
     if closing:
         writer.write([writer.ids.eos], False)
     return writer.sequence(
-        sum(isinstance(piece, Picture | Beside) for piece in rest),
+        sum(isinstance(piece, Picture | Spelled | Beside) for piece in rest),
         dropped_tokens + sum(len(tokenizer.encode(p.text)) for p in rest if isinstance(p, Text)),
     )
 

@@ -16,7 +16,7 @@ def main() -> None:
         from dreamllm_jax.evaluate.run import evaluate, summary
 
         new = evaluate(workdir)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         sys.exit(f"error: {error}")
     print(summary(workdir))
     print(f"{'evaluated' if new else 'evaluated before, nothing to do'}: {workdir / 'report.html'}")

@@ -14,16 +14,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from sklearn.svm import SVC
 
-from dreamllm_jax.data.handwriting import (
-    QUESTION,
-    WORDS,
-    Case,
-    Digits,
-    Part,
-    caption,
-    load_digits,
-    unseen_cases,
-)
+from dreamllm_jax.data.handwriting import Case, Digits, load_digits, unseen_cases
+from dreamllm_jax.data.numbers import QUESTION, WORDS, Part, caption
 from dreamllm_jax.generate.api import DreamLLM
 from dreamllm_jax.types import Document
 

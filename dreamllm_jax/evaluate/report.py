@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dreamllm_jax.data.handwriting import QUESTION, WORDS, Digits, caption
+from dreamllm_jax.data.handwriting import Digits
+from dreamllm_jax.data.numbers import QUESTION, WORDS, caption
 from dreamllm_jax.evaluate.handwriting import Comprehension, Creation, Written
 from dreamllm_jax.evaluate.plots import line_chart
 from dreamllm_jax.types import image_html
@@ -100,8 +101,8 @@ def page(results: Results) -> str:
         "<h1>What a small DreamLLM wrote</h1>"
         f'<p class="note">Trained through {len(metrics["stages"]) - 1} stages of the recipe '
         f"{html.escape(metrics['recipe'])!r} on scikit-learn's handwritten digits, in "
-        f"{metrics['seconds_training'] / 60:.1f} minutes. Prompts, sums and pictures below were never "
-        "trained on.</p>"
+        f"{metrics['seconds_training'] / 60:.1f} minutes. The counts, the sums and the pictures that it is "
+        "asked about below never occurred in training.</p>"
         f"{''.join(sections)}</body></html>\n"
     )
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
-from dreamllm_jax.convert.pretrained import load_pretrained, save_pretrained
+from dreamllm_jax.convert.pretrained import check_whole, load_pretrained, save_pretrained
 from dreamllm_jax.convert.storage import flatten, unflatten
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
@@ -73,6 +73,7 @@ class DreamLLM:
         if dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'.")
         loaded = load_pretrained(path, dtype)
+        check_whole(path, loaded.config, loaded.params)
         config = loaded.config if dtype is None else dataclasses.replace(loaded.config, dtype=dtype)
         return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh)
 

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from dreamllm_jax.config.towers import ProjectorConfig
 from dreamllm_jax.models.layers import Dense, gelu
 
+Initializer = nn.initializers.Initializer
+
 # The channels of the sam projector's two convolutions, as the reference fixes them.
 SAM_CHANNELS = (512, 1024)
 
@@ -33,12 +35,15 @@ class DreamQueries(nn.Module):
 class Projector(nn.Module):
     """Maps P vectors to `config.num_outputs(P)` vectors of width `features`.
 
-    Its parts are `linear_0, linear_1, ...` and `conv_0, conv_1` in the order of their use.
+    Its parts are `linear_0, linear_1, ...` and `conv_0, conv_1` in the order of their use. `kernel_init`
+    decides how large its outputs begin: beside the language model's small embeddings, those of unit
+    variance would drown what its layers add to them.
     """
 
     config: ProjectorConfig
     features: int
     dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.linear.default_kernel_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows P width_in"]) -> Float[Array, "*rows P_out width_out"]:
@@ -54,7 +59,14 @@ class Projector(nn.Module):
         return x
 
     def _linear(self, x: Float[Array, "*rows width_in"], i: int) -> Float[Array, "*rows width_out"]:
-        return Dense(self.features, self.config.bias, dtype=self.dtype, name=f"linear_{i}")(x)
+        dense = Dense(
+            self.features,
+            self.config.bias,
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            name=f"linear_{i}",
+        )
+        return dense(x)
 
     def _convolve(
         self, x: Float[Array, "*rows P width_in"], channels: tuple[int, ...], stride: int
@@ -71,6 +83,7 @@ class Projector(nn.Module):
             padding=1,
             use_bias=self.config.bias,
             dtype=self.dtype,
+            kernel_init=self.kernel_init,
         )
         for i, features in enumerate(channels):
             x = conv(features, name=f"conv_{i}")(x)

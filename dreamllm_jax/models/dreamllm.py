@@ -34,7 +34,10 @@ class DreamLLMModule(nn.Module):
         if c.vision is not None:
             self.vision = ClipVision(c.vision, dtype=dtype, remat=c.remat)
         if c.llama is not None and c.vision is not None:
-            self.vision_projector = Projector(c.vision_projector, c.llama.hidden_size, dtype=dtype)
+            small = nn.initializers.normal(c.llama.initializer_range)
+            self.vision_projector = Projector(
+                c.vision_projector, c.llama.hidden_size, dtype=dtype, kernel_init=small
+            )
         if c.unet is not None:
             assert c.vae is not None
             self.unet = UNet(c.unet, dtype=dtype, remat=c.remat)

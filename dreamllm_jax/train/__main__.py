@@ -56,7 +56,7 @@ def main() -> None:
         from dreamllm_jax.train.loop import train
 
         model = train(load_recipe(arguments.config, overrides), Path(arguments.workdir), arguments.until)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         sys.exit(f"error: {error}")
     print(f"trained: {model}")
 

@@ -46,6 +46,11 @@ def _check_stage(
     absent = [name for name in towers if not getattr(model, name)]
     if absent:
         raise ValueError(f"objective {stage.objective!r} needs the model's {', '.join(absent)}; give it one.")
+    if stage.objective == "diffusion" and model.unet is not None and model.unet.addition_embed_type:
+        raise ValueError(
+            "objective 'diffusion' conditions on one text tower's states; a U-Net of SDXL also needs pooled "
+            "text and sizes: load it trained, and use objective 'joint'."
+        )
     for name in {"llama", "text"} & set(towers):
         size = getattr(model, name).vocab_size
         if size < vocabulary:
@@ -66,10 +71,10 @@ def _check_stage(
 def _check_rows(stage: StageConfig, mesh: Mesh) -> None:
     rows, parts = stage.data.rows, stage.optim.accumulation
     split = mesh.shape["data"] * mesh.shape["fsdp"]
-    if parts < 1 or rows % (split * parts):
+    if rows % (split * parts):
         raise ValueError(
             f"data.rows={rows} is not divisible by the {split} devices along data and fsdp, times "
-            f"optim.accumulation={parts}; choose a multiple of {split * max(parts, 1)}."
+            f"optim.accumulation={parts}; choose a multiple of {split * parts}."
         )
     if parts > 1 and stage.objective == "contrastive":
         raise ValueError(

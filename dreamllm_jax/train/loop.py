@@ -56,11 +56,12 @@ def train(recipe: Recipe, workdir: Path, until: str | None = None) -> Path:
         model, the devices or the weights to start from (all of these before anything is compiled or
         written), a loss that is no longer finite.
     """
+    meter = Meter()  # what comes before the first stage counts with it
     last = recipe.stages[-1] if until is None else recipe.stage(until)
     stages = recipe.stages[: recipe.stages.index(last) + 1]
     mesh = make_mesh(recipe.mesh)
     _check_folder(workdir, recipe)
-    tokenizer = prepare_tokenizer(recipe.tokenizer)
+    tokenizer = prepare_tokenizer(recipe)
     check_recipe(recipe, stages, mesh, tokenizer)
     point = program = None
     for stage in stages:
@@ -73,8 +74,9 @@ def train(recipe: Recipe, workdir: Path, until: str | None = None) -> Path:
             if stage.program() != program:
                 jax.clear_caches()
                 program = stage.program()
-            run_stage(recipe, stage, config, params, tokenizer, mesh, folder)
+            run_stage(recipe, stage, config, params, tokenizer, mesh, folder, meter)
             del params
+            meter = Meter()
         point = folder / "model"
     assert point is not None
     return point
@@ -88,9 +90,9 @@ def run_stage(
     tokenizer: Tokenizer,
     mesh: Mesh,
     folder: Path,
+    meter: Meter,
 ) -> None:
     """One stage from its beginning, or from its newest state, to its end; leaves what it made in `folder`."""
-    meter = Meter()
     with ExitStack() as stack:
         data = batches(
             stage.data,
@@ -165,6 +167,8 @@ def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> Dr
 
 
 def _check_folder(workdir: Path, recipe: Recipe) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file; give a folder, which is made where it does not exist.")
     path = workdir / "recipe.json"
     if path.exists() and path.read_text(encoding="utf-8") != _recipe_text(recipe):
         raise ValueError(

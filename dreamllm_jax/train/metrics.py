@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,4 +80,7 @@ def _peak_kib() -> float:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         found = None
-    return float(found[1]) if found else float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if found:
+        return float(found[1])
+    unit = 1024 if sys.platform == "darwin" else 1  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -160,7 +160,8 @@ def joint(
         errors = denoising_errors(model, params, batch, draws, config, context, pooled)
         metrics["loss_vm"] = errors.sum() / counts.dreams
         loss += config.weight_vm * metrics["loss_vm"]
-    return loss / loss_scale(config), metrics
+    metrics["loss"] = loss / loss_scale(config)
+    return metrics["loss"], metrics
 
 
 def diffusion_objective(

@@ -9,44 +9,66 @@ import jax
 import numpy as np
 
 from dreamllm_jax.config.model import DreamLLMConfig
-from dreamllm_jax.config.train import Recipe, TokenizerConfig
+from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.convert.pretrained import load_pretrained
-from dreamllm_jax.data import handwriting
+from dreamllm_jax.data import numbers
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train.state import Flat, abstract_params, init_params
 
 
-def prepare_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that a recipe names.
+def prepare_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer that a recipe names, or that of the weights it starts from.
 
     Raises:
-      ValueError: the recipe names neither a folder nor a corpus, or the folder holds no tokenizer.
+      ValueError: there is neither, or the folder holds no tokenizer.
     """
+    config = recipe.tokenizer
     if config.corpus == "handwriting":
-        return train_tokenizer(handwriting.corpus_text(), config.vocab_size)
-    if config.path is None:
+        return train_tokenizer(numbers.corpus_text(), config.vocab_size)
+    folder = config.path or recipe.init_from
+    if folder is None:
         raise ValueError("tokenizer: the recipe names none; set tokenizer.path to a folder with a tokenizer.")
-    return Tokenizer.load(config.path)
+    return Tokenizer.load(folder)
 
 
 def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
     """Weights of `recipe.init_from`, with fresh ones for what that folder lacks; or all fresh.
 
+    Says which towers are fresh, and which of the folder's the model has no place for.
+
     Raises:
-      ValueError: the folder is no pretrained model, or a tensor has another shape than the recipe's.
+      ValueError: the folder is no pretrained model, a tensor has another shape than the recipe's, or its
+        latents another scale.
     """
     expected = abstract_params(recipe.model)
-    loaded = {} if recipe.init_from is None else load_pretrained(Path(recipe.init_from)).params
+    loaded = {} if recipe.init_from is None else _load_fitting(recipe, expected)
+    fresh = _draw(recipe, expected.keys() - loaded.keys())
+    if recipe.init_from is not None:
+        for names, what in ((fresh, "drawn afresh"), (loaded.keys() - expected.keys(), "left out")):
+            towers = sorted({name.split("/")[0] for name in names})
+            if towers:
+                print(f"{recipe.init_from}: {what}, {len(names)} tensors of {', '.join(towers)}", flush=True)
+    return recipe.model, {k: fresh[k] if k in fresh else loaded[k] for k in expected}
+
+
+def _load_fitting(recipe: Recipe, expected: Flat) -> Flat:
+    """The parameters of `init_from`, checked against the recipe's model."""
+    pretrained = load_pretrained(Path(str(recipe.init_from)))
     wrong = [
         f"{k}: {np.shape(v)} there, {expected[k].shape} in the recipe"
-        for k, v in loaded.items()
+        for k, v in pretrained.params.items()
         if k in expected and np.shape(v) != expected[k].shape
     ]
     if wrong:
         raise ValueError(f"{recipe.init_from} does not fit the recipe's model: {'; '.join(wrong[:5])}.")
-    fresh = _draw(recipe, expected.keys() - loaded.keys())
-    return recipe.model, {k: fresh[k] if k in fresh else loaded[k] for k in expected}
+    theirs, ours = pretrained.config.vae, recipe.model.vae
+    if theirs is not None and ours is not None and theirs.scaling_factor != ours.scaling_factor:
+        raise ValueError(
+            f"{recipe.init_from} has model.vae.scaling_factor={theirs.scaling_factor}, the recipe "
+            f"{ours.scaling_factor}; its U-Net knows latents of its own scale: set the recipe's to that."
+        )
+    return pretrained.params
 
 
 def _draw(recipe: Recipe, names: Set[str]) -> Flat:

@@ -88,3 +88,8 @@ def test_broken_images_are_named(tmp_path):
         to_rgb(tmp_path / "nowhere.png")
     with pytest.raises(ValueError, match=r"array of shape \(2, 3\)"):
         to_rgb(np.zeros((2, 3), np.complex64))
+
+
+def test_a_picture_without_pixels():
+    with pytest.raises(ValueError, match="Cannot read .*it has no pixels. A whole, unbroken picture"):
+        to_rgb(Image.new("RGB", (0, 5)))

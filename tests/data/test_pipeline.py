@@ -10,7 +10,8 @@ from dreamllm_jax.config.base import build
 from dreamllm_jax.config.data import DataConfig, KindWeights
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import ClipVisionConfig
-from dreamllm_jax.data.handwriting import corpus_text, training_source
+from dreamllm_jax.data.handwriting import training_source
+from dreamllm_jax.data.numbers import corpus_text
 from dreamllm_jax.data.packing import RowLayout
 from dreamllm_jax.data.pieces import Picture, interleaved
 from dreamllm_jax.data.pipeline import BatchStream, batches

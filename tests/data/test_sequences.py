@@ -10,6 +10,7 @@ from dreamllm_jax.data.pieces import (
     Beside,
     End,
     Picture,
+    Spelled,
     Text,
     captioned,
     conversation,
@@ -52,6 +53,29 @@ def test_pair_creation_learns_no_token():
     assert learned(s) == []
     assert s.dream_slots.tolist() == [-1, -1, -1, -1, 0, 1, 2, -1, -1]
     assert s.dreams == (RED,) and s.images == () and s.teaches
+
+
+def test_a_spelled_picture_takes_the_place_of_a_picture():
+    """Token for token: what differs is the word in the last query slot, and in the patch slots."""
+    picture = encode(interleaved(["one", RED, "two"], "joint"))
+    spelled = encode(interleaved(["one", Spelled("seven", True, True), "two"], "joint"))
+    seven = spelled.tokens[2 + Q]
+    query, patches = [S.im_patch] * (Q - 1) + [seven], [seven] * P
+    expected = [1, 100, S.dream_start, *query, S.dream_end, S.im_start, *patches, S.im_end]
+    assert spelled.tokens[: len(expected)].tolist() == expected and len(spelled) == len(picture)
+    assert learned(spelled) == [100, S.dream_start, seven, spelled.tokens[-2], 2]
+    assert learned(picture) == [100, S.dream_start, picture.tokens[-2], 2]
+    assert (spelled.image_slots < 0).all() and (spelled.dream_slots < 0).all() and not spelled.images
+
+
+def test_a_spelled_picture_without_its_word_or_without_room():
+    bare = encode([Spelled("seven", seen=False, dreamed=True, in_query=False)])
+    assert bare.tokens.tolist() == [1, *DREAM, 2]
+    with pytest.raises(ValueError, match="'one two three four' takes 4 tokens; between 1 and 3 have room"):
+        encode([Spelled("one two three four", seen=True, dreamed=True)])
+    cut = encode([Text("one"), Spelled("seven", seen=True, dreamed=False), Text("two")], length=6)
+    assert cut.tokens.tolist() == [1, 100, 2] and learned(cut) == [100]
+    assert (cut.dropped_images, cut.dropped_tokens) == (1, 1)
 
 
 def test_pair_creation_shortens_its_caption_for_the_image():

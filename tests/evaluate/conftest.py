@@ -13,7 +13,8 @@ from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.config.towers import ClipTextConfig, ClipVisionConfig, LlamaConfig, UNetConfig, VaeConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.convert.pretrained import load_pretrained, save_pretrained
-from dreamllm_jax.data.handwriting import WORDS, corpus_text, load_digits, unseen_cases
+from dreamllm_jax.data.handwriting import load_digits, unseen_cases
+from dreamllm_jax.data.numbers import WORDS, corpus_text
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.generate.api import DreamLLM
 from dreamllm_jax.train.loop import stage_folder

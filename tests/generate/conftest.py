@@ -15,7 +15,7 @@ from dreamllm_jax.config.towers import (
     UNetConfig,
     VaeConfig,
 )
-from dreamllm_jax.data.handwriting import corpus_text
+from dreamllm_jax.data.numbers import corpus_text
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.generate.api import DreamLLM
 from dreamllm_jax.train.state import abstract_params

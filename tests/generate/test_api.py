@@ -10,6 +10,7 @@ import pytest
 
 from dreamllm_jax.config.towers import RopeScaling
 from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.convert.pretrained import save_pretrained
 from dreamllm_jax.generate.api import DreamLLM
 from dreamllm_jax.generate.prompts import bucket, context_length
 from dreamllm_jax.sharding import make_mesh
@@ -131,6 +132,22 @@ def test_foreign_folders(tmp_path):
         DreamLLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="another kind of checkpoint"):
+        DreamLLM.from_pretrained(tmp_path)
+
+
+def test_an_incomplete_folder(model, tmp_path, flatten_params):
+    params = dict(flatten_params(model.params))
+    name = sorted(params)[0]
+    params["llama/strange"] = params.pop(name)
+    save_pretrained(tmp_path, params, model.config, model.tokenizer, model.generation)
+    with pytest.raises(ValueError) as error:
+        DreamLLM.from_pretrained(tmp_path)
+    message = str(error.value)
+    assert f"{name} is missing" in message and "llama/strange has no place in it" in message
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["generation"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no generation; the folder is damaged"):
         DreamLLM.from_pretrained(tmp_path)
 
 

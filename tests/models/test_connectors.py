@@ -1,5 +1,6 @@
 """Projectors against plain torch modules, their shapes and their bad settings; the dream queries."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +119,13 @@ def test_dream_queries():
     assert queries.shape == (64, 32) and queries.dtype == jnp.float32
     np.testing.assert_allclose(queries.std(), 0.1, rtol=0.1)
     assert model.apply(params).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_projector_begins_as_small_as_it_is_told(kind):
+    """Beside a language model's embeddings, outputs of unit variance would drown what its layers add."""
+    init = nn.initializers.normal(0.02)
+    model = Projector(ProjectorConfig(kind), 64, kernel_init=init)
+    out, _ = model.init_with_output(jax.random.key(0), jax.random.normal(jax.random.key(1), (8, 16, 64)))
+    inputs = 64 * (1 if kind == "linear" else 9)
+    assert 0.6 < float(out.std()) / (0.02 * inputs**0.5) < 1.1

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -60,6 +61,24 @@ def changed(*path_and_value):
     mapping = copy.deepcopy(RECIPE)
     functools.reduce(lambda node, key: node[key], path, mapping)[last] = value
     return mapping
+
+
+TEXT = dict(
+    vocab_size=tiny.VOCABULARY,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    max_position_embeddings=16,
+    projection_dim=32,
+    eos_token_id=2,
+)
+
+SDXL_CONDITIONS = dict(
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=80,
+)
 
 
 def with_llama(**changes):
@@ -212,7 +231,23 @@ UNFIT = {
         "stage 'joint': data.rows=12 is not divisible by",
     ),
     "micro-batches": (changed("stages", 1, "optim", "accumulation", 2), None, "choose a multiple of 16"),
-    "no micro-batches": (changed("stages", 1, "optim", "accumulation", 0), None, "optim.accumulation=0"),
+    "no micro-batches": (
+        changed("stages", 1, "optim", "accumulation", 0),
+        None,
+        "stages[1].optim.accumulation is 0; it must be at least 1.",
+    ),
+    "no steps": (changed("stages", 1, "steps", 0), None, "stages[1]: steps is 0; it must be at least 1."),
+    "a rate": (
+        changed("stages", 1, "optim", "learning_rate", -1.0),
+        None,
+        "optim.learning_rate is -1.0; it must be positive.",
+    ),
+    "an SDXL U-Net without its text": (
+        changed("stages", 0, "objective", "diffusion")
+        | {"model": {**tiny.MODEL, "text": TEXT, "unet": {**tiny.MODEL["unet"], **SDXL_CONDITIONS}}},
+        None,
+        "a U-Net of SDXL also needs pooled text and sizes",
+    ),
     "a parameter": (
         changed("mesh", dict(fsdp=1, tensor=8)) | {"model": with_llama(intermediate_size=60)},
         None,
@@ -283,28 +318,40 @@ def test_weights_of_another_shape(whole, tmp_path, monkeypatch):
         loop.train(build_recipe(mapping), tmp_path / "work")
 
 
-def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch):
+def test_latents_of_another_scale(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "_draw", None)
+    with pytest.raises(ValueError, match=r"has model.vae.scaling_factor=.* latents of its own scale: set"):
+        loop.train(build_recipe(changed("init_from", str(whole.joint))), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch, capsys):
+    theirs = load_pretrained(whole.joint)
     mapping = changed("init_from", str(whole.joint))
-    mapping["model"] = {**tiny.MODEL, "contrastive": True, "text": TEXT}
+    vae = {**tiny.MODEL["vae"], "scaling_factor": theirs.config.vae.scaling_factor}
+    mapping["model"] = {**tiny.MODEL, "vae": vae, "contrastive": True, "text": TEXT}
     monkeypatch.setattr(start, "_draw", lambda recipe, names: dict.fromkeys(names, "drawn"))
-    params, theirs = start.starting_point(build_recipe(mapping))[1], load_pretrained(whole.joint).params
+    params = start.starting_point(build_recipe(mapping))[1]
     drawn = {path for path, value in params.items() if isinstance(value, str)}
     assert {path.split("/")[0] for path in drawn} == {"text", "contrastive"}
-    assert params.keys() - drawn == theirs.keys()
-    for path in theirs:
-        np.testing.assert_array_equal(params[path], theirs[path])
+    assert f"drawn afresh, {len(drawn)} tensors of contrastive, text" in capsys.readouterr().out
+    assert params.keys() - drawn == theirs.params.keys()
+    for path, value in theirs.params.items():
+        np.testing.assert_array_equal(params[path], value)
 
 
-TEXT = dict(
-    vocab_size=tiny.VOCABULARY,
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    max_position_embeddings=16,
-    projection_dim=32,
-    eos_token_id=2,
-)
+def test_weights_without_a_place_are_named(whole, capsys):
+    mapping = changed("init_from", str(whole.joint))
+    mapping["model"] = {k: v for k, v in tiny.MODEL.items() if k == "llama"}
+    params = start.starting_point(build_recipe(mapping))[1]
+    assert {path.split("/")[0] for path in params} == {"llama"}
+    assert re.search(r"left out, \d+ tensors of condition_projector, .*vision", capsys.readouterr().out)
+
+
+def test_the_tokenizer_of_the_weights(whole):
+    mapping = changed("init_from", str(whole.joint)) | {"tokenizer": {}}
+    ours, theirs = start.prepare_tokenizer(build_recipe(mapping)), load_pretrained(whole.joint).tokenizer
+    assert ours.encode("a handwritten seven") == theirs.encode("a handwritten seven")
 
 
 def test_a_loss_that_is_no_longer_finite():

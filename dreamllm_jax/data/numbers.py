@@ -1,0 +1,144 @@
+"""Numbers in words: what the handwriting corpus counts and adds, and the text that teaches it.
+
+Some counts and some sums never occur in training, in any kind of document (`HELD_OUT_*`), though every
+digit occurs at every place of a count and of a sum. Pictures show digits only; text goes on to twenty,
+as a language model has read of more than it will ever draw.
+
+A story is told in text with the layout it has in pictures (`Spelled`). What a dream query has to say is
+thus known before the first query is trained, and a frozen language model can already be asked for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dreamllm_jax.data.pieces import Piece, Spelled, interleaved
+
+NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    *("nineteen", "twenty"),
+)
+WORDS = NUMBERS[:10]
+QUESTION = "Which digit is this?"
+NEXT = "What comes next?"
+
+Part = str | int
+Pair = tuple[int, int]
+
+HELD_OUT_COUNTS = ((0, 4), (1, 3), (2, 6), (3, 6), (4, 5), (5, 8), (6, 8))
+HELD_OUT_SUMS = ((0, 6), (1, 4), (2, 5), (3, 1), (4, 2), (5, 3), (6, 1), (7, 2))
+
+
+def counts(top: int) -> tuple[Pair, ...]:
+    """All (first, last) up to `top` that make two to six numbers."""
+    return tuple((a, b) for a in range(top + 1) for b in range(a + 1, min(a + 5, top) + 1))
+
+
+def sums(top: int) -> tuple[Pair, ...]:
+    """All ordered pairs of terms whose sum is at most `top`."""
+    return tuple((a, b) for a in range(top + 1) for b in range(top + 1 - a))
+
+
+_DIGIT, _LARGEST = len(WORDS) - 1, len(NUMBERS) - 1
+_COUNTS = {top: tuple(c for c in counts(top) if c not in HELD_OUT_COUNTS) for top in (_DIGIT, _LARGEST)}
+_SUMS = {top: tuple(s for s in sums(top) if s not in HELD_OUT_SUMS) for top in (_DIGIT, _LARGEST)}
+COUNTS, TRAINING_COUNTS = counts(_DIGIT), _COUNTS[_DIGIT]
+SUMS, TRAINING_SUMS = sums(_DIGIT), _SUMS[_DIGIT]
+
+# Shares of text: bare facts; of the rest, pairs and questions; of stories, those beyond the digits; of told
+# pictures, those with their word in the query slots and in the patch slots. Where it is missing, the model is
+# left to what it has read before.
+_FACTS, _DESCRIPTIONS, _BEYOND_DIGITS, _TOLD, _SHOWN = 0.5, 0.3, 0.8, 0.7, 0.5
+
+
+def caption(digit: int) -> str:
+    """What a picture of `digit` is captioned with."""
+    return f"a handwritten {WORDS[digit]}"
+
+
+def count(first: int, last: int) -> tuple[str, tuple[Part, ...]]:
+    """The instruction to count, and what it asks for."""
+    parts = [part for number in range(first, last + 1) for part in (NUMBERS[number], number)]
+    return f"Count from {NUMBERS[first]} to {NUMBERS[last]}.", tuple(parts)
+
+
+def add(a: int, b: int) -> tuple[str, tuple[Part, ...]]:
+    """The instruction to write a sum, and what it asks for."""
+    return f"Write {NUMBERS[a]} plus {NUMBERS[b]}.", (a, "plus", b, "equals", a + b)
+
+
+def story(rng: np.random.Generator, top: int = _DIGIT, given: bool = True) -> tuple[Part, tuple[Part, ...]]:
+    """An instruction, or (where one may be `given`) the number that stands first; and what follows."""
+    kind = rng.random()
+    if kind < 0.4:
+        return add(*_pick(_SUMS[top], rng))
+    if kind < 0.8 or not given:
+        return count(*_pick(_COUNTS[top], rng))
+    number = int(rng.integers(top))
+    return number, (NUMBERS[number + 1], number + 1)
+
+
+def text_document(rng: np.random.Generator, mode: str) -> list[Piece]:
+    """What a language model reads before it has seen a picture: bare facts, and stories told in words.
+
+    As in pictures, `mode` says whether told ones are seen, dreamed or both.
+    """
+    if rng.random() < _FACTS:
+        return interleaved([_fact(rng)], mode)
+    return interleaved(_description(rng, mode) if rng.random() < _DESCRIPTIONS else _told(rng, mode), mode)
+
+
+def corpus_text() -> list[str]:
+    """Every sentence of the training corpus once: what its tokenizer is trained on."""
+    texts = [caption(d) for d in range(10)] + [f"{QUESTION} {word}" for word in WORDS]
+    texts += [f"{NEXT} {word}" for word in NUMBERS]
+    for prompt, parts in [count(*c) for c in TRAINING_COUNTS] + [add(*s) for s in TRAINING_SUMS]:
+        texts.append(" ".join([prompt, *(_spelled(p) for p in parts)]))
+    return texts + [_counted(*c) for c in _COUNTS[_LARGEST]] + [_added(*s) for s in _SUMS[_LARGEST]]
+
+
+def _fact(rng: np.random.Generator) -> str:
+    if rng.random() < 0.4:
+        return _counted(*_pick(_COUNTS[_LARGEST], rng))
+    return _added(*_pick(_SUMS[_LARGEST], rng))
+
+
+def _counted(first: int, last: int) -> str:
+    return " ".join(["from", NUMBERS[first], "to", NUMBERS[last], *NUMBERS[first : last + 1]])
+
+
+def _added(a: int, b: int) -> str:
+    return f"{NUMBERS[a]} plus {NUMBERS[b]} equals {NUMBERS[a + b]}"
+
+
+def _description(rng: np.random.Generator, mode: str) -> list[str | Piece]:
+    """A pair or a question, as in pictures of digits."""
+    digit, kind = int(rng.integers(10)), rng.random()
+    seen = Spelled(WORDS[digit], seen=True, dreamed=False)
+    if mode == "creation" or (mode == "joint" and kind < 0.4):
+        return [caption(digit), Spelled(WORDS[digit], seen=False, dreamed=True)]
+    return [seen, caption(digit)] if kind < 0.7 else [seen, QUESTION, WORDS[digit]]
+
+
+def _told(rng: np.random.Generator, mode: str) -> list[str | Piece]:
+    """A story with a word in each picture's place."""
+    seen, dreamed = mode != "creation", mode != "comprehension"
+    first, parts = story(rng, _LARGEST if rng.random() < _BEYOND_DIGITS else _DIGIT, given=seen)
+    told: list[str | Piece] = [
+        Spelled(NUMBERS[p], seen, dreamed, in_query=rng.random() < _TOLD, in_patches=rng.random() < _SHOWN)
+        if isinstance(p, int)
+        else p
+        for p in parts
+    ]
+    if isinstance(first, str):
+        return [first, *told]
+    return [Spelled(NUMBERS[first], seen=True, dreamed=False), NEXT, *told]
+
+
+def _spelled(part: Part) -> str:
+    return NUMBERS[part] if isinstance(part, int) else part
+
+
+def _pick(pairs: tuple[Pair, ...], rng: np.random.Generator) -> Pair:
+    return pairs[int(rng.integers(len(pairs)))]
