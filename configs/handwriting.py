@@ -104,7 +104,7 @@ def stage0() -> list[dict]:
         stage(
             "stage0_unet",
             ("unet",),
-            800,
+            700,
             2e-3,
             captions(64, caption_dropout=0.1),
             objective="diffusion",
@@ -113,7 +113,7 @@ def stage0() -> list[dict]:
         stage(
             "stage0_language",
             ("llama",),
-            600,
+            500,
             2e-3,
             text_only,
             loss=dict(weight_lm=1.0, weight_vm=0.0),
@@ -129,22 +129,22 @@ def dream_stages() -> list[dict]:
     joint = dict(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1, timestep_sampling="cubic")
     slow = dict(weight_decay=0.3)
     return [
-        stage("stage1", connectors, 300, 3e-3, packed(8, dict(documents=0.5, pairs=0.5)), loss=joint),
+        stage("stage1", connectors, 300, 2e-3, packed(8, dict(documents=0.5, pairs=0.5)), loss=joint),
         stage(
             "stage2",
             everything,
-            300,
+            600,
             3e-4,
-            packed(8, dict(documents=0.45, pairs=0.2, text=0.35)),
+            packed(8, dict(documents=0.5, pairs=0.2, text=0.3)),
             loss=joint,
             optim=slow,
         ),
         stage(
             "stage3",
             everything,
-            250,
-            4e-4,
-            packed(8, dict(documents=0.3, pairs=0.1, conversations=0.35, text=0.25)),
+            200,
+            3e-4,
+            packed(8, dict(documents=0.35, pairs=0.1, conversations=0.3, text=0.25)),
             loss=joint,
             optim=slow,
         ),
