@@ -97,8 +97,8 @@ def cube(devices):
     [
         ("llama/norm/scale", (64,), ()),
         ("llama/layers/input_layernorm/scale", (2, 64), ()),
-        ("llama/embed_tokens/embedding", (320, 64), (("tensor",), ("fsdp",))),
-        ("llama/lm_head/kernel", (64, 320), (("fsdp",), ("tensor",))),
+        ("llama/embed_tokens/embedding", (408, 64), (("tensor",), ("fsdp",))),
+        ("llama/lm_head/kernel", (64, 408), (("fsdp",), ("tensor",))),
         ("llama/layers/self_attn/q_proj/kernel", (2, 64, 32), (None, ("fsdp",), ("tensor",))),
         ("llama/layers/self_attn/o_proj/kernel", (2, 32, 64), (None, ("tensor",), ("fsdp",))),
         ("unet/conv_in/kernel", (3, 3, 4, 32), (None, None, None, ("tensor",))),

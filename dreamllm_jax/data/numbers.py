@@ -30,9 +30,9 @@ HELD_OUT_COUNTS = ((0, 4), (1, 3), (2, 6), (3, 6), (4, 5), (5, 8), (6, 8))
 HELD_OUT_SUMS = ((0, 6), (1, 4), (2, 5), (3, 1), (4, 2), (5, 3), (6, 1), (7, 2))
 
 
-def counts(top: int) -> tuple[Pair, ...]:
-    """All (first, last) up to `top` that make two to six numbers."""
-    return tuple((a, b) for a in range(top + 1) for b in range(a + 1, min(a + 5, top) + 1))
+def counts(top: int, longest: int = 6) -> tuple[Pair, ...]:
+    """All (first, last) up to `top` that make two to `longest` numbers."""
+    return tuple((a, b) for a in range(top + 1) for b in range(a + 1, min(a + longest - 1, top) + 1))
 
 
 def sums(top: int) -> tuple[Pair, ...]:
@@ -43,6 +43,7 @@ def sums(top: int) -> tuple[Pair, ...]:
 _DIGIT, _LARGEST = len(WORDS) - 1, len(NUMBERS) - 1
 _COUNTS = {top: tuple(c for c in counts(top) if c not in HELD_OUT_COUNTS) for top in (_DIGIT, _LARGEST)}
 _SUMS = {top: tuple(s for s in sums(top) if s not in HELD_OUT_SUMS) for top in (_DIGIT, _LARGEST)}
+_LONG_COUNTS = tuple(c for c in counts(_LARGEST, len(NUMBERS)) if c not in HELD_OUT_COUNTS)
 COUNTS, TRAINING_COUNTS = counts(_DIGIT), _COUNTS[_DIGIT]
 SUMS, TRAINING_SUMS = sums(_DIGIT), _SUMS[_DIGIT]
 
@@ -100,7 +101,7 @@ def corpus_text() -> list[str]:
 
 def _fact(rng: np.random.Generator) -> str:
     if rng.random() < 0.4:
-        return _counted(*_pick(_COUNTS[_LARGEST], rng))
+        return _counted(*_pick(_LONG_COUNTS, rng))
     return _added(*_pick(_SUMS[_LARGEST], rng))
 
 

@@ -261,9 +261,9 @@ UNFIT = {
         "needs the model's text, contrastive",
     ),
     "a vocabulary": (
-        changed("model", with_llama(vocab_size=296)),
+        changed("model", with_llama(vocab_size=400)),
         None,
-        "model.llama.vocab_size is 296, but the tokenizer has 320 tokens",
+        "model.llama.vocab_size is 400, but the tokenizer has 408 tokens",
     ),
     "no null dream": (
         changed("stages", 1, "data", "max_dreams", 0),

@@ -15,7 +15,7 @@ from dreamllm_jax.data.tokenizer import SpecialTokens, Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train.state import Flat, abstract_params
 
-VOCABULARY = 320
+VOCABULARY = 408
 ROWS = 8
 P, Q = 4, 4
 
