@@ -6,7 +6,8 @@ the real ones train, with the joint loss 1 : 10 of the real stage II. What is no
   - stage I learns both directions of pairs at once, and documents too (the real one: pairs alone, seeing
     and drawing in two runs);
   - the language model's own text (`data/numbers.py`) has stories laid out as in pictures, with words in
-    the slots, and sums beyond the digits; some of it stays in stages II and III, so that arithmetic does;
+    the slots, and sums beyond the digits: what a query has to say is known before the first one is trained.
+    Some of that text stays in stages II and III, so that arithmetic does;
   - empty prompts (condition dropout, for guidance), noisy timesteps preferred, more weight decay, and
     rates for a model of a million weights.
 Hardware: two CPU cores, 4 GiB. Time: `launch/quickstart.sh` measures it, into metrics.json.
@@ -16,6 +17,8 @@ Command: python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=
 from ml_collections import ConfigDict
 
 VOCABULARY = 512
+# Of the language model's weights: so strong that addition becomes a rule rather than a list of sums.
+DECAY = dict(weight_decay=2.0)
 
 
 def model() -> dict:
@@ -104,7 +107,7 @@ def stage0() -> list[dict]:
         stage(
             "stage0_unet",
             ("unet",),
-            700,
+            600,
             2e-3,
             captions(64, caption_dropout=0.1),
             objective="diffusion",
@@ -117,7 +120,7 @@ def stage0() -> list[dict]:
             2e-3,
             text_only,
             loss=dict(weight_lm=1.0, weight_vm=0.0),
-            optim=dict(weight_decay=0.3),
+            optim=DECAY,
         ),
     ]
 
@@ -127,7 +130,6 @@ def dream_stages() -> list[dict]:
     connectors = ("vision_projector", "dream_queries", "condition_projector")
     everything = ("llama", *connectors)
     joint = dict(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1, timestep_sampling="cubic")
-    slow = dict(weight_decay=0.3)
     return [
         stage("stage1", connectors, 300, 2e-3, packed(8, dict(documents=0.5, pairs=0.5)), loss=joint),
         stage(
@@ -137,16 +139,16 @@ def dream_stages() -> list[dict]:
             3e-4,
             packed(8, dict(documents=0.5, pairs=0.2, text=0.3)),
             loss=joint,
-            optim=slow,
+            optim=DECAY,
         ),
         stage(
             "stage3",
             everything,
-            200,
+            250,
             3e-4,
-            packed(8, dict(documents=0.35, pairs=0.1, conversations=0.3, text=0.25)),
+            packed(8, dict(documents=0.3, pairs=0.05, conversations=0.45, text=0.2)),
             loss=joint,
-            optim=slow,
+            optim=DECAY,
         ),
     ]
 

@@ -5,7 +5,8 @@ digit occurs at every place of a count and of a sum. Pictures show digits only; 
 as a language model has read of more than it will ever draw.
 
 A story is told in text with the layout it has in pictures (`Spelled`). What a dream query has to say is
-thus known before the first query is trained, and a frozen language model can already be asked for it.
+thus known before the first query is trained, and a frozen language model can already be asked for it. Facts
+mix words and told pictures number by number: one rule of addition has to serve both.
 """
 
 from __future__ import annotations
@@ -47,10 +48,15 @@ _LONG_COUNTS = tuple(c for c in counts(_LARGEST, len(NUMBERS)) if c not in HELD_
 COUNTS, TRAINING_COUNTS = counts(_DIGIT), _COUNTS[_DIGIT]
 SUMS, TRAINING_SUMS = sums(_DIGIT), _SUMS[_DIGIT]
 
-# Shares of text: bare facts; of the rest, pairs and questions; of stories, those beyond the digits; of told
-# pictures, those with their word in the query slots and in the patch slots. Where it is missing, the model is
-# left to what it has read before.
-_FACTS, _DESCRIPTIONS, _BEYOND_DIGITS, _TOLD, _SHOWN = 0.5, 0.3, 0.8, 0.7, 0.5
+# What text is made of, in shares.
+_FACTS, _FACT_COUNTS = 0.4, 0.25  # bare facts; of these, counts (the others: sums)
+_PLAIN_FACTS, _FACT_TOLD = 0.3, 0.6  # facts all in words; of the numbers of other facts, those told
+_DESCRIPTIONS = 0.15  # of the rest: pairs and questions (the others: stories)
+_STORY_SUMS, _STORY_COUNTS = 0.5, 0.3  # of stories, drawn ones too (the others: what comes next)
+_BEYOND_DIGITS = 0.7  # of stories in text, those that may go beyond the digits
+# Of told pictures: those with their word in the query slots, those with it in the patch slots (without it,
+# the model is left to what it has read before), and those that are not seen after they are dreamed.
+_IN_QUERY, _IN_PATCHES, _UNSEEN = 0.8, 0.5, 0.3
 
 
 def caption(digit: int) -> str:
@@ -72,9 +78,9 @@ def add(a: int, b: int) -> tuple[str, tuple[Part, ...]]:
 def story(rng: np.random.Generator, top: int = _DIGIT, given: bool = True) -> tuple[Part, tuple[Part, ...]]:
     """An instruction, or (where one may be `given`) the number that stands first; and what follows."""
     kind = rng.random()
-    if kind < 0.4:
+    if kind < _STORY_SUMS:
         return add(*_pick(_SUMS[top], rng))
-    if kind < 0.8 or not given:
+    if kind < _STORY_SUMS + _STORY_COUNTS or not given:
         return count(*_pick(_COUNTS[top], rng))
     number = int(rng.integers(top))
     return number, (NUMBERS[number + 1], number + 1)
@@ -86,7 +92,7 @@ def text_document(rng: np.random.Generator, mode: str) -> list[Piece]:
     As in pictures, `mode` says whether told ones are seen, dreamed or both.
     """
     if rng.random() < _FACTS:
-        return interleaved([_fact(rng)], mode)
+        return interleaved(_fact(rng, mode), mode)
     return interleaved(_description(rng, mode) if rng.random() < _DESCRIPTIONS else _told(rng, mode), mode)
 
 
@@ -99,10 +105,18 @@ def corpus_text() -> list[str]:
     return texts + [_counted(*c) for c in _COUNTS[_LARGEST]] + [_added(*s) for s in _SUMS[_LARGEST]]
 
 
-def _fact(rng: np.random.Generator) -> str:
-    if rng.random() < 0.4:
-        return _counted(*_pick(_LONG_COUNTS, rng))
-    return _added(*_pick(_SUMS[_LARGEST], rng))
+def _fact(rng: np.random.Generator, mode: str) -> list[str | Piece]:
+    """A count or a sum without an instruction, each of its numbers a word or told."""
+    if rng.random() < _FACT_COUNTS:
+        text = _counted(*_pick(_LONG_COUNTS, rng))
+    else:
+        text = _added(*_pick(_SUMS[_LARGEST], rng))
+    if rng.random() < _PLAIN_FACTS:
+        return [text]
+    return [
+        _spell(word, mode, rng) if word in NUMBERS and rng.random() < _FACT_TOLD else word
+        for word in text.split()
+    ]
 
 
 def _counted(first: int, last: int) -> str:
@@ -124,17 +138,24 @@ def _description(rng: np.random.Generator, mode: str) -> list[str | Piece]:
 
 def _told(rng: np.random.Generator, mode: str) -> list[str | Piece]:
     """A story with a word in each picture's place."""
-    seen, dreamed = mode != "creation", mode != "comprehension"
-    first, parts = story(rng, _LARGEST if rng.random() < _BEYOND_DIGITS else _DIGIT, given=seen)
-    told: list[str | Piece] = [
-        Spelled(NUMBERS[p], seen, dreamed, in_query=rng.random() < _TOLD, in_patches=rng.random() < _SHOWN)
-        if isinstance(p, int)
-        else p
-        for p in parts
-    ]
+    top = _LARGEST if rng.random() < _BEYOND_DIGITS else _DIGIT
+    first, parts = story(rng, top, given=mode != "creation")
+    told: list[str | Piece] = [_spell(NUMBERS[p], mode, rng) if isinstance(p, int) else p for p in parts]
     if isinstance(first, str):
         return [first, *told]
     return [Spelled(NUMBERS[first], seen=True, dreamed=False), NEXT, *told]
+
+
+def _spell(word: str, mode: str, rng: np.random.Generator) -> Spelled:
+    """A told picture, its word here or there."""
+    unseen, in_query, in_patches = rng.random(3) < (_UNSEEN, _IN_QUERY, _IN_PATCHES)
+    return Spelled(
+        word,
+        seen=mode == "comprehension" or (mode == "joint" and not unseen),
+        dreamed=mode != "comprehension",
+        place=rng.random() if in_query else None,
+        in_patches=bool(in_patches),
+    )
 
 
 def _spelled(part: Part) -> str:

@@ -44,15 +44,16 @@ class Picture:
 class Spelled:
     """A picture told in a word: the markers and slots of a `Picture`, but no image.
 
-    With `in_query` the word stands at the end of the query slots, where it is learned; with
-    `in_patches`, all over the patch slots. Slots without it hold `<im_patch>`. So a language model learns
-    from text alone what its queries will have to say, and what its patches will tell it.
+    The word stands in the query slots, where it is learned: at their beginning for `place` 0, at their end
+    for 1, nowhere for None. With `in_patches` it also stands all over the patch slots. Slots without it hold
+    `<im_patch>`. So a language model learns from text alone what its queries will have to say, and what its
+    patches will tell it.
     """
 
     word: str
     seen: bool
     dreamed: bool
-    in_query: bool = True
+    place: float | None = 1.0
     in_patches: bool = True
     supervised: bool = True
 

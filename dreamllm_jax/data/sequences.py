@@ -124,18 +124,21 @@ class _Writer:
 
     def spelled(self, picture: Spelled) -> None:
         ids, word = self.ids, self.tokenizer.encode(picture.word)
-        room = min(self.num_queries if picture.dreamed else self.num_patches, self.num_patches)
+        in_query = picture.dreamed and picture.place is not None
+        room = min(self.num_queries if in_query else self.num_patches, self.num_patches)
         if not 1 <= len(word) <= room:
             raise ValueError(
                 f"A picture told as {picture.word!r} takes {len(word)} tokens; between 1 and {room} have "
                 "room in its slots. Tell it in a shorter word."
             )
         if picture.dreamed:
-            told = word if picture.in_query else []
+            told = word if picture.place is not None else []
+            free = self.num_queries - len(told)
+            before = round(free * (picture.place or 0.0))
             self.write([ids.dream_start], picture.supervised)
-            self.write([ids.im_patch] * (self.num_queries - len(told)), False)
+            self.write([ids.im_patch] * before, False)
             self.write(told, picture.supervised)
-            self.write([ids.dream_end], False)
+            self.write([ids.im_patch] * (free - before) + [ids.dream_end], False)
         if picture.seen:
             shown = word if picture.in_patches else [ids.im_patch]
             patches = (shown * self.num_patches)[: self.num_patches]

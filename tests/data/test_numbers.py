@@ -56,7 +56,7 @@ def test_text_is_right_and_reaches_twenty():
             first, last = value[match[1]], value[match[2]]
             assert match[3].split() == list(NUMBERS[first : last + 1]), text
             counts += 1
-    assert sums > 1000 and counts > 500
+    assert sums > 1000 and counts > 300
     together = " ".join(map(words, documents()))
     assert all(word in together for word in NUMBERS)
 
@@ -68,6 +68,23 @@ def test_a_told_story_has_the_layout_of_a_drawn_one():
         assert (plus, equals) == (Text("plus"), Text("equals"))
         assert all(isinstance(p, Spelled) and p.dreamed for p in (first, second, result))
         assert pieces[0].text == f"Write {first.word} plus {second.word}."
+
+
+def test_facts_mix_words_and_told_pictures():
+    """Every number of a sum is written in some facts and told in others, independently."""
+    facts = [d for d in documents() if (isinstance(d[0], Spelled) or d[0].text in NUMBERS) and len(d) == 6]
+    kinds = {tuple(isinstance(d[i], Spelled) for i in (0, 2, 4)) for d in facts if d[1] == Text("plus")}
+    assert len(kinds) == 8
+
+
+@pytest.mark.parametrize("mode", ["comprehension", "creation", "joint"])
+def test_told_pictures_follow_the_mode(mode):
+    rng = np.random.default_rng(0)
+    pieces = [p for _ in range(2000) for p in numbers.text_document(rng, mode) if isinstance(p, Spelled)]
+    ways = {(p.seen, p.dreamed) for p in pieces}
+    seen, dreamed, both = (True, False), (False, True), (True, True)
+    assert ways == {"comprehension": {seen}, "creation": {dreamed}, "joint": {seen, dreamed, both}}[mode]
+    assert {p.in_patches for p in pieces} == {True, False} and any(p.place is None for p in pieces)
 
 
 @pytest.mark.parametrize("top", [9, 20])

@@ -69,13 +69,23 @@ def test_a_spelled_picture_takes_the_place_of_a_picture():
 
 
 def test_a_spelled_picture_without_its_word_or_without_room():
-    bare = encode([Spelled("seven", seen=False, dreamed=True, in_query=False)])
+    bare = encode([Spelled("seven", seen=False, dreamed=True, place=None)])
     assert bare.tokens.tolist() == [1, *DREAM, 2]
     with pytest.raises(ValueError, match="'one two three four' takes 4 tokens; between 1 and 3 have room"):
         encode([Spelled("one two three four", seen=True, dreamed=True)])
     cut = encode([Text("one"), Spelled("seven", seen=True, dreamed=False), Text("two")], length=6)
     assert cut.tokens.tolist() == [1, 100, 2] and learned(cut) == [100]
     assert (cut.dropped_images, cut.dropped_tokens) == (1, 1)
+
+
+@pytest.mark.parametrize(("place", "slot"), [(0.0, 0), (0.2, 0), (0.5, 1), (0.8, 2), (1.0, 2)])
+def test_a_spelled_picture_has_its_word_at_its_place(place, slot):
+    """Whatever the place, the dream takes the same tokens and its word is learned."""
+    s = encode([Spelled("seven", seen=False, dreamed=True, place=place)])
+    slots = s.tokens[2 : 2 + Q].tolist()
+    assert s.tokens[[0, 1, -2, -1]].tolist() == [1, S.dream_start, S.dream_end, 2] and len(s) == Q + 4
+    assert slots[:slot] + slots[slot + 1 :] == [S.im_patch] * (Q - 1) and slots[slot] != S.im_patch
+    assert learned(s) == [S.dream_start, slots[slot], 2]
 
 
 def test_pair_creation_shortens_its_caption_for_the_image():
