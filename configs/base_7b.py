@@ -133,6 +133,20 @@ def recipe(name: str, stages: list[dict], start: str, root: str | None, **change
     )
 
 
+def creation_stage(sources: tuple, trainable: tuple) -> dict:
+    """Stage I's second half, for any image decoder: captions are drawn, 30M pairs once."""
+    # A pair is about 90 tokens; 16 a row leave room for long captions.
+    data = dict(sources=sources, mode="creation", rows=64, length=LENGTH, max_images=0, max_dreams=16)
+    return dict(
+        name="stage1_creation",
+        trainable=trainable,
+        steps=29_000,
+        data=data,
+        loss=loss(lm=0.0, vm=1.0),
+        optim=optim(2e-3),
+    )
+
+
 # Data. Weights are documents, in millions; what counts is their ratio.
 
 

@@ -3,8 +3,8 @@
 Reproduces: the whole method of arXiv 2309.11499 on scikit-learn's 1,797 digits. Stage 0 trains what the
 real system downloads (VAE, CLIP, text-conditioned U-Net, language model); stages I, II and III train what
 the real ones train, with the joint loss 1 : 10 of the real stage II. What is not as at 7B, besides sizes:
-  - stage I learns both directions of pairs at once, and documents too (the real one: pairs alone, seeing
-    and drawing in two runs);
+  - stage I learns both directions of pairs at once, and documents too (the real one: pairs and described
+    pictures, seeing and drawing in two runs);
   - the language model's own text (`data/numbers.py`) has stories laid out as in pictures, with words in
     the slots, and sums beyond the digits: what a query has to say is known before the first one is trained.
     Some of that text stays in stages II and III, so that arithmetic does;
@@ -107,7 +107,7 @@ def stage0() -> list[dict]:
         stage(
             "stage0_unet",
             ("unet",),
-            600,
+            450,
             2e-3,
             captions(64, caption_dropout=0.1),
             objective="diffusion",
@@ -131,11 +131,18 @@ def dream_stages() -> list[dict]:
     everything = ("llama", *connectors)
     joint = dict(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1, timestep_sampling="cubic")
     return [
-        stage("stage1", connectors, 300, 2e-3, packed(8, dict(documents=0.5, pairs=0.5)), loss=joint),
+        stage(
+            "stage1",
+            connectors,
+            400,
+            2e-3,
+            packed(8, dict(documents=0.4, pairs=0.35, conversations=0.25)),
+            loss=joint,
+        ),
         stage(
             "stage2",
             everything,
-            600,
+            500,
             3e-4,
             packed(8, dict(documents=0.5, pairs=0.2, text=0.3)),
             loss=joint,
@@ -144,7 +151,7 @@ def dream_stages() -> list[dict]:
         stage(
             "stage3",
             everything,
-            250,
+            200,
             3e-4,
             packed(8, dict(documents=0.3, pairs=0.05, conversations=0.45, text=0.2)),
             loss=joint,

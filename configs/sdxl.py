@@ -11,7 +11,7 @@ Begins with models/dreamllm-sdxl-7b-start: Vicuna, CLIP and SDXL, converted and 
 projector is not trained here; stage1_comprehension.py does that, with this model.
 """
 
-from base_7b import blip_laion, laion400m, loss, model, optim, recipe, vicuna15
+from base_7b import blip_laion, creation_stage, laion400m, model, recipe, vicuna15
 from ml_collections import ConfigDict
 
 QUERIES = 64
@@ -42,22 +42,8 @@ def sdxl() -> dict:
 def get_config(arg: str | None = None) -> ConfigDict:
     """The recipe; arg: the folder of models and data (default: the current one)."""
     changes = dict(llama=vicuna15(), vision_projector=dict(kind="mlp", depth=2), num_dream_queries=QUERIES)
-    data = dict(
-        sources=(laion400m(arg, 20.0), blip_laion(arg, 10.0)),
-        mode="creation",
-        rows=64,
-        length=2048,
-        max_images=0,
-        max_dreams=16,
-    )
-    stage = dict(
-        name="stage1_creation",
-        trainable=("dream_queries", "condition_projector", "global_projector"),
-        steps=29_000,
-        data=data,
-        loss=loss(lm=0.0, vm=1.0),
-        optim=optim(2e-3),
-    )
+    sources = (laion400m(arg, 20.0), blip_laion(arg, 10.0))
+    stage = creation_stage(sources, ("dream_queries", "condition_projector", "global_projector"))
     return ConfigDict(
         recipe("sdxl", [stage], "dreamllm-sdxl-7b-start", arg, model=model() | changes | sdxl())
     )

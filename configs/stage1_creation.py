@@ -10,27 +10,12 @@ files; here this one begins with the other's result, models/dreamllm-7b-stage1-c
 nothing to merge. Put the result at models/dreamllm-7b-stage1: stage2.py begins with it.
 """
 
-from base_7b import blip_laion, laion400m, laion_coco, loss, optim, recipe
+from base_7b import blip_laion, creation_stage, laion400m, laion_coco, recipe
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The recipe; arg: the folder of models and data (default: the current one)."""
-    # A pair is about 90 tokens; 16 a row leave room for long captions.
-    data = dict(
-        sources=(blip_laion(arg, 1.0), laion400m(arg, 1.0), laion_coco(arg, 1.0)),
-        mode="creation",
-        rows=64,
-        length=2048,
-        max_images=0,
-        max_dreams=16,
-    )
-    stage = dict(
-        name="stage1_creation",
-        trainable=("dream_queries", "condition_projector"),
-        steps=29_000,
-        data=data,
-        loss=loss(lm=0.0, vm=1.0),
-        optim=optim(2e-3),
-    )
+    sources = (blip_laion(arg, 1.0), laion400m(arg, 1.0), laion_coco(arg, 1.0))
+    stage = creation_stage(sources, ("dream_queries", "condition_projector"))
     return ConfigDict(recipe("stage1_creation", [stage], "dreamllm-7b-stage1-comprehension", arg))

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
 
 from dreamllm_jax.data.pieces import (
@@ -218,9 +219,7 @@ class GoldenTokenizer(Tokenizer):
     """The reference's legacy tokenizer, one chunk at a time."""
 
     def __init__(self, folder):
-        self.model = pytest.importorskip("sentencepiece").SentencePieceProcessor(
-            str(folder / "tokenizer.model")
-        )
+        self.model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
         names = json.loads((folder / "added_tokens.json").read_text())
         added = {name.strip("<>[]").lower(): i for name, i in names.items()}
         self.special = SpecialTokens(bos=1, eos=2, unk=0, **added)

@@ -89,11 +89,12 @@ def assert_same_trajectory(monkeypatch, config, method, num_steps, eta=0.0, tole
 
 @pytest.mark.parity
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "spacing"),
+    # Not DDIM on linspace: diffusers' steps to a level that linspace does not visit next.
+    sorted({(m, s) for m in METHODS for s in ("leading", "trailing", "linspace")} - {("ddim", "linspace")}),
+)
 def test_every_step_equals_diffusers(monkeypatch, method, spacing, prediction):
-    if method == "ddim" and spacing == "linspace":
-        pytest.skip("diffusers' DDIM steps to a level that linspace does not visit next")
     config = ScheduleConfig(prediction_type=prediction, timestep_spacing=spacing)
     assert_same_trajectory(monkeypatch, config, method, 10)
 
