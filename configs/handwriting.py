@@ -3,8 +3,7 @@
 Reproduces: the whole method of arXiv 2309.11499 on scikit-learn's 1,797 digits. Stage 0 trains what the
 real system downloads (VAE, CLIP, text-conditioned U-Net, language model); stages I, II and III train what
 the real ones train, with the joint loss 1 : 10 of the real stage II. What is not as at 7B, besides sizes:
-  - stage I learns both directions of pairs at once, and documents too (the real one: pairs and described
-    pictures, seeing and drawing in two runs);
+  - stage I has documents too, beside pairs and questions;
   - the language model's own text (`data/numbers.py`) has stories laid out as in pictures, with words in
     the slots, and sums beyond the digits: what a query has to say is known before the first one is trained.
     Some of that text stays in stages II and III, so that arithmetic does;
@@ -116,7 +115,7 @@ def stage0() -> list[dict]:
         stage(
             "stage0_language",
             ("llama",),
-            500,
+            700,
             2e-3,
             text_only,
             loss=dict(weight_lm=1.0, weight_vm=0.0),
@@ -127,17 +126,32 @@ def stage0() -> list[dict]:
 
 def dream_stages() -> list[dict]:
     """DreamLLM's own three stages."""
-    connectors = ("vision_projector", "dream_queries", "condition_projector")
-    everything = ("llama", *connectors)
-    joint = dict(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1, timestep_sampling="cubic")
+    drawing = ("dream_queries", "condition_projector")
+    everything = ("llama", "vision_projector", *drawing)
+    guided = dict(condition_dropout=0.1, timestep_sampling="cubic")
+    joint = dict(weight_lm=1.0, weight_vm=10.0, **guided)
     return [
         stage(
-            "stage1",
-            connectors,
-            400,
+            "stage1_comprehension",
+            ("vision_projector",),
+            250,
             2e-3,
-            packed(8, dict(documents=0.4, pairs=0.35, conversations=0.25)),
-            loss=joint,
+            packed(
+                16,
+                dict(pairs=0.4, conversations=0.4, documents=0.2),
+                mode="comprehension",
+                max_images=16,
+                max_dreams=0,
+            ),
+            loss=dict(weight_lm=1.0, weight_vm=0.0),
+        ),
+        stage(
+            "stage1_creation",
+            drawing,
+            300,
+            2e-3,
+            packed(8, dict(documents=0.7, pairs=0.3)),
+            loss=dict(weight_lm=0.0, weight_vm=1.0, **guided),
         ),
         stage(
             "stage2",
