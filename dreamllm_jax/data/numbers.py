@@ -51,7 +51,7 @@ SUMS, TRAINING_SUMS = sums(_DIGIT), _SUMS[_DIGIT]
 # What text is made of, in shares.
 _FACTS, _FACT_COUNTS = 0.4, 0.25  # bare facts; of these, counts (the others: sums)
 _PLAIN_FACTS, _FACT_TOLD = 0.3, 0.6  # facts all in words; of the numbers of other facts, those told
-_DESCRIPTIONS = 0.15  # of the rest: pairs and questions (the others: stories)
+_DESCRIPTIONS = 0.3  # of the rest: pairs and questions (the others: stories)
 _STORY_SUMS, _STORY_COUNTS = 0.5, 0.3  # of stories, drawn ones too (the others: what comes next)
 _BEYOND_DIGITS = 0.7  # of stories in text, those that may go beyond the digits
 # Of told pictures: those with their word in the query slots, those with it in the patch slots (without it,
@@ -131,9 +131,9 @@ def _description(rng: np.random.Generator, mode: str) -> list[str | Piece]:
     """A pair or a question, as in pictures of digits."""
     digit, kind = int(rng.integers(10)), rng.random()
     seen = Spelled(WORDS[digit], seen=True, dreamed=False)
-    if mode == "creation" or (mode == "joint" and kind < 0.4):
+    if mode == "creation" or (mode == "joint" and kind < 0.3):
         return [caption(digit), Spelled(WORDS[digit], seen=False, dreamed=True)]
-    return [seen, caption(digit)] if kind < 0.7 else [seen, QUESTION, WORDS[digit]]
+    return [seen, caption(digit)] if kind < 0.55 else [seen, QUESTION, WORDS[digit]]
 
 
 def _told(rng: np.random.Generator, mode: str) -> list[str | Piece]:
