@@ -135,8 +135,8 @@ def recipe(name: str, stages: list[dict], start: str, root: str | None, **change
 
 def creation_stage(sources: tuple, trainable: tuple) -> dict:
     """Stage I's second half, for any image decoder: captions are drawn, 30M pairs once."""
-    # A pair is about 90 tokens; 16 a row leave room for long captions.
-    data = dict(sources=sources, mode="creation", rows=64, length=LENGTH, max_images=0, max_dreams=16)
+    # A pair is about 90 tokens; 8 a row leave room for long captions.
+    data = dict(sources=sources, mode="creation", rows=128, length=LENGTH // 2, max_images=0, max_dreams=8)
     return dict(
         name="stage1_creation",
         trainable=trainable,

@@ -97,6 +97,8 @@ class Document:
     def __eq__(self, other) -> bool:
         return isinstance(other, Document) and self.parts == other.parts
 
+    __hash__ = object.__hash__  # pictures have none of their own
+
     def __add__(self, other: Document) -> Document:
         return Document(self.parts + other.parts)
 

@@ -149,6 +149,12 @@ def test_published_settings(name):
     assert (model.num_dream_queries, model.num_patches, model.vision_select_layer) == (64, 256, -2)
 
 
+@pytest.mark.parametrize("name", (*STAGES, "sdxl"))
+def test_rows_divide_among_the_devices_of_the_paper(name):
+    (stage,) = load(name).stages
+    assert stage.data.rows % (128 * stage.optim.accumulation) == 0
+
+
 def test_variants():
     assert load("stage2", ":/mnt/all").init_from == "/mnt/all/models/dreamllm-7b-stage1"
     assert load("stage2", ":/mnt/all").stages[0].data.sources[0].path == "/mnt/all/data/mmc4-core/*.jsonl"

@@ -32,12 +32,28 @@ def save_pretrained(
     tokenizer: Tokenizer,
     generation: GenerationConfig,
 ) -> None:
-    """Writes the folder anew, whole or not at all (beside, then renamed)."""
+    """Writes the folder whole or not at all (beside, then renamed), in place of an older model there.
+
+    Raises:
+      ValueError: the folder holds something else than such a model.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not _holds_model(folder):
+        raise ValueError(f"{folder} holds something else than a saved model; give a new or empty folder.")
     with new_folder(folder, overwrite=True) as beside:
         save_params(beside, params)
         tokenizer.save(beside)
         content = {"format": FORMAT, "model": to_dict(config), "generation": to_dict(generation)}
         (beside / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder was written by `save_pretrained`, and may be written anew."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "format" in content and content["format"] == FORMAT
 
 
 def load_pretrained(folder: str | Path, dtype: str | None = None) -> Pretrained:

@@ -22,8 +22,16 @@ from dreamllm_jax.generate.decode import decode_text, dream
 from dreamllm_jax.generate.documents import draw_rows, write_documents
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import Condition, NullCondition
-from dreamllm_jax.generate.prompts import Prompt, as_list, bucket, context_length, prompt_batch
+from dreamllm_jax.generate.prompts import (
+    Prompt,
+    as_list,
+    bucket,
+    context_length,
+    longest_prompt,
+    prompt_batch,
+)
 from dreamllm_jax.sharding import parameter_shardings
+from dreamllm_jax.types import Batch
 
 
 class DreamLLM:
@@ -57,7 +65,7 @@ class DreamLLM:
             placed = {k: jax.device_put(v, shardings[k]) for k, v in flat.items()}
         self._engine = Engine(config, unflatten(placed), tokenizer)
         self.generation = GenerationConfig() if generation is None else generation
-        self._null_conditions: dict[tuple[str, str | None], NullCondition] = {}
+        self._null_conditions: dict[bytes, NullCondition] = {}  # by the tokens of the negative prompt
 
     @classmethod
     def from_pretrained(
@@ -114,7 +122,7 @@ class DreamLLM:
         settings = self._settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         keys, engine = prompt_keys(seed, len(prompts)), self._engine
         batch = prompt_batch(prompts, self.tokenizer, self.config, settings.template)
-        longest = int((batch.segment_ids > 0).sum(-1).max())
+        longest = longest_prompt(batch)
         self._check_room(longest, settings)
         capacity = bucket(longest + settings.max_new_tokens, context_length(self.config))
         _, tokens, _ = decode_text(
@@ -134,7 +142,7 @@ class DreamLLM:
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
@@ -165,8 +173,9 @@ class DreamLLM:
         )
         self._check_drawing(settings)
         keys = prompt_keys(seed, len(prompts))
-        condition = self._condition(prompts, settings.template)
-        null = self._null_condition(negative_prompt, settings)
+        batch = self._drawing_batch(prompts, settings.template)
+        negative = self._negative_batch(negative_prompt, settings)
+        condition, null = self._condition(batch), self._null_condition(negative, settings)
         numbers = jnp.arange(num_images_per_prompt)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         image_keys = fold(keys, numbers).reshape(-1)
@@ -185,7 +194,7 @@ class DreamLLM:
         max_images: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
@@ -216,8 +225,11 @@ class DreamLLM:
         )
         self._check_drawing(settings)
         keys = prompt_keys(seed, len(prompts))
-        null = self._null_condition(negative_prompt, settings) if self.config.draws else None
-        documents = write_documents(self._engine, prompts, keys, settings, null)
+        batch = prompt_batch(prompts, self.tokenizer, self.config, settings.template)
+        null = None
+        if self.config.draws:
+            null = self._null_condition(self._negative_batch(negative_prompt, settings), settings)
+        documents = write_documents(self._engine, batch, keys, settings, null)
         return documents if many else documents[0]
 
     def _settings(self, **given: Any) -> GenerationConfig:
@@ -237,30 +249,46 @@ class DreamLLM:
                 "them."
             )
 
-    def _condition(self, prompts: list[Prompt], template: str | None) -> Condition:
-        """The U-Net's conditions of some prompts, each asked for a picture at its end."""
+    def _drawing_batch(self, prompts: list[Prompt], template: str | None) -> Batch:
+        """The rows of some prompts, each with room for a picture at its end.
+
+        Raises:
+          ValueError: a prompt that is too long for that, or cannot be read.
+        """
         batch = prompt_batch(prompts, self.tokenizer, self.config, template)
-        longest = int((batch.segment_ids > 0).sum(-1).max())
-        needed = longest + 1 + self.config.num_dream_queries
-        if needed > context_length(self.config):
+        longest, dream_tokens = longest_prompt(batch), self.config.num_dream_queries + 1
+        if longest + dream_tokens > context_length(self.config):
             raise ValueError(
-                f"The longest prompt has {longest} tokens; with {self.config.num_dream_queries + 1} for the "
-                f"dream it exceeds the model's context of {context_length(self.config)}: shorten it."
+                f"The longest prompt has {longest} tokens; with {dream_tokens} for the dream it exceeds the "
+                f"model's context of {context_length(self.config)}: shorten it."
             )
+        return batch
+
+    def _condition(self, batch: Batch) -> Condition:
+        """The U-Net's conditions of some prompts, each asked for a picture at its end."""
+        needed = longest_prompt(batch) + 1 + self.config.num_dream_queries
         start = jnp.int32(self.tokenizer.special.dream_start)
         reading = self._engine.read(batch, bucket(needed, context_length(self.config)))
-        active = jnp.ones(len(prompts), bool)
+        active = jnp.ones(batch.tokens.shape[0], bool)
         _, context, pooled = dream(self.params, reading, active, start, model=self._engine.module)
         return context, pooled
 
-    def _null_condition(self, negative_prompt: str, settings: GenerationConfig) -> NullCondition | None:
+    def _negative_batch(self, negative_prompt: str | None, settings: GenerationConfig) -> Batch:
+        """The one row of the negative prompt; None is the empty one, which has no template."""
+        if not isinstance(negative_prompt, str | None):
+            raise ValueError(
+                f"negative_prompt is a {type(negative_prompt).__name__}; give one string, which serves all "
+                "prompts."
+            )
+        return self._drawing_batch([negative_prompt or ""], settings.template if negative_prompt else None)
+
+    def _null_condition(self, negative: Batch, settings: GenerationConfig) -> NullCondition | None:
         """The unconditional side of guidance, kept between calls."""
         if settings.guidance_scale == 1:
             return None
-        template = settings.template if negative_prompt else None
-        place = (negative_prompt, template)
+        place = negative.tokens.tobytes()
         if place not in self._null_conditions:
-            self._null_conditions[place] = self._condition([negative_prompt], template)
+            self._null_conditions[place] = self._condition(negative)
         return self._null_conditions[place]
 
 

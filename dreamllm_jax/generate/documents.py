@@ -17,8 +17,8 @@ from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.generate.decode import Reading, decode_text, dream, look
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.generate.images import Condition, NullCondition, draw_images
-from dreamllm_jax.generate.prompts import Prompt, bucket, context_length, prompt_batch
-from dreamllm_jax.types import Document
+from dreamllm_jax.generate.prompts import bucket, context_length, longest_prompt
+from dreamllm_jax.types import Batch, Document
 
 # How many pictures are drawn at once: few sizes, since each is compiled anew.
 PICTURES_AT_ONCE = (1, 4, 16)
@@ -32,22 +32,22 @@ def block_length(engine: Engine) -> int:
 
 def write_documents(
     engine: Engine,
-    prompts: list[Prompt],
+    batch: Batch,
     keys: jax.Array,
     settings: GenerationConfig,
     unconditional: NullCondition | None,
 ) -> list[Document]:
-    """Documents that continue the prompts (the prompts themselves not included).
+    """Documents that continue the prompts of `batch`, one a row (the prompts themselves not included).
 
     `max_new_tokens` counts a document's text, `max_images` its pictures.
     """
     block, max_new_tokens = block_length(engine), settings.max_new_tokens
-    batch = prompt_batch(prompts, engine.tokenizer, engine.config, settings.template)
-    longest = int((batch.segment_ids > 0).sum(-1).max())
-    room = bucket(longest + max_new_tokens + settings.max_images * block, context_length(engine.config))
+    room = bucket(
+        longest_prompt(batch) + max_new_tokens + settings.max_images * block, context_length(engine.config)
+    )
     reading = engine.read(batch, room)
-    rows = len(prompts)
-    parts: list[list[str | Image.Image]] = [[] for _ in prompts]
+    rows = batch.tokens.shape[0]
+    parts: list[list[str | Image.Image]] = [[] for _ in range(rows)]
     drawn, written = np.zeros(rows, int), np.zeros(rows, int)
     active, reason = np.ones(rows, bool), np.full(rows, "length", object)
     special = engine.tokenizer.special

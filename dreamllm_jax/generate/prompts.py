@@ -48,6 +48,11 @@ def bucket(size: int, limit: int) -> int:
     return min(up, limit)
 
 
+def longest_prompt(batch: Batch) -> int:
+    """Tokens of the longest row."""
+    return int((batch.segment_ids > 0).sum(-1).max())
+
+
 def prompt_batch(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, config: DreamLLMConfig, template: str | None
 ) -> Batch:

@@ -151,14 +151,26 @@ def test_an_incomplete_folder(model, tmp_path, flatten_params):
         DreamLLM.from_pretrained(tmp_path)
 
 
+def test_saving_spares_what_is_no_model(model, tmp_path):
+    """An older model is replaced, and nothing else is."""
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else than a saved model"):
+        model.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "model")
+    assert DreamLLM.from_pretrained(tmp_path / "model").config == model.config
+
+
 @pytest.fixture
-def nothing_compiles(monkeypatch):
+def nothing_compiles(model, monkeypatch):
     """Every way into compiled code is an error; types are unchecked, as in a user's session."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
     def refuse(*args, **kwargs):
         raise AssertionError("This came as far as the model.")
 
+    monkeypatch.setattr(model, "_null_conditions", {})  # nothing known from an earlier call
     for name in ("decode_text", "dream"):
         monkeypatch.setattr(f"dreamllm_jax.generate.api.{name}", refuse)
     monkeypatch.setattr("dreamllm_jax.generate.engine.prefill", refuse)
@@ -173,6 +185,10 @@ def nothing_compiles(monkeypatch):
         (lambda m, d: m.generate_text("one " * 200), "at most 95 fit"),
         (lambda m, d: m.generate_document("one " * 200), "at most 95 fit"),
         (lambda m, d: m.generate_text(Document(d.images * 20)), "20 pictures"),
+        (lambda m, d: m.generate_document(Document(d.images * 20)), "20 pictures"),
+        (lambda m, d: m.generate_images("one", negative_prompt="one " * 93), "with 4 for the dream"),
+        (lambda m, d: m.generate_document("one", negative_prompt="one " * 93), "with 4 for the dream"),
+        (lambda m, d: m.generate_images("one", negative_prompt=["one"]), "negative_prompt is a list"),
         (
             lambda m, d: m.generate_text("one", max_new_tokens=95),
             "together they exceed the model's context of 96",
@@ -205,6 +221,8 @@ def test_a_broken_picture_is_named(model, tmp_path, picture, nothing_compiles):
     (tmp_path / "broken.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="broken.png"):
         model.generate_text(Document([Image.open(tmp_path / "broken.png")]))
+    with pytest.raises(ValueError, match="broken.png"):
+        model.generate_document(Document([Image.open(tmp_path / "broken.png")]))
 
 
 def test_a_model_that_cannot_see_draws_all_the_same(variant, picture, nothing_compiles, monkeypatch):

@@ -97,7 +97,9 @@ class Spy:
         if step == self.dies_before:
             raise KeyboardInterrupt
         before = jax.tree.map(np.array, (state.trainable, state.ema))
+        frozen = jax.tree.map(np.array, state.frozen)
         state, metrics = self.step(state, *args, **options)
+        jax.tree.map(np.testing.assert_array_equal, frozen, jax.tree.map(np.array, state.frozen))
         after = jax.tree.map(np.array, (state.trainable, state.ema))
         self.states[step] = SimpleNamespace(
             before=before[0], ema_before=before[1], trainable=after[0], ema=after[1]
