@@ -2,8 +2,8 @@
 
     L = w_lm * CE(next token) + w_vm * E || eps_UNet(z_t, t, P h_query) - target ||^2
 
-Every function returns sums, to be divided by counts of the *global* batch: a loss does not depend
-on the mesh, on the number of hosts or on gradient accumulation.
+Every function returns sums, or one value per image to be summed, which are divided by counts of the *global*
+batch: a loss does not depend on the mesh, on the number of hosts or on gradient accumulation.
 """
 
 from __future__ import annotations

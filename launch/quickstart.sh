@@ -22,6 +22,13 @@ case ${1:-} in
     shift
     ;;
 esac
+[ "${1-unset}" != "" ] || shift # an empty WORKDIR is the usual one
+for override; do
+  case $override in
+    --config.*=*) ;;
+    *) fail "$override is no override of the recipe; after WORKDIR give such as --config.seed=1 only." ;;
+  esac
+done
 if [ -e "$workdir" ] && [ ! -d "$workdir" ]; then
   fail "WORKDIR=$workdir is a file; give the path of a folder, which is made where it does not exist."
 fi

@@ -163,6 +163,25 @@ def test_quickstart_refuses_a_file_as_workdir(house, tmp_path):
     assert "WORKDIR=taken is a file" in one_sentence(result)
 
 
+@pytest.mark.parametrize("argument", ["--until=stage2", "--workdir=elsewhere", "more"])
+def test_quickstart_takes_overrides_of_the_recipe_alone(house, argument):
+    result = launch(house, "launch/quickstart.sh", "work", argument, path="/usr/bin:/bin")
+    assert f"{argument} is no override of the recipe" in one_sentence(result)
+    assert not (house.parent / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [("train", "The training stopped early"), ("evaluate", "The evaluation stopped early")],
+)
+def test_quickstart_says_what_a_crash_left(house, tmp_path, module, sentence):
+    python = stub(tmp_path / "bin")
+    crash = f'"-m dreamllm_jax.{module}"*) exit 1 ;;\n  "-m dreamllm_jax"*) ;;\n  "-m pytest"*)'
+    python.write_text(python.read_text().replace('"-m pytest"*)', crash))
+    result = launch(house, "launch/quickstart.sh", "work", path=f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert sentence in one_sentence(result)
+
+
 def test_quickstart_trains_and_evaluates_in_the_callers_folder(house, tmp_path):
     """The folder is relative to where the caller stands; the stub shows what it is asked to run."""
     python = stub(tmp_path / "bin")

@@ -24,8 +24,8 @@ class DreamLLMConfig:
     """The composition. A tower that is None is absent, with its connector and its losses.
 
     `vision_select_layer` counts as transformers' `hidden_states` does (-2: the last but one);
-    `text` is the text tower the U-Net was pretrained with: used in stage 0 and for drawing from
-    plain captions, never by DreamLLM itself.
+    `text` is the text tower the U-Net was pretrained with: used in stage 0 alone, never by
+    DreamLLM itself.
     """
 
     llama: LlamaConfig | None = None
