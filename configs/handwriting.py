@@ -7,8 +7,8 @@ the real ones train, with the joint loss 1 : 10 of the real stage II. What is no
   - the language model's own text (`data/numbers.py`) has stories laid out as in pictures, with words in
     the slots, and sums beyond the digits: what a query has to say is known before the first one is trained.
     Some of that text stays in stages II and III, so that arithmetic does;
-  - empty prompts (condition dropout, for guidance), noisy timesteps preferred, more weight decay, and
-    rates for a model of a million weights.
+  - empty prompts (condition dropout, for guidance), noisy timesteps preferred, weight decay (2.0
+    where the language model is trained), and rates, warm-up (5 %) and b2 for a model of a million weights.
 Hardware: two CPU cores, 4 GiB. Time: `launch/quickstart.sh` measures it, into metrics.json.
 Command: python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=quickstart
 """
@@ -16,7 +16,7 @@ Command: python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=
 from ml_collections import ConfigDict
 
 VOCABULARY = 512
-# Of the language model's weights: so strong that addition becomes a rule rather than a list of sums.
+# Wherever the language model is trained: so strong that addition becomes a rule rather than a list of sums.
 DECAY = dict(weight_decay=2.0)
 
 

@@ -97,8 +97,6 @@ class Document:
     def __eq__(self, other) -> bool:
         return isinstance(other, Document) and self.parts == other.parts
 
-    __hash__ = object.__hash__  # pictures have none of their own
-
     def __add__(self, other: Document) -> Document:
         return Document(self.parts + other.parts)
 
@@ -136,6 +134,8 @@ class Document:
 
 def image_html(image: Image.Image, scale: int = 1) -> str:
     """An `<img>` element that carries the picture itself (PNG, base64)."""
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # what PNG has no form for
+        image = image.convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     data = b64encode(buffer.getvalue()).decode()
