@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The recipe; arg: the folder of models and data (default: the current one)."""
-    # A pair is about 280 tokens: 8 a row.
+    # A pair is about 280 tokens: 8 a row, which may be longer than any one document (2,048).
     data = dict(
         sources=(
             llava_pretrain(arg, 0.558),

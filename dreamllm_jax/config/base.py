@@ -9,6 +9,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 C = TypeVar("C")
 
 
@@ -48,6 +50,8 @@ def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "") -> C:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(value, np.generic):  # numpy's numbers are numbers
+        value = value.item()
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(args, value, where)

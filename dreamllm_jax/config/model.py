@@ -53,6 +53,14 @@ class DreamLLMConfig:
                 f"model.image_size={self.image_size} is not divisible by the VAE's downscale "
                 f"{self.vae.downscale}; choose a multiple."
             )
+        if self.unet is not None and self.vae is not None:
+            channels = (self.unet.in_channels, self.unet.out_channels, self.vae.latent_channels)
+            if len(set(channels)) > 1:
+                raise ValueError(
+                    f"model: the U-Net takes {channels[0]} channels and gives {channels[1]}, and the VAE's "
+                    f"latents have {channels[2]}; they must be the same (U-Nets for inpainting or depth take "
+                    "more, and are not supported)."
+                )
         if self.contrastive and not (self.vision and self.text):
             raise ValueError("model.contrastive needs both the vision and the text tower.")
         if (
@@ -81,6 +89,12 @@ class DreamLLMConfig:
         if self.vision is None:
             return 0
         return self.vision_projector.num_outputs(self.vision.num_patches)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the language model can hold, scaled rotary positions included."""
+        assert self.llama is not None
+        return self.llama.context_length
 
     @property
     def latent_size(self) -> int:
@@ -120,6 +134,9 @@ class GenerationConfig:
             raise ValueError(
                 f"temperature is {self.temperature} and top_p {self.top_p}; they must be >= 0 and in (0, 1]."
             )
+        for name in ("guidance_rescale", "eta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
 
 
 def model_config(mapping: Any) -> DreamLLMConfig:

@@ -53,6 +53,12 @@ class LlamaConfig:
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
         )
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that one document can have, scaled rotary positions included."""
+        scaling = self.rope_scaling
+        return int(self.max_position_embeddings * (scaling.factor if scaling else 1))
+
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> LlamaConfig:
         """From the `config.json` of a LLaMA, Vicuna or DreamLLM folder (transformers 4 and 5)."""
@@ -124,6 +130,9 @@ class ClipTextConfig:
         return from_hugging_face(cls, mapping.get("text_config") or mapping, {}, "CLIP text config")
 
 
+_BIG_G = 1280  # width of SDXL's pooled text embedding
+
+
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """`diffusers.UNet2DConditionModel`; defaults are Stable Diffusion 1.5's.
@@ -176,6 +185,11 @@ class UNetConfig:
             raise ValueError(
                 "UNet config: addition_embed_type 'text_time' needs addition_time_embed_dim and "
                 "projection_class_embeddings_input_dim."
+            )
+        if self.addition_embed_type and self.pooled_text_dim == _BIG_G - self.addition_time_embed_dim:  # type: ignore[operator]
+            raise ValueError(
+                "UNet config: this is the refiner of SDXL, which takes an aesthetic score among five numbers "
+                "in place of six sizes; it is not supported, take the base model."
             )
 
     def per_block(self, name: str) -> tuple[int, ...]:
@@ -287,7 +301,16 @@ class ScheduleConfig:
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> ScheduleConfig:
         """From the `scheduler/scheduler_config.json` of a diffusers folder (any sampler's)."""
-        only = {"trained_betas": (None,), "thresholding": (False,)}
+        only = {
+            "trained_betas": (None,),
+            "thresholding": (False,),
+            "clip_sample": (False,),
+            "variance_type": ("fixed_small", None),
+            "use_karras_sigmas": (False, None),
+            "use_exponential_sigmas": (False, None),
+            "use_beta_sigmas": (False, None),
+            "use_flow_sigmas": (False, None),
+        }
         return from_hugging_face(cls, mapping, only, "scheduler config")
 
 

@@ -37,7 +37,8 @@ class RowLayout:
     """The static shape of a row, and of the pictures in it (None: the model has no such tower).
 
     With `null_dream` the row ends with a segment `<s><dream_start> Q <dream_end>`, which takes the
-    last dream. `dream_sizes` adds SDXL's size conditions.
+    last dream. `dream_sizes` adds SDXL's size conditions. No document is longer than `max_document`,
+    the positions that the language model knows (None: than the row).
     """
 
     length: int
@@ -49,6 +50,7 @@ class RowLayout:
     dream_size: int | None = None
     null_dream: bool = False
     dream_sizes: bool = False
+    max_document: int | None = None
 
     def __post_init__(self):
         if self.null_dream and (self.max_dreams < 1 or self.room < 2):
@@ -63,16 +65,21 @@ class RowLayout:
         return self.length - (self.num_queries + 3) * self.null_dream
 
     @property
+    def longest(self) -> int:
+        """Tokens that one document may have."""
+        return self.room if self.max_document is None else min(self.room, self.max_document)
+
+    @property
     def dream_room(self) -> int:
         """Dreams that documents may take."""
         return self.max_dreams - self.null_dream
 
     def check(self, sequence: Sequence) -> None:
         """Raises ValueError for a sequence that no row can hold."""
-        if not self.fits(sequence, self.room, self.max_images, self.dream_room):
+        if not self.fits(sequence, self.longest, self.max_images, self.dream_room):
             raise ValueError(
                 f"A document of {len(sequence)} tokens, {len(sequence.images)} images and "
-                f"{len(sequence.dreams)} dreams cannot fit a row of {self.room}, {self.max_images} and "
+                f"{len(sequence.dreams)} dreams cannot fit a row of {self.longest}, {self.max_images} and "
                 f"{self.dream_room}; encode it with these limits."
             )
 
@@ -142,7 +149,7 @@ class RowStream:
             self.counts["empty_documents"] += not sequence.broken_documents
             self._count_losses(sequence)
         raise ValueError(
-            f"{patience} documents in a row left nothing to learn within {self.layout.room} tokens, "
+            f"{patience} documents in a row left nothing to learn within {self.layout.longest} tokens, "
             f"{self.layout.max_images} images and {self.layout.dream_room} dreams per row; raise these "
             "limits, or choose kinds of documents and a mode that the model's towers serve."
         )

@@ -93,6 +93,7 @@ def row_layout(config: DataConfig, model: DreamLLMConfig, null_dream: bool) -> R
         dream_size=model.image_size if draws else None,
         null_dream=null_dream,
         dream_sizes=model.unet is not None and model.unet.addition_embed_type is not None,
+        max_document=None if model.llama is None else model.llama.context_length,
     )
 
 
@@ -229,7 +230,7 @@ class BatchStream(Iterator[Batch]):
             self._tokenizer,
             layout.num_patches,
             layout.num_queries,
-            layout.room,
+            layout.longest,
             max_images=layout.max_images,
             max_dreams=layout.dream_room,
         )

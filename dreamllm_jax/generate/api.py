@@ -13,20 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.convert.pretrained import check_whole, load_pretrained, save_pretrained
 from dreamllm_jax.convert.storage import flatten, unflatten
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.generate.decode import decode_text, dream
-from dreamllm_jax.generate.documents import draw_rows, write_documents
+from dreamllm_jax.generate.documents import write_documents
 from dreamllm_jax.generate.engine import Engine, prompt_keys
-from dreamllm_jax.generate.images import Condition, NullCondition
+from dreamllm_jax.generate.images import Condition, NullCondition, draw_rows
 from dreamllm_jax.generate.prompts import (
     Prompt,
     as_list,
     bucket,
-    context_length,
     longest_prompt,
     prompt_batch,
 )
@@ -124,7 +124,7 @@ class DreamLLM:
         batch = prompt_batch(prompts, self.tokenizer, self.config, settings.template)
         longest = longest_prompt(batch)
         self._check_room(longest, settings)
-        capacity = bucket(longest + settings.max_new_tokens, context_length(self.config))
+        capacity = bucket(longest + settings.max_new_tokens, self.config.context_length)
         _, tokens, _ = decode_text(
             engine.params,
             engine.read(batch, capacity),
@@ -180,7 +180,7 @@ class DreamLLM:
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         image_keys = fold(keys, numbers).reshape(-1)
         rows = np.repeat(np.arange(len(prompts)), num_images_per_prompt)
-        images = draw_rows(self._engine, condition, rows, image_keys, settings, null, expected=len(rows))
+        images = draw_rows(self._engine, condition, rows, image_keys, settings, null)
         pictures = [Image.fromarray(i) for i in images]
         n = num_images_per_prompt
         lists = [pictures[i * n : (i + 1) * n] for i in range(len(prompts))]
@@ -233,8 +233,9 @@ class DreamLLM:
         return documents if many else documents[0]
 
     def _settings(self, **given: Any) -> GenerationConfig:
+        """The settings of a call. Raises ValueError for one of a wrong type or value."""
         changes = {k: v for k, v in given.items() if v is not None}
-        return dataclasses.replace(self.generation, **changes)
+        return build(GenerationConfig, to_dict(self.generation) | changes)
 
     def _check_drawing(self, settings: GenerationConfig) -> None:
         """Raises ValueError for an unknown sampler, or steps or an eta that it does not take."""
@@ -242,10 +243,10 @@ class DreamLLM:
             make_plan(self.config.schedule, settings.sampler, settings.num_inference_steps, settings.eta)
 
     def _check_room(self, longest: int, settings: GenerationConfig) -> None:
-        if longest + settings.max_new_tokens > context_length(self.config):
+        if longest + settings.max_new_tokens > self.config.context_length:
             raise ValueError(
                 f"The longest prompt has {longest} tokens, and max_new_tokens is {settings.max_new_tokens}; "
-                f"together they exceed the model's context of {context_length(self.config)}: shorten one of "
+                f"together they exceed the model's context of {self.config.context_length}: shorten one of "
                 "them."
             )
 
@@ -257,10 +258,10 @@ class DreamLLM:
         """
         batch = prompt_batch(prompts, self.tokenizer, self.config, template)
         longest, dream_tokens = longest_prompt(batch), self.config.num_dream_queries + 1
-        if longest + dream_tokens > context_length(self.config):
+        if longest + dream_tokens > self.config.context_length:
             raise ValueError(
                 f"The longest prompt has {longest} tokens; with {dream_tokens} for the dream it exceeds the "
-                f"model's context of {context_length(self.config)}: shorten it."
+                f"model's context of {self.config.context_length}: shorten it."
             )
         return batch
 
@@ -268,7 +269,7 @@ class DreamLLM:
         """The U-Net's conditions of some prompts, each asked for a picture at its end."""
         needed = longest_prompt(batch) + 1 + self.config.num_dream_queries
         start = jnp.int32(self.tokenizer.special.dream_start)
-        reading = self._engine.read(batch, bucket(needed, context_length(self.config)))
+        reading = self._engine.read(batch, bucket(needed, self.config.context_length))
         active = jnp.ones(batch.tokens.shape[0], bool)
         _, context, pooled = dream(self.params, reading, active, start, model=self._engine.module)
         return context, pooled

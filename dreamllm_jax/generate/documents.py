@@ -16,12 +16,9 @@ from PIL import Image
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.generate.decode import Reading, decode_text, dream, look
 from dreamllm_jax.generate.engine import Engine
-from dreamllm_jax.generate.images import Condition, NullCondition, draw_images
-from dreamllm_jax.generate.prompts import bucket, context_length, longest_prompt
+from dreamllm_jax.generate.images import NullCondition, draw_rows
+from dreamllm_jax.generate.prompts import bucket, longest_prompt
 from dreamllm_jax.types import Batch, Document
-
-# How many pictures are drawn at once: few sizes, since each is compiled anew.
-PICTURES_AT_ONCE = (1, 4, 16)
 
 
 def block_length(engine: Engine) -> int:
@@ -43,7 +40,7 @@ def write_documents(
     """
     block, max_new_tokens = block_length(engine), settings.max_new_tokens
     room = bucket(
-        longest_prompt(batch) + max_new_tokens + settings.max_images * block, context_length(engine.config)
+        longest_prompt(batch) + max_new_tokens + settings.max_images * block, engine.config.context_length
     )
     reading = engine.read(batch, room)
     rows = batch.tokens.shape[0]
@@ -99,9 +96,7 @@ def draw_and_look(
     start = jnp.int32(special.dream_start)
     reading, context, pooled = dream(engine.params, reading, mask, start, model=engine.module)
     picked = np.flatnonzero(active)
-    images = draw_rows(
-        engine, (context, pooled), picked, row_keys[picked], settings, unconditional, expected=len(active)
-    )
+    images = draw_rows(engine, (context, pooled), picked, row_keys[picked], settings, unconditional)
     size = images.shape[1]
     seen, before, after = None, [special.dream_end], []
     if engine.config.sees:
@@ -112,32 +107,3 @@ def draw_and_look(
     tokens = (jnp.asarray(before, jnp.int32), jnp.asarray(after, jnp.int32))
     reading = look(engine.params, reading, mask, seen, *tokens, model=engine.module)
     return reading, dict(zip(picked.tolist(), images, strict=True))
-
-
-def draw_rows(
-    engine: Engine,
-    condition: Condition,
-    rows: np.ndarray,
-    keys: jax.Array,
-    settings: GenerationConfig,
-    unconditional: NullCondition | None,
-    expected: int,
-) -> np.ndarray:
-    """Pictures (uint8 [n, h, w, 3]) for some rows of the conditions.
-
-    They are drawn in batches of one size, which `expected` pictures decide: a document loop whose rows
-    end one by one compiles the drawing once.
-    """
-    pictures = []
-    size = next((s for s in PICTURES_AT_ONCE if s >= expected), PICTURES_AT_ONCE[-1])
-    for begin in range(0, len(rows), size):
-        chosen = rows[begin : begin + size]
-        padded = np.resize(chosen, size)
-        chosen_keys = keys[np.resize(np.arange(begin, begin + len(chosen)), size)]
-        part = jax.tree.map(lambda x, p=padded: x[p], condition)
-        null = part
-        if unconditional is not None:
-            null = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape[1:])), unconditional)
-        images = draw_images(engine.params, part, null, chosen_keys, settings, engine.module)
-        pictures.append(np.asarray(images)[: len(chosen)])
-    return np.concatenate(pictures)

@@ -6,16 +6,59 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.diffusion.sampling import guided, sample
 from dreamllm_jax.diffusion.schedule import row_normal
+from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 
 # The U-Net's context and (SDXL) its pooled condition: of M pictures, and of the empty or negative prompt.
 Condition = tuple[Float[Array, "M Q X"], Float[Array, "M G"] | None]
 NullCondition = tuple[Float[Array, "1 Q X"], Float[Array, "1 G"] | None]
+
+# How many pictures are drawn at once: few sizes, since each is compiled anew.
+PICTURES_AT_ONCE = (1, 4, 16)
+
+
+def draw_rows(
+    engine: Engine,
+    condition: Condition,
+    rows: np.ndarray,
+    keys: jax.Array,
+    settings: GenerationConfig,
+    unconditional: NullCondition | None,
+) -> np.ndarray:
+    """Pictures (uint8 [n, h, w, 3]) for some rows of the conditions, in batches of few sizes."""
+    pictures, begin = [], 0
+    for size in batch_sizes(len(rows)):
+        chosen = rows[begin : begin + size]
+        padded = np.resize(chosen, size)
+        chosen_keys = keys[np.resize(np.arange(begin, begin + len(chosen)), size)]
+        part = jax.tree.map(lambda x, p=padded: x[p], condition)
+        null = part
+        if unconditional is not None:
+            null = jax.tree.map(lambda x, n=size: jnp.broadcast_to(x, (n, *x.shape[1:])), unconditional)
+        images = draw_images(engine.params, part, null, chosen_keys, settings, engine.module)
+        pictures.append(np.asarray(images)[: len(chosen)])
+        begin += size
+    return np.concatenate(pictures)
+
+
+def batch_sizes(pictures: int) -> list[int]:
+    """Sizes out of PICTURES_AT_ONCE, largest first, that together hold so many pictures.
+
+    Only the last batch is padded, and only where at most a quarter of it is padding: 3 -> [4],
+    6 -> [4, 1, 1], 13 -> [16].
+    """
+    sizes, left = [], pictures
+    while left > 0:
+        filled = [size for size in PICTURES_AT_ONCE if 4 * left >= 3 * size]
+        sizes.append(max(filled, default=PICTURES_AT_ONCE[0]))
+        left -= sizes[-1]
+    return sizes
 
 
 def draw_images(

@@ -35,13 +35,6 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     return prompts, True
 
 
-def context_length(config: DreamLLMConfig) -> int:
-    """Tokens that the language model can hold, scaled rotary positions included."""
-    assert config.llama is not None
-    scaling = config.llama.rope_scaling
-    return int(config.llama.max_position_embeddings * (scaling.factor if scaling else 1))
-
-
 def bucket(size: int, limit: int) -> int:
     """The next power of two from 16, or multiple of 256, at most `limit`: few shapes, few compilations."""
     up = 1 << max(4, (size - 1).bit_length()) if size <= 256 else -(-size // 256) * 256
@@ -61,7 +54,7 @@ def prompt_batch(
     Raises:
       ValueError: a prompt with more tokens than the context, or with pictures for a model that cannot see.
     """
-    limit = context_length(config)
+    limit = config.context_length
     for prompt in prompts:
         if isinstance(prompt, Document) and prompt.images and not config.sees:
             raise ValueError(

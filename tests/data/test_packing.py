@@ -136,6 +136,10 @@ def test_what_cannot_fit():
     long = encode_pieces(interleaved(["a b c d e f g h"], "joint"), WordTokenizer(), P, Q, 100)
     with pytest.raises(ValueError, match="10 tokens, 0 images and 0 dreams cannot fit a row of 9"):
         pack_rows([long], layout(length=9), SPECIAL)
+    short = layout(length=48, max_document=9)  # the row has room, the language model no positions
+    assert (short.room, short.longest) == (48, 9)
+    with pytest.raises(ValueError, match="10 tokens, 0 images and 0 dreams cannot fit a row of 9"):
+        pack_rows([long], short, SPECIAL)
     with pytest.raises(ValueError, match="no sequences"):
         pack_rows([], layout(), SPECIAL)
     with pytest.raises(ValueError, match="no room for the empty prompt's dream"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from dreamllm_jax.config.base import build
 from dreamllm_jax.config.data import DataConfig, KindWeights
 from dreamllm_jax.config.model import DreamLLMConfig
-from dreamllm_jax.config.towers import ClipVisionConfig
+from dreamllm_jax.config.towers import ClipVisionConfig, LlamaConfig
 from dreamllm_jax.data.handwriting import training_source
 from dreamllm_jax.data.numbers import corpus_text
 from dreamllm_jax.data.packing import RowLayout
@@ -161,6 +162,26 @@ def test_from_configs(tokenizer):
     with pytest.raises(ValueError, match="left nothing to learn"):  # nothing can be drawn without a decoder
         config = dataclasses.replace(data, kinds=KindWeights(pairs=1.0), mode="creation")
         next(batches(config, model, tokenizer, seed=0))
+
+
+def test_documents_keep_to_the_positions_of_the_language_model(tokenizer):
+    """A row may be longer than its documents can be: with 20 positions none reaches further."""
+    llama = LlamaConfig(vocab_size=512, hidden_size=8, num_attention_heads=2, max_position_embeddings=20)
+    model = DreamLLMConfig(llama=llama, vision=ClipVisionConfig(image_size=16, patch_size=8))
+    data = DataConfig(
+        source="handwriting", kinds=KindWeights(documents=1.0), mode="comprehension", rows=2, length=128
+    )
+
+    def longest(model):
+        with closing(batches(data, model, tokenizer, seed=0)) as stream:
+            positions = max(int(next(stream).positions.max()) for _ in range(5))
+            return positions + 1, stream.stats()["dropped_images"]
+
+    short, lost = longest(model)
+    assert short <= 20 and lost > 0
+    roomy = dataclasses.replace(llama, max_position_embeddings=500)
+    long, lost = longest(dataclasses.replace(model, llama=roomy))
+    assert long > 40 and lost == 0
 
 
 def test_config_mistakes():

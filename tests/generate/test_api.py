@@ -8,11 +8,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from dreamllm_jax.config.towers import RopeScaling
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.convert.pretrained import save_pretrained
 from dreamllm_jax.generate.api import DreamLLM
-from dreamllm_jax.generate.prompts import bucket, context_length
 from dreamllm_jax.sharding import make_mesh
 from dreamllm_jax.types import Document
 
@@ -88,9 +86,9 @@ def test_guidance_and_negative_prompts(model):
 
 
 def test_more_pictures_than_one_batch_holds(model, monkeypatch):
-    monkeypatch.setattr("dreamllm_jax.generate.documents.PICTURES_AT_ONCE", (1, 4))
+    monkeypatch.setattr("dreamllm_jax.generate.images.PICTURES_AT_ONCE", (1, 4))
     many = model.generate_images("one", num_images_per_prompt=6, seed=2)
-    assert len(many) == 6
+    assert len(many) == 6  # as 4 and 1 and 1
     same_pictures(model.generate_images("one", num_images_per_prompt=2, seed=2), many[:2])
     assert difference(many[0], many[4]) > 1 and difference(many[1], many[5]) > 1
 
@@ -200,11 +198,15 @@ def nothing_compiles(model, monkeypatch):
         (lambda m, d: m.generate_text("one", top_p=0.0), "top_p 0.0"),
         (lambda m, d: m.generate_text("one", max_new_tokens=0), "max_new_tokens is 0"),
         (lambda m, d: m.generate_images("one", num_images_per_prompt=0), "num_images_per_prompt is 0"),
-        (lambda m, d: m.generate_images("one", sampler="plms"), "'plms' is unknown; choose one of ddpm"),
-        (lambda m, d: m.generate_document("one", sampler="plms"), "'plms' is unknown"),
+        (lambda m, d: m.generate_images("one", sampler="plms"), "sampler: got 'plms'; expected one of 'ddpm', 'ddim'"),
+        (lambda m, d: m.generate_document("one", sampler="plms"), "sampler: got 'plms'"),
         (lambda m, d: m.generate_images("one", num_inference_steps=5000), "num_steps is 5000"),
         (lambda m, d: m.generate_images("one", eta=0.5, sampler="euler"), "eta is 0.5"),
         (lambda m, d: m.generate_images("one", guidance_scale=0.5), "guidance_scale is 0.5"),
+        (lambda m, d: m.generate_images("one", guidance_rescale=2.0), "guidance_rescale is 2.0; it must lie"),
+        (lambda m, d: m.generate_images("one", num_inference_steps=2.5), "num_inference_steps: got 2.5"),
+        (lambda m, d: m.generate_text("one", max_new_tokens="8"), "max_new_tokens: got '8' .str.; expected"),
+        (lambda m, d: m.generate_document("one", max_images=True), "max_images: got True"),
     ],
 )
 def test_wrong_calls_are_one_sentence_before_anything_compiles(model, picture, nothing_compiles, call, wrong):
@@ -249,14 +251,6 @@ def test_models_without_language_or_with_another_tokenizer(model):
     small = dataclasses.replace(model.config, llama=dataclasses.replace(model.config.llama, vocab_size=300))
     with pytest.raises(ValueError, match="embeds 300"):
         DreamLLM(small, model.params, model.tokenizer)
-
-
-def test_buckets_stay_within_the_context(model):
-    assert [bucket(n, 4096) for n in (1, 16, 17, 200, 257, 600)] == [16, 16, 32, 256, 512, 768]
-    assert bucket(90, 96) == 96
-    assert context_length(model.config) == 96
-    scaled = dataclasses.replace(model.config.llama, rope_scaling=RopeScaling("linear", 2.0))
-    assert context_length(dataclasses.replace(model.config, llama=scaled)) == 192
 
 
 def test_sdxl_conditions_reach_the_picture(model, variant):

@@ -1,0 +1,75 @@
+"""Configs from mappings: strict about keys and types, by full path."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dreamllm_jax.config.base import build, from_hugging_face, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int
+    kind: Literal["a", "b"] = "a"
+
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError(f"size is {self.size}; it must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    rate: float = 1.0
+    names: tuple[str, ...] = ()
+    pair: tuple[int, float] = (1, 2.0)
+    maybe: int | None = None
+    flag: bool = False
+
+
+def test_there_and_back():
+    outer = Outer(Inner(3, "b"), 0.5, ("x", "y"), (4, 5.0), 7, True)
+    assert build(Outer, to_dict(outer)) == outer
+    assert build(Outer, ConfigDict(to_dict(outer))) == outer
+    assert build(Outer, outer) is outer
+    assert build(Outer, {"inner": {"size": 1}}) == Outer(Inner(1))
+
+
+def test_numbers_of_numpy_and_whole_floats():
+    built = build(Outer, {"inner": {"size": np.int64(2)}, "rate": np.float32(0.5), "flag": np.bool_(True)})
+    assert built == Outer(Inner(2), 0.5, flag=True) and type(built.inner.size) is int
+    assert type(build(Outer, {"inner": {"size": 1}, "rate": 2}).rate) is float
+
+
+@pytest.mark.parametrize(
+    ("mapping", "sentence"),
+    [
+        ({}, "key 'inner' is missing"),
+        ({"inner": {"size": 1}, "nams": ()}, "unknown key 'nams'. Did you mean 'names'"),
+        ({"inner": {"size": 1, "zzz": 1}}, "inner: unknown key 'zzz'. Known keys: kind, size"),
+        ({"inner": {"size": True}}, r"inner.size: got True \(bool\); expected int"),
+        ({"inner": {"size": 1.5}}, "inner.size: got 1.5 .float.; expected int"),
+        ({"inner": {"size": "1"}}, "inner.size: got '1' .str.; expected int"),
+        ({"inner": {"size": -1}}, "inner: size is -1; it must not be negative"),
+        ({"inner": {"size": 1, "kind": "c"}}, "inner.kind: got 'c'; expected one of 'a', 'b'"),
+        ({"inner": 3}, "inner: got 3; expected a mapping"),
+        ({"inner": {"size": 1}, "names": "x"}, "names: got 'x'; expected a list"),
+        ({"inner": {"size": 1}, "names": ["x", 2]}, r"names\[1\]: got 2"),
+        ({"inner": {"size": 1}, "pair": [1]}, "pair: got 1 values; expected 2"),
+        ({"inner": {"size": 1}, "maybe": "no"}, "maybe: got 'no'"),
+    ],
+)
+def test_what_is_wrong_is_named(mapping, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build(Outer, mapping)
+
+
+def test_options_of_hugging_face():
+    only = {"act": ("silu", "gelu"), "blocks": (("A", "B"),)}
+    built = from_hugging_face(Inner, {"size": 2, "act": "gelu", "blocks": ["A", "B"], "other": 1}, only, "it")
+    assert built == Inner(2)
+    with pytest.raises(ValueError, match="it: option act='relu' is not supported; supported: 'silu', 'gelu'"):
+        from_hugging_face(Inner, {"size": 2, "act": "relu"}, only, "it")

@@ -1,0 +1,48 @@
+"""What is said about a recipe before anything is compiled: every recipe of ours passes."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.data.tokenizer import train_tokenizer
+from dreamllm_jax.sharding import make_mesh
+from dreamllm_jax.train import checks
+from dreamllm_jax.train.__main__ import load_recipe
+from dreamllm_jax.train.checks import check_recipe
+from dreamllm_jax.train.start import prepare_tokenizer
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+REAL = ("stage1_comprehension", "stage1_creation", "stage2", "stage3", "sdxl", "llava15")
+
+
+def test_the_handwriting_recipe_passes():
+    """On one device, as it runs on a laptop; every stage."""
+    recipe = load_recipe(str(CONFIGS / "handwriting.py"))
+    mesh = make_mesh(recipe.mesh, jax.devices()[:1])
+    check_recipe(recipe, recipe.stages, mesh, prepare_tokenizer(recipe))
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("shape", [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_the_real_recipes_pass(name, shape, devices, monkeypatch):
+    """At full size, on shapes alone; their corpora, which are not here, are not looked for."""
+    monkeypatch.setattr(checks, "check_source", lambda data: None)
+    recipe = load_recipe(str(CONFIGS / f"{name}.py"))
+    check_recipe(recipe, recipe.stages, make_mesh(shape, devices), train_tokenizer(["one"], 300))
+
+
+def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):
+    monkeypatch.setattr(checks, "check_source", lambda data: None)
+    recipe = load_recipe(str(CONFIGS / "llava15.py"))
+    mesh, tokenizer = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices), train_tokenizer(["one"], 300)
+    uneven = dataclasses.replace(recipe.stages[0], data=dataclasses.replace(recipe.stages[0].data, rows=10))
+    with pytest.raises(
+        ValueError, match="data.rows=10 is not divisible by the 4 devices along data and fsdp"
+    ):
+        check_recipe(recipe, [uneven], mesh, tokenizer)
+    model = dataclasses.replace(recipe.model, llama=dataclasses.replace(recipe.model.llama, vocab_size=256))
+    with pytest.raises(ValueError, match="llama.vocab_size is 256, but the tokenizer has 274"):
+        check_recipe(dataclasses.replace(recipe, model=model), recipe.stages, mesh, tokenizer)
