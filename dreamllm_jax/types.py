@@ -116,7 +116,9 @@ class Document:
     def to_html(self, scale: int = 1) -> str:
         """The document as an HTML fragment with its pictures inside, each pixel `scale` wide."""
         return "".join(
-            f"<span>{html.escape(p)}</span> " if isinstance(p, str) else image_html(p, scale)
+            f'<span style="white-space:pre-wrap">{html.escape(p)}</span> '
+            if isinstance(p, str)
+            else image_html(p, scale)
             for p in self.parts
         )
 

@@ -54,9 +54,11 @@ _PLAIN_FACTS, _FACT_TOLD = 0.3, 0.6  # facts all in words; of the numbers of oth
 _DESCRIPTIONS = 0.3  # of the rest: pairs and questions (the others: stories)
 _STORY_SUMS, _STORY_COUNTS = 0.5, 0.3  # of stories, drawn ones too (the others: what comes next)
 _BEYOND_DIGITS = 0.7  # of stories in text, those that may go beyond the digits
-# Of told pictures: those with their word in the query slots, those with it in the patch slots (without it,
-# the model is left to what it has read before), and those that are not seen after they are dreamed.
-_IN_QUERY, _IN_PATCHES, _UNSEEN = 0.8, 0.5, 0.3
+_UNSEEN = 0.3  # of told pictures, those that are not seen after they are dreamed
+# Of told pictures, those with their word in the query slots, and with it in the patch slots. In a story most
+# are without: the numbers are to be had from its instruction, which is always there and always right.
+_FACT_IN, _TOLD_IN = (0.8, 0.5), (0.5, 0.3)
+_STRAY_PATCH = 0.6  # of pictures told in their patches, those with a patch that says another number
 
 
 def caption(digit: int) -> str:
@@ -114,7 +116,9 @@ def _fact(rng: np.random.Generator, mode: str) -> list[str | Piece]:
     if rng.random() < _PLAIN_FACTS:
         return [text]
     return [
-        _spell(word, mode, rng) if word in NUMBERS and rng.random() < _FACT_TOLD else word
+        _spell(NUMBERS.index(word), mode, rng, *_FACT_IN)
+        if word in NUMBERS and rng.random() < _FACT_TOLD
+        else word
         for word in text.split()
     ]
 
@@ -130,7 +134,7 @@ def _added(a: int, b: int) -> str:
 def _description(rng: np.random.Generator, mode: str) -> list[str | Piece]:
     """A pair or a question, as in pictures of digits."""
     digit, kind = int(rng.integers(10)), rng.random()
-    seen = Spelled(WORDS[digit], seen=True, dreamed=False)
+    seen = Spelled(WORDS[digit], seen=True, dreamed=False, patches=_patches(digit, rng))
     if mode == "creation" or (mode == "joint" and kind < 0.3):
         return [caption(digit), Spelled(WORDS[digit], seen=False, dreamed=True)]
     return [seen, caption(digit)] if kind < 0.55 else [seen, QUESTION, WORDS[digit]]
@@ -140,22 +144,31 @@ def _told(rng: np.random.Generator, mode: str) -> list[str | Piece]:
     """A story with a word in each picture's place."""
     top = _LARGEST if rng.random() < _BEYOND_DIGITS else _DIGIT
     first, parts = story(rng, top, given=mode != "creation")
-    told: list[str | Piece] = [_spell(NUMBERS[p], mode, rng) if isinstance(p, int) else p for p in parts]
+    told: list[str | Piece] = [_spell(p, mode, rng, *_TOLD_IN) if isinstance(p, int) else p for p in parts]
     if isinstance(first, str):
         return [first, *told]
-    return [Spelled(NUMBERS[first], seen=True, dreamed=False), NEXT, *told]
+    given = Spelled(NUMBERS[first], seen=True, dreamed=False, patches=_patches(first, rng))
+    return [given, NEXT, *told]
 
 
-def _spell(word: str, mode: str, rng: np.random.Generator) -> Spelled:
-    """A told picture, its word here or there."""
-    unseen, in_query, in_patches = rng.random(3) < (_UNSEEN, _IN_QUERY, _IN_PATCHES)
+def _spell(number: int, mode: str, rng: np.random.Generator, in_query: float, in_patches: float) -> Spelled:
+    """A told picture; `in_query` and `in_patches`: how likely its word stands here and there."""
+    unseen, query, patches = rng.random(3) < (_UNSEEN, in_query, in_patches)
     return Spelled(
-        word,
+        NUMBERS[number],
         seen=mode == "comprehension" or (mode == "joint" and not unseen),
         dreamed=mode != "comprehension",
-        place=rng.random() if in_query else None,
-        in_patches=bool(in_patches),
+        place=rng.random() if query else None,
+        patches=_patches(number, rng) if patches else (),
     )
+
+
+def _patches(number: int, rng: np.random.Generator) -> tuple[str, ...]:
+    """The word of each patch, of which one may be another: to be read from all of them together."""
+    words = [NUMBERS[number]] * 4
+    if rng.random() < _STRAY_PATCH:
+        words[int(rng.integers(4))] = NUMBERS[int(rng.integers(len(NUMBERS)))]
+    return tuple(words)
 
 
 def _spelled(part: Part) -> str:

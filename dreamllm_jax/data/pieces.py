@@ -45,16 +45,16 @@ class Spelled:
     """A picture told in a word: the markers and slots of a `Picture`, but no image.
 
     The word stands in the query slots, where it is learned: at their beginning for `place` 0, at their end
-    for 1, nowhere for None. With `in_patches` it also stands all over the patch slots. Slots without it hold
-    `<im_patch>`. So a language model learns from text alone what its queries will have to say, and what its
-    patches will tell it.
+    for 1, nowhere for None. `patches` are the words in the patch slots, in turn, over and over: patches of a
+    picture may be of different opinions. Slots without a word hold `<im_patch>`. So a language model learns
+    from text alone what its queries will have to say, and what its patches will tell it.
     """
 
     word: str
     seen: bool
     dreamed: bool
     place: float | None = 1.0
-    in_patches: bool = True
+    patches: tuple[str, ...] = ()
     supervised: bool = True
 
     def num_tokens(self, num_patches: int, num_queries: int) -> int:

@@ -14,6 +14,7 @@ learned; of a picture's markers only `<dream_start>`: the model decides when to 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
@@ -123,16 +124,9 @@ class _Writer:
             self.images.append(picture.image)
 
     def spelled(self, picture: Spelled) -> None:
-        ids, word = self.ids, self.tokenizer.encode(picture.word)
-        in_query = picture.dreamed and picture.place is not None
-        room = min(self.num_queries if in_query else self.num_patches, self.num_patches)
-        if not 1 <= len(word) <= room:
-            raise ValueError(
-                f"A picture told as {picture.word!r} takes {len(word)} tokens; between 1 and {room} have "
-                "room in its slots. Tell it in a shorter word."
-            )
+        ids = self.ids
         if picture.dreamed:
-            told = word if picture.place is not None else []
+            told = [] if picture.place is None else self.told(picture.word, self.num_queries)
             free = self.num_queries - len(told)
             before = round(free * (picture.place or 0.0))
             self.write([ids.dream_start], picture.supervised)
@@ -140,9 +134,18 @@ class _Writer:
             self.write(told, picture.supervised)
             self.write([ids.im_patch] * (free - before) + [ids.dream_end], False)
         if picture.seen:
-            shown = word if picture.in_patches else [ids.im_patch]
-            patches = (shown * self.num_patches)[: self.num_patches]
+            told = [token for word in picture.patches for token in self.told(word, self.num_patches)]
+            patches = itertools.islice(itertools.cycle(told or [ids.im_patch]), self.num_patches)
             self.write([ids.im_start, *patches, ids.im_end], False)
+
+    def told(self, word: str, room: int) -> list[int]:
+        tokens = self.tokenizer.encode(word)
+        if not 1 <= len(tokens) <= room:
+            raise ValueError(
+                f"A picture told as {word!r} takes {len(tokens)} tokens; between 1 and {room} have room in "
+                "its slots. Tell it in a shorter word."
+            )
+        return tokens
 
     def sequence(self, dropped_images: int = 0, dropped_tokens: int = 0) -> Sequence:
         return Sequence(

@@ -18,11 +18,12 @@ class StageCheckpoints:
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=every, max_to_keep=keep, enable_async_checkpointing=True
         )
+        self._every = every
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def due(self, step: int) -> bool:
-        """Whether the state after `step` is to be saved."""
-        return self._manager.should_save(step)
+        """Whether the state after `step` is to be saved: every so many steps, not after the first one."""
+        return step % self._every == 0
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
         """Saves; returns when the state is copied, and writes in the background."""

@@ -84,7 +84,15 @@ def test_told_pictures_follow_the_mode(mode):
     ways = {(p.seen, p.dreamed) for p in pieces}
     seen, dreamed, both = (True, False), (False, True), (True, True)
     assert ways == {"comprehension": {seen}, "creation": {dreamed}, "joint": {seen, dreamed, both}}[mode]
-    assert {p.in_patches for p in pieces} == {True, False} and any(p.place is None for p in pieces)
+    assert any(p.place is None for p in pieces) and any(p.place is not None for p in pieces)
+    assert any(not p.patches for p in pieces) and any(p.patches for p in pieces)
+
+
+def test_most_patches_of_a_told_picture_are_right():
+    pieces = [p for d in documents() for p in d if isinstance(p, Spelled) and p.patches]
+    right = [sum(word == p.word for word in p.patches) for p in pieces]
+    assert all(len(p.patches) == 4 for p in pieces) and set(right) == {3, 4}
+    assert 0.3 < np.mean(np.array(right) == 4) < 0.6
 
 
 @pytest.mark.parametrize("top", [9, 20])

@@ -59,7 +59,7 @@ def test_pair_creation_learns_no_token():
 def test_a_spelled_picture_takes_the_place_of_a_picture():
     """Token for token: what differs is the word in the last query slot, and in the patch slots."""
     picture = encode(interleaved(["one", RED, "two"], "joint"))
-    spelled = encode(interleaved(["one", Spelled("seven", True, True), "two"], "joint"))
+    spelled = encode(interleaved(["one", Spelled("seven", True, True, patches=("seven",)), "two"], "joint"))
     seven = spelled.tokens[2 + Q]
     query, patches = [S.im_patch] * (Q - 1) + [seven], [seven] * P
     expected = [1, 100, S.dream_start, *query, S.dream_end, S.im_start, *patches, S.im_end]
@@ -74,9 +74,20 @@ def test_a_spelled_picture_without_its_word_or_without_room():
     assert bare.tokens.tolist() == [1, *DREAM, 2]
     with pytest.raises(ValueError, match="'one two three four' takes 4 tokens; between 1 and 3 have room"):
         encode([Spelled("one two three four", seen=True, dreamed=True)])
+    with pytest.raises(ValueError, match="'a b c d e' takes 5 tokens; between 1 and 4 have room"):
+        encode([Spelled("seven", seen=True, dreamed=False, patches=("seven", "a b c d e"))])
     cut = encode([Text("one"), Spelled("seven", seen=True, dreamed=False), Text("two")], length=6)
     assert cut.tokens.tolist() == [1, 100, 2] and learned(cut) == [100]
     assert (cut.dropped_images, cut.dropped_tokens) == (1, 1)
+
+
+def test_patches_of_a_spelled_picture_may_differ():
+    """Their words stand in turn, over and over; without any the slots are as those of a picture."""
+    s = encode([Spelled("seven", seen=True, dreamed=False, patches=("seven", "two", "seven"))])
+    seven, two = s.tokens[2], s.tokens[3]
+    assert s.tokens.tolist() == [1, S.im_start, seven, two, seven, seven, S.im_end, 2] and seven != two
+    bare = encode([Spelled("seven", seen=True, dreamed=False)])
+    assert bare.tokens.tolist() == [1, S.im_start, *[S.im_patch] * P, S.im_end, 2]
 
 
 @pytest.mark.parametrize(("place", "slot"), [(0.0, 0), (0.2, 0), (0.5, 1), (0.8, 2), (1.0, 2)])

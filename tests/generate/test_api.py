@@ -198,7 +198,10 @@ def nothing_compiles(model, monkeypatch):
         (lambda m, d: m.generate_text("one", top_p=0.0), "top_p 0.0"),
         (lambda m, d: m.generate_text("one", max_new_tokens=0), "max_new_tokens is 0"),
         (lambda m, d: m.generate_images("one", num_images_per_prompt=0), "num_images_per_prompt is 0"),
-        (lambda m, d: m.generate_images("one", sampler="plms"), "sampler: got 'plms'; expected one of 'ddpm', 'ddim'"),
+        (
+            lambda m, d: m.generate_images("one", sampler="plms"),
+            "sampler: got 'plms'; expected one of 'ddpm', 'ddim'",
+        ),
         (lambda m, d: m.generate_document("one", sampler="plms"), "sampler: got 'plms'"),
         (lambda m, d: m.generate_images("one", num_inference_steps=5000), "num_steps is 5000"),
         (lambda m, d: m.generate_images("one", eta=0.5, sampler="euler"), "eta is 0.5"),

@@ -51,11 +51,11 @@ def test_pictures_of_every_kind_are_shown(images, mode):
 
 
 def test_html_shows_text_as_text_and_carries_the_pictures(images, tmp_path):
-    document = Document(["<b> & co", images[0]])
+    document = Document(["<b> & co\n  next line", images[0]])
     document.save_html(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert document._repr_html_() in page
-    assert "&lt;b&gt; &amp; co" in page
+    assert '<span style="white-space:pre-wrap">&lt;b&gt; &amp; co\n  next line</span>' in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     data = re.search(r"base64,([^\"]+)", page)[1]
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
