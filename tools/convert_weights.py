@@ -2,10 +2,12 @@
 
     python tools/convert_weights.py inspect SRC
     python tools/convert_weights.py to-jax SRC DST [--dtype bfloat16] [--parts FOLDER]
+    python tools/convert_weights.py to-jax DST --llm A [--vision B] [--diffusion C]
     python tools/convert_weights.py to-torch SRC DST [--dtype float32]
 
 SRC of to-jax and inspect is recognized: a DreamLLM, LLaMA / Vicuna, LLaVA-1.5, CLIP or diffusers Stable
-Diffusion folder. torch is not needed, nor memory for the whole model.
+Diffusion folder. torch is not needed, nor memory for the whole model. With --llm the towers of several
+sources become one model, where stage I begins: control tokens join the vocabulary, connectors are drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
         ("to-torch", "write a converted SRC as folders that transformers, diffusers and the reference load"),
     ):
         command = commands.add_parser(name, help=words)
-        command.add_argument("source", metavar="SRC", type=Path)
+        command.add_argument("source", metavar="SRC", type=Path, nargs="?" if name == "to-jax" else None)
+        if name == "to-jax":
+            for tower, what in (
+                ("llm", "a language model (with its connectors, where its towers stay)"),
+                ("vision", "a vision tower: CLIP, or a model that has one"),
+                ("diffusion", "a U-Net and VAE: Stable Diffusion, or a model that has them"),
+            ):
+                command.add_argument(f"--{tower}", type=Path, metavar="SRC", help=f"take {what} from here")
         if name != "to-torch":
             command.add_argument("--parts", type=Path, help="folder of the towers that SRC only names")
         if name != "inspect":
@@ -57,7 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
     from dreamllm_jax.convert.inspect import describe
-    from dreamllm_jax.convert.sources import open_source
 
     if options.command == "inspect":
         print(describe(options.source, options.parts))
@@ -69,12 +77,32 @@ def run(options: argparse.Namespace) -> None:
         "progress": not options.quiet,
     }
     if options.command == "to-jax":
-        source = open_source(options.source, options.parts)
+        source = chosen_source(options)
         report = convert_to_jax(source, options.target, **settings)
-        print(f"{options.source} ({source.kind}) is now {options.target}\n{report}")
+        print(f"{source.path} ({source.kind}) is now {options.target}\n{report}")
     else:
         convert_to_torch(options.source, options.target, **settings)
         print(f"{options.source} is now {options.target}, in PyTorch's forms")
+
+
+def chosen_source(options: argparse.Namespace):
+    """SRC, or what the towers named one by one make together.
+
+    Raises:
+      ValueError: both of these or neither, towers without --llm.
+    """
+    from dreamllm_jax.convert.compose import compose
+    from dreamllm_jax.convert.sources import open_source
+
+    named = {name: getattr(options, name) for name in ("llm", "vision", "diffusion")}
+    named = {name: path for name, path in named.items() if path is not None}
+    if (options.source is not None) == bool(named):
+        raise ValueError("give either SRC or the towers by --llm, --vision and --diffusion.")
+    if options.source is not None:
+        return open_source(options.source, options.parts)
+    if "llm" not in named:
+        raise ValueError("--vision and --diffusion join a language model: name it with --llm.")
+    return compose(**{name: open_source(path, options.parts) for name, path in named.items()})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
 from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.convert import hugging_face
+from dreamllm_jax.convert.compose import draw, with_control_tokens
 from dreamllm_jax.convert.dreamllm_files import MOUNTS
 from dreamllm_jax.convert.engine import Report, to_torch
 from dreamllm_jax.convert.pickles_out import write_pickle
@@ -42,18 +43,25 @@ def convert_to_jax(
     """
     params, report = source.params()
     report.raise_if_faulty(str(source.path))
+    model, tokenizer = source.model, None
+    if source.fresh:  # put together to be trained: with all that training needs
+        params |= draw(model, source.fresh)
+        model, params, tokenizer = with_control_tokens(model, params, source.folder)
     generation = GenerationConfig(template=source.template)
     content: dict[str, Any] = {
         "format": FORMAT,
-        "model": to_dict(source.model),
+        "model": to_dict(model),
         "generation": to_dict(generation),
     }
     if source.loss is not None:
         content["loss"] = to_dict(source.loss)
     with new_folder(folder, overwrite) as beside:
         save_params(beside, params, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
-        for file in source.tokenizer_files:
-            shutil.copyfile(file, beside / file.name)
+        if tokenizer is None:
+            for file in source.tokenizer_files:
+                shutil.copyfile(file, beside / file.name)
+        else:
+            tokenizer.save(beside)
         write_json(beside / "config.json", content)
     return report
 

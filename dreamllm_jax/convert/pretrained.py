@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
+from dreamllm_jax.convert.compose import with_control_tokens
 from dreamllm_jax.convert.shapes import expected_shapes
-from dreamllm_jax.convert.storage import flatten, load_params, new_folder, save_params
+from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.storage import cast, new_folder, open_params, save_params
+from dreamllm_jax.convert.weights import read_config
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 FORMAT = "dreamllm_jax"
 
 
 class Pretrained(NamedTuple):
-    """What such a folder holds; `params` are flat: path -> numpy array."""
+    """What such a folder holds; `params` are flat: path -> tensor, unread, or numpy array."""
 
     config: DreamLLMConfig
     params: dict[str, Any]
@@ -57,32 +61,72 @@ def _holds_model(folder: Path) -> bool:
 
 
 def load_pretrained(folder: str | Path, dtype: str | None = None) -> Pretrained:
-    """Reads a folder that `save_pretrained` wrote; `dtype` casts the floating parameters.
+    """`open_pretrained` with every parameter read: path -> numpy array."""
+    opened = open_pretrained(folder, dtype)
+    return opened._replace(params={path: tensor.read() for path, tensor in opened.params.items()})
+
+
+def open_pretrained(path: str | Path, dtype: str | None = None) -> Pretrained:
+    """A model's folder, its parameters unread; `dtype` casts the floating ones.
+
+    `path` is a folder that `save_pretrained` wrote, a checkpoint in PyTorch's form (see `sources`), or the id
+    of one on the Hugging Face hub.
 
     Raises:
-      ValueError: the folder is missing, foreign, incomplete or damaged.
+      ValueError: the folder is missing, of another kind, incomplete or damaged.
     """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        what = "has no config.json" if folder.is_dir() else "does not exist"
-        raise ValueError(f"{folder} {what}; give a folder written by save_pretrained or by a training run.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); the folder is damaged.") from error
-    if not isinstance(content, dict) or "format" not in content or content["format"] != FORMAT:
-        raise ValueError(
-            f"{folder} holds another kind of checkpoint (config.json does not say format {FORMAT!r}); "
-            "convert it first: python tools/convert_weights.py to-jax SRC DST."
-        )
+    folder = fetched(path)
+    content = _content(folder)
+    if content is None:
+        source = open_source(folder)
+        params, report = source.params()
+        report.raise_if_faulty(str(folder))
+        if source.model.llama is None:
+            raise ValueError(f"{folder} ({source.kind}) has no language model; give a folder that has one.")
+        config, params, tokenizer = with_control_tokens(source.model, params, folder)
+        return Pretrained(config, cast(params, dtype), tokenizer, GenerationConfig(template=source.template))
     missing = [key for key in ("model", "generation") if key not in content]
     if missing:
-        raise ValueError(f"{path} has no {' and no '.join(missing)}; the folder is damaged.")
-    config = model_config(content["model"])
+        raise ValueError(f"{folder}/config.json has no {' and no '.join(missing)}; the folder is damaged.")
     generation = build(GenerationConfig, content["generation"], "generation")
-    params = flatten(load_params(folder, dtype=dtype))
-    return Pretrained(config, params, Tokenizer.load(folder), generation)
+    params = cast(open_params(folder), dtype)
+    config, params, tokenizer = with_control_tokens(model_config(content["model"]), params, folder)
+    return Pretrained(config, params, tokenizer, generation)
+
+
+def fetched(path: str | Path) -> Path:
+    """The folder itself, or that of a hub id's files, fetched where they are not at hand.
+
+    Raises:
+      ValueError: neither a folder nor a model that can be fetched.
+    """
+    folder = Path(path)
+    if folder.exists() or not isinstance(path, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise ValueError(f"{folder} {what}; give a folder of weights, or the id of a model on the hub.")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path))
+    except Exception as error:  # requests', urllib3's and its own
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path} does not exist as a folder, and could not be fetched from the hub ({reason}); give a "
+            "folder, or run where there is a network."
+        ) from error
+
+
+def _content(folder: Path) -> dict[str, Any] | None:
+    """Our config.json; None for a checkpoint in PyTorch's form."""
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "unet" / "config.json").is_file():
+            return None
+        raise ValueError(f"{folder} has no config.json; give a folder of weights.")
+    content = read_config(path)
+    return content if "format" in content and content["format"] == FORMAT else None
 
 
 def check_whole(folder: str | Path, config: DreamLLMConfig, params: Mapping[str, Any]) -> None:

@@ -19,14 +19,15 @@ from dreamllm_jax.models.vae import Vae
 def expected_shapes(config: DreamLLMConfig) -> dict[str, Shape]:
     """Every parameter of the model, in the order of its towers."""
     shapes: dict[str, Shape] = {}
-    for tower, (module, arguments) in _towers(config).items():
+    for tower, (module, arguments) in modules(config).items():
         tree = jax.eval_shape(module.init, jax.random.key(0), *arguments)["params"]
         leaves = flatten_dict(tree, sep="/")
         shapes.update({f"{tower}/{path}": tuple(leaf.shape) for path, leaf in leaves.items()})
     return shapes
 
 
-def _towers(c: DreamLLMConfig) -> dict[str, tuple[nn.Module, tuple]]:
+def modules(c: DreamLLMConfig) -> dict[str, tuple[nn.Module, tuple]]:
+    """Every tower and connector with arguments to initialize it with."""
     towers: dict[str, tuple[nn.Module, tuple]] = {}
     tokens = jnp.zeros((1, 2), jnp.int32)
     if c.llama is not None:

@@ -42,7 +42,8 @@ VICUNA = "vicuna_v1.1"
 class Source:
     """A recognized checkpoint: `parts` are its tensors, unread, under the names that the tables know.
 
-    `template` is the conversation template it was trained with, None for plain continuation.
+    `template` is the conversation template it was trained with, None for plain continuation. The connectors
+    `fresh` are not among the parts: they are to be drawn.
     """
 
     kind: str
@@ -52,15 +53,22 @@ class Source:
     report: Report = dataclasses.field(default_factory=Report)
     loss: LossConfig | None = None
     template: str | None = None
+    fresh: tuple[str, ...] = ()
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     def params(self) -> tuple[dict[str, Tensor], Report]:
-        """Our parameters, unread, and the report of what did not fit or was ignored."""
-        params, report = to_jax(self.parts, expected_shapes(self.model))
+        """Our parameters but the fresh ones, unread, and the report of what did not fit or was ignored."""
+        shapes = expected_shapes(self.model)
+        expected = {path: shape for path, shape in shapes.items() if path.split("/")[0] not in self.fresh}
+        params, report = to_jax(self.parts, expected)
         for field in dataclasses.fields(Report):
             getattr(report, field.name)[:0] = getattr(self.report, field.name)
         return params, report

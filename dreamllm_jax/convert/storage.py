@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from dreamllm_jax.convert.byte_ranges import Checksums
 from dreamllm_jax.convert.safetensors_files import SHARD_BYTES, read_index, read_safetensors, write_sharded
@@ -120,31 +122,39 @@ def open_params(folder: str | Path) -> dict[str, Tensor]:
     return {path: files[name][path] for path, name in weight_map.items()}
 
 
-def load_params(
-    folder: str | Path,
-    *,
-    dtype: str | None = None,
-    place: Callable[[str, Tensor], Any] | None = None,
-) -> dict[str, Any]:
-    """The parameter tree of a converted folder: nested dicts of numpy arrays.
-
-    `place(path, tensor)`, where given, makes each leaf instead, for example a sharded jax.Array from
-    the rows that this host needs (`jax.make_array_from_callback` over `read_block`).
-    """
+def load_params(folder: str | Path, *, dtype: str | None = None) -> dict[str, Any]:
+    """The parameter tree of a converted folder: nested dicts of numpy arrays."""
     tensors = cast(open_params(folder), dtype)
-    make = place or (lambda path, tensor: tensor.read())
-    return unflatten({path: make(path, tensor) for path, tensor in tensors.items()})
+    return unflatten({path: tensor.read() for path, tensor in tensors.items()})
 
 
 def read_block(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
     """The block of a tensor that `index` (as jax.make_array_from_callback gives it) asks for.
 
-    Only the rows of the first axis that the block spans are read.
+    Only the rows of the first axis that the block spans are read; where it takes part of each row of a
+    stack of layers, one layer at a time.
     """
     if not tensor.shape:
         return tensor.read()
     start, stop, _ = index[0].indices(tensor.shape[0])
-    return np.ascontiguousarray(tensor.read(start, stop)[(slice(None), *index[1:])])
+    whole = all(cut.indices(n) == (0, n, 1) for cut, n in zip(index[1:], tensor.shape[1:], strict=True))
+    if whole or len(tensor.shape) < 3:
+        return np.ascontiguousarray(tensor.read(start, stop)[(slice(None), *index[1:])])
+    rows = [tensor.read(row, row + 1)[(slice(None), *index[1:])] for row in range(start, stop)]
+    return np.concatenate(rows)
+
+
+def to_device(tensor: Tensor, sharding: Sharding) -> jax.Array:
+    """A tensor as a jax.Array: each device of this process gets its own block, read once for all of them."""
+    blocks: dict[tuple, np.ndarray] = {}
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((cut.start, cut.stop) for cut in index)
+        if key not in blocks:
+            blocks[key] = read_block(tensor, index)
+        return blocks[key]
+
+    return jax.make_array_from_callback(tensor.shape, sharding, block)
 
 
 @contextlib.contextmanager

@@ -19,11 +19,15 @@ MODES = ("comprehension", "creation", "joint")
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """One chunk of plain text; a `shrinkable` one gives way to what follows it in a document."""
+    """One chunk of plain text; a `shrinkable` one gives way to what follows it in a document.
+
+    `continues`: the chunk goes on after a picture or `</s>` in the same string, as in a conversation.
+    """
 
     text: str
     supervised: bool = True
     shrinkable: bool = False
+    continues: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,9 +177,8 @@ def conversation(
     pieces: list[Piece] = []
     text = style.opening
     for i in range(0, len(turns), 2):
-        pieces += _join(
-            text + style.before_user, _expand(turns[i], queue, False), style.after_user, supervised=False
-        )
+        asked = _expand(turns[i], queue, False)
+        pieces += _join(text + style.before_user, asked, style.after_user, False, continues=i > 0)
         answer = list(_expand(turns[i + 1], queue, True))
         if isinstance(turns[i + 1], str) and answer and isinstance(answer[0], str):
             answer[0] = answer[0].lstrip()
@@ -207,7 +210,13 @@ def _expand(turn: Turn, queue: Iterator[ImageLike], supervised: bool) -> Iterato
         yield Picture(image, seen=True, dreamed=part == "<dream>", supervised=supervised)
 
 
-def _join(before: str, parts: Iterable[str | Piece | ImageLike], after: str, supervised: bool) -> list[Piece]:
+def _join(
+    before: str,
+    parts: Iterable[str | Piece | ImageLike],
+    after: str,
+    supervised: bool,
+    continues: bool = False,
+) -> list[Piece]:
     """Pieces of one turn; text between two pictures is one chunk, as the reference tokenizes it."""
     pieces: list[Piece] = []
     text = before
@@ -216,9 +225,9 @@ def _join(before: str, parts: Iterable[str | Piece | ImageLike], after: str, sup
             text += part
             continue
         if text:
-            pieces.append(Text(text, supervised))
-        text = ""
+            pieces.append(Text(text, supervised, continues=continues))
+        text, continues = "", True
         pieces.append(part_to_piece(part))
     if text + after:
-        pieces.append(Text(text + after, supervised))
+        pieces.append(Text(text + after, supervised, continues=continues))
     return pieces

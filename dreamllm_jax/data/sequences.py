@@ -191,7 +191,7 @@ def encode_pieces(
     for i, piece in enumerate(body):
         room = limit - len(writer.tokens)
         if isinstance(piece, Text):
-            tokens = tokenizer.encode(piece.text)
+            tokens = tokenizer.encode(piece.text, piece.continues)
             if piece.shrinkable:
                 room = max(0, room - sum(_num_tokens(p, writer) for p in body[i + 1 :]))
             writer.write(tokens[:room], piece.supervised)
@@ -227,7 +227,7 @@ def _cut(
         writer.write([writer.ids.eos], False)
     return writer.sequence(
         sum(isinstance(piece, Picture | Spelled | Beside) for piece in rest),
-        dropped_tokens + sum(len(tokenizer.encode(p.text)) for p in rest if isinstance(p, Text)),
+        dropped_tokens + sum(len(tokenizer.encode(p.text, p.continues)) for p in rest if isinstance(p, Text)),
     )
 
 
@@ -252,7 +252,7 @@ def encode_prompt(
     writer.write([writer.ids.bos], False)
     for piece in pieces:
         if isinstance(piece, Text):
-            writer.write(tokenizer.encode(piece.text), False)
+            writer.write(tokenizer.encode(piece.text, piece.continues), False)
         else:
             writer.piece(piece)
     if max_images is not None and len(writer.images) > max_images:

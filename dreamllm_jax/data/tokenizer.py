@@ -1,7 +1,8 @@
 """Text to token ids and back: LLaMA-style BPE with DreamLLM's control tokens.
 
 Every text is one chunk: LLaMA's marker for a leading space goes before it, so that the chunks
-"a" and "b" read together as "a b". Control tokens never come out of text: a user who writes
+"a" and "b" read together as "a b". (Transformers calls this `legacy`; a tokenizer that is not adds no marker
+to a chunk that goes on after a control token.) Control tokens never come out of text: a user who writes
 `</s>` or `<dream_start>` gets those characters. Ids of control tokens are read from the tokenizer,
 never assumed: the published code and the published checkpoints disagree about them.
 """
@@ -11,11 +12,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from dreamllm_jax.data.tokenizer_files import read_backend, without_prefix
 
 # In the order of the published checkpoints, where [PAD] is 32000.
 ADDED_TOKENS = (
@@ -62,7 +66,7 @@ _NAMES = {
 class Tokenizer:
     """A fast tokenizer whose control tokens are known by name and unreachable from text."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, legacy: bool = True):
         """Wraps `backend` (and owns it from here on).
 
         Raises:
@@ -84,32 +88,29 @@ class Tokenizer:
         backend.encode_special_tokens = True  # their names inside text are text
         backend.no_truncation()
         backend.no_padding()
-        self.backend = backend
+        self.backend, self.legacy = backend, legacy
+        self._continuing = backend if legacy else without_prefix(backend)
         self.special = SpecialTokens(**ids)
         self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
 
     @classmethod
     def load(cls, folder: str | Path, extend: bool = False) -> Tokenizer:
-        """Reads `tokenizer.json` of a folder; `extend` adds control tokens that are missing.
+        """Reads the tokenizer of a folder; `extend` adds control tokens that are missing.
+
+        `tokenizer.model` is read where there is one, as the reference does, with the tokens that the folder's
+        other files add to it; else `tokenizer.json`. `tokenizer_config.json` says whether it is `legacy`.
 
         Raises:
-          ValueError: no such folder or file, an unreadable one, missing control tokens.
+          ValueError: no such folder or file, an unreadable one, missing control tokens, added tokens that do
+            not follow the vocabulary.
         """
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(
-                f"No tokenizer.json in {str(folder)!r}; a folder with a fast tokenizer is needed."
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust side raises bare Exception
-            raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
+        backend, legacy = read_backend(Path(folder))
         if extend:
             missing = [name for name in ADDED_TOKENS if backend.token_to_id(name) is None]
             backend.add_special_tokens(
                 [tokenizers.AddedToken(n, special=True, normalized=False) for n in missing]
             )
-        return cls(backend)
+        return cls(backend, legacy)
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and a `tokenizer_config.json` that transformers loads too."""
@@ -124,15 +125,38 @@ class Tokenizer:
             "pad_token": "[PAD]",
             "additional_special_tokens": [name for name in ADDED_TOKENS if name != "[PAD]"],
             "clean_up_tokenization_spaces": False,
+            "legacy": self.legacy,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of one chunk of plain text: no `<s>`, no control tokens; none at all for ""."""
-        return list(self._encode(text))
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """Ids of one chunk of plain text: no `<s>`, no control tokens; none at all for "".
 
-    def _encode_uncached(self, text: str) -> tuple[int, ...]:
-        return tuple(self.backend.encode(text, add_special_tokens=False).ids) if text else ()
+        `continues` says that the text goes on after a control token within one string, which matters to a
+        tokenizer that is not `legacy`.
+        """
+        return list(self._encode(text, continues))
+
+    def _encode_uncached(self, text: str, continues: bool) -> tuple[int, ...]:
+        backend = self._continuing if continues else self.backend
+        return tuple(backend.encode(text, add_special_tokens=False).ids) if text else ()
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a string in which the names of control tokens stand for themselves; no `<s>` is added."""
+        ids: list[int] = []
+        for i, chunk in enumerate(self._names.split(text)):
+            if i % 2:
+                ids.append(self.backend.token_to_id(chunk))
+            else:
+                ids += self.encode(chunk, continues=i > 0)
+        return ids
+
+    @functools.cached_property
+    def _names(self) -> re.Pattern[str]:
+        """Any control token, as a group: longer names first."""
+        added = self.backend.get_added_tokens_decoder().values()
+        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})")
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`, without the first chunk's leading space."""

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
-from dreamllm_jax.convert.pretrained import check_whole, load_pretrained, save_pretrained
-from dreamllm_jax.convert.storage import flatten, unflatten
+from dreamllm_jax.convert.pretrained import check_whole, open_pretrained, save_pretrained
+from dreamllm_jax.convert.storage import as_tensors, flatten, to_device, unflatten
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.generate.decode import decode_text, dream
@@ -53,16 +53,16 @@ class DreamLLM:
     ):
         """Places the parameters (flat or nested) on the default device, or sharded over `mesh`.
 
+        They may be tensors that are not read yet: these are read one by one, what this host's devices need.
+
         Raises:
           ValueError: a model without language model, or with fewer embeddings than the tokenizer has tokens.
         """
         _check_language(config, tokenizer)
         flat = flatten(params)
-        if mesh is None:
-            placed = {k: jnp.asarray(v) for k, v in flat.items()}
-        else:
-            shardings = parameter_shardings(flat, mesh)
-            placed = {k: jax.device_put(v, shardings[k]) for k, v in flat.items()}
+        alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = dict.fromkeys(flat, alone) if mesh is None else parameter_shardings(flat, mesh)
+        placed = {k: to_device(v, shardings[k]) for k, v in as_tensors(flat).items()}
         self._engine = Engine(config, unflatten(placed), tokenizer)
         self.generation = GenerationConfig() if generation is None else generation
         self._null_conditions: dict[bytes, NullCondition] = {}  # by the tokens of the negative prompt
@@ -71,8 +71,10 @@ class DreamLLM:
     def from_pretrained(
         cls, path: str | Path, dtype: str | None = None, mesh: Mesh | None = None
     ) -> DreamLLM:
-        """Loads a folder that `save_pretrained` or a training run wrote.
+        """Loads a folder that `save_pretrained` or a training run wrote, or a checkpoint in PyTorch's form.
 
+        Such a checkpoint (DreamLLM, LLaMA or Vicuna, LLaVA-1.5; a folder or an id on the hub) is converted in
+        passing. What it lacks of DreamLLM is added: control tokens, and connectors drawn afresh.
         `dtype` ("float32", "bfloat16") casts the weights and sets what is computed in.
 
         Raises:
@@ -80,7 +82,7 @@ class DreamLLM:
         """
         if dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'.")
-        loaded = load_pretrained(path, dtype)
+        loaded = open_pretrained(path, dtype)
         check_whole(path, loaded.config, loaded.params)
         config = loaded.config if dtype is None else dataclasses.replace(loaded.config, dtype=dtype)
         return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh)

@@ -24,5 +24,5 @@ class WordTokenizer(Tokenizer):
         self.special = SPECIAL
         self.words: dict[str, int] = {}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continues: bool = False) -> list[int]:
         return [self.words.setdefault(word, 100 + len(self.words)) for word in text.split()]

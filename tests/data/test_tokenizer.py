@@ -75,7 +75,7 @@ def test_transformers_loads_it(tokenizer, tmp_path):
 
 
 def test_load_failures(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="No tokenizer.json"):
+    with pytest.raises(ValueError, match="neither tokenizer.model nor tokenizer.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a readable"):

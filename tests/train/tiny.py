@@ -98,7 +98,7 @@ class Letters(Tokenizer):
     def __init__(self):
         self.special = SPECIAL
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continues: bool = False) -> list[int]:
         return [100 + ord(letter) for letter in text]
 
 

@@ -1,0 +1,136 @@
+"""Towers of several sources as one model: where stage I begins."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dreamllm_jax import DreamLLM
+from dreamllm_jax.convert.compose import Extended, compose
+from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
+from dreamllm_jax.convert.pretrained import load_pretrained
+from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.storage import open_params, save_params
+from dreamllm_jax.convert.tensors import ArrayTensor
+from dreamllm_jax.data.tokenizer import ADDED_TOKENS
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
+ROWS = 512  # of the golden vocabulary, without the control tokens
+
+
+def command(*arguments) -> int:
+    spec = importlib.util.spec_from_file_location("convert_weights", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def sources(golden, tmp_path_factory):
+    """Folders as they are published: a Vicuna without control tokens, a CLIP tower, a Stable Diffusion."""
+    home = tmp_path_factory.mktemp("sources")
+    convert_to_jax(open_source(golden / "dreamllm-a" / "checkpoint"), home / "jax")
+    convert_to_torch(home / "jax", home / "torch")
+    params = {path: t.read() for path, t in open_params(home / "jax").items() if path.startswith("llama/")}
+    params["llama/embed_tokens/embedding"] = params["llama/embed_tokens/embedding"][:ROWS]
+    params["llama/lm_head/kernel"] = params["llama/lm_head/kernel"][:, :ROWS]
+    content = json.loads((home / "jax" / "config.json").read_text())
+    content["model"] |= {"vision": None, "unet": None, "vae": None}
+    content["model"]["llama"]["vocab_size"] = ROWS
+    save_params(home / "llama-jax", params)
+    (home / "llama-jax" / "config.json").write_text(json.dumps(content))
+    convert_to_torch(home / "llama-jax", home / "vicuna")
+    shutil.copy(golden / "dreamllm-a" / "checkpoint" / "tokenizer.model", home / "vicuna" / "tokenizer.model")
+    return {
+        "llm": home / "vicuna",
+        "vision": home / "torch" / "clip",
+        "diffusion": home / "torch" / "sd",
+        "all": golden / "dreamllm-a" / "checkpoint",
+    }
+
+
+@pytest.fixture(scope="module")
+def start(sources, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("composed") / "start"
+    towers = [f"--{name}={sources[name]}" for name in ("llm", "vision", "diffusion")]
+    assert command("to-jax", folder, *towers, "--quiet") == 0
+    return folder
+
+
+def test_the_start_of_stage_one(sources, start):
+    loaded = load_pretrained(start)
+    whole = {path: t.read() for path, t in open_source(sources["all"]).params()[0].items()}
+    assert loaded.params.keys() == whole.keys()
+    for path, theirs in whole.items():
+        ours, tower = loaded.params[path], path.split("/")[0]
+        wanted = (64, theirs.shape[1]) if tower == "dream_queries" else theirs.shape  # the paper's number
+        assert ours.shape == wanted
+        if tower in ("vision", "unet", "vae"):
+            np.testing.assert_array_equal(ours, theirs, err_msg=path)
+        elif tower != "llama":  # connectors are new, and not zero
+            assert not np.array_equal(ours, theirs) and (ours.std() > 0 or path.endswith("bias"))
+    rows, first = loaded.params["llama/embed_tokens/embedding"], whole["llama/embed_tokens/embedding"][:ROWS]
+    np.testing.assert_array_equal(rows[:ROWS], first)
+    np.testing.assert_allclose(rows[ROWS:], np.tile(first.mean(0), (8, 1)), atol=1e-6)
+    head = loaded.params["llama/lm_head/kernel"]
+    np.testing.assert_allclose(
+        head[:, ROWS:], head[:, :ROWS].mean(1, keepdims=True) + np.zeros((1, 8)), atol=1e-6
+    )
+    special = loaded.tokenizer.special
+    assert special.pad == ROWS and loaded.config.llama.vocab_size == ROWS + len(ADDED_TOKENS)
+    assert (special.im_start, special.dream_end, special.dream_start) == (ROWS + 1, ROWS + 2, ROWS + 3)
+
+
+def test_it_generates(start):
+    model = DreamLLM.from_pretrained(start)
+    (picture,) = model.generate_images("hello", num_inference_steps=1, guidance_scale=1.0)
+    assert picture.size == (model.config.image_size,) * 2
+
+
+def test_a_bare_vicuna_loads_and_writes(sources):
+    """The same rows as in the whole checkpoint, hence the same text, control tokens apart."""
+    bare, whole = (DreamLLM.from_pretrained(sources[name]) for name in ("llm", "all"))
+    assert bare.config.vision is None and bare.generation.template is None
+    assert bare.tokenizer.special == whole.tokenizer.special
+    for prompt in ("hello world", "a digit"):
+        expected = whole.tokenizer.encode(prompt)
+        assert bare.tokenizer.encode(prompt) == expected
+        assert isinstance(bare.generate_text(prompt, max_new_tokens=4), str)
+
+
+def test_a_tower_is_exchanged_with_its_connector(sources, tmp_path):
+    """The image decoder of a DreamLLM replaced: its queries and condition are drawn, its sight stays."""
+    source = compose(open_source(sources["all"]), diffusion=open_source(sources["diffusion"]))
+    assert source.fresh == ("dream_queries", "condition_projector", "global_projector")
+    convert_to_jax(source, tmp_path / "exchanged")
+    ours, whole = load_pretrained(tmp_path / "exchanged").params, open_source(sources["all"]).params()[0]
+    for path, tensor in whole.items():
+        kept = path.split("/")[0] not in source.fresh
+        assert np.array_equal(ours[path], tensor.read()) == kept, path
+
+
+def test_what_does_not_go_together(sources, tmp_path, capsys):
+    for arguments, words in (
+        ((tmp_path / "x",), "give either SRC or the towers"),
+        ((sources["all"], tmp_path / "x", f"--llm={sources['llm']}"), "give either SRC or the towers"),
+        ((tmp_path / "x", f"--vision={sources['vision']}"), "name it with --llm"),
+        ((tmp_path / "x", f"--llm={sources['vision']}"), "has no llama; give a source that has one"),
+        ((tmp_path / "x", f"--llm={sources['llm']}", f"--vision={sources['diffusion']}"), "has no vision"),
+    ):
+        assert command("to-jax", *arguments, "--quiet") == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_extended_tensors_read_in_parts(axis):
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    extended = Extended(ArrayTensor("x", values), 6, axis)
+    whole = extended.read()
+    assert whole.shape == extended.shape == ((6, 4) if axis == 0 else (3, 6))
+    np.testing.assert_array_equal(whole[:3, :4], values)
+    np.testing.assert_array_equal(np.take(whole, 5, axis), values.mean(axis))
+    np.testing.assert_array_equal(extended.read(1, 3), whole[1:3])

@@ -1,0 +1,99 @@
+"""The tokenizer of a folder: the reference's ids, whichever of its files they come from."""
+
+import json
+import shutil
+
+import pytest
+
+from dreamllm_jax.data.tokenizer import Tokenizer
+
+FILES = ("tokenizer.model", "added_tokens.json", "tokenizer_config.json")
+
+
+@pytest.fixture
+def folder(golden, tmp_path):
+    """The files of the golden checkpoint's tokenizer."""
+    place = tmp_path / "published"
+    place.mkdir()
+    for name in FILES:
+        shutil.copy(golden / "dreamllm-a" / "checkpoint" / name, place / name)
+    return place
+
+
+def change(folder, name, **changes):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_ids_of_the_reference_from_either_file(golden, folder, tmp_path, legacy):
+    change(folder, "tokenizer_config.json", legacy=legacy)
+    bare = Tokenizer.load(folder)
+    bare.save(tmp_path / "saved")
+    saved = Tokenizer.load(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "tokenizer.model").exists()
+    rows = json.loads((golden / "sequences.json").read_text())["tokenizer"]
+    rows = [row for row in rows if row["legacy"] == legacy]
+    assert len(rows) == 25
+    for tokenizer in (bare, saved):
+        assert tokenizer.legacy == legacy and tokenizer.special == bare.special
+        for row in rows:
+            assert [tokenizer.special.bos, *tokenizer.encode_marked(row["text"])] == row["ids"], row["text"]
+
+
+def test_control_tokens_are_those_of_the_files(golden, folder):
+    wanted = json.loads((golden / "dreamllm-a" / "reference.json").read_text())["special"]
+    added = wanted["additional_special_tokens"]
+    for drop in ("added_tokens.json", None):  # either of the two generations of files is enough
+        if drop:
+            (folder / drop).rename(folder / "aside")
+        special = Tokenizer.load(folder).special
+        assert (special.bos, special.eos, special.unk, special.pad) == (1, 2, 0, wanted["[PAD]"])
+        assert {
+            f"<{n}>": getattr(special, n) for n in ("im_patch", "im_start", "dream_end")
+        }.items() <= added.items()
+        if drop:
+            (folder / "aside").rename(folder / drop)
+            change(folder, "tokenizer_config.json", added_tokens_decoder={})
+
+
+def test_legacy_is_the_default(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["legacy"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.load(folder).legacy
+
+
+def test_a_vicuna_is_extended(folder):
+    """LLaMA's own tokenizer has no control tokens of DreamLLM's; they follow its vocabulary."""
+    (folder / "added_tokens.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no \[PAD\], <image>.*Load it with extend=True"):
+        Tokenizer.load(folder)
+    special = Tokenizer.load(folder, extend=True).special
+    assert (special.pad, special.im_start, special.dream) == (512, 513, 519)
+
+
+def test_what_a_fast_tokenizer_of_transformers_writes(folder, tmp_path):
+    """Its `tokenizer.json` alone: control tokens as here, and chunks as its setting says."""
+    transformers = pytest.importorskip("transformers")
+    for legacy in (True, False):
+        fast = transformers.LlamaTokenizerFast.from_pretrained(folder, legacy=legacy)
+        fast.save_pretrained(tmp_path / "fast")
+        (tmp_path / "fast" / "tokenizer.model").unlink(missing_ok=True)
+        ours = Tokenizer.load(tmp_path / "fast")
+        assert ours.special == Tokenizer.load(folder).special
+        assert ours.encode("hello world") == [386, 362, 442, 439, 331, 274, 442, 444]
+
+
+def test_damaged_files(folder):
+    change(folder, "added_tokens.json", **{"<dream>": 600})
+    change(folder, "tokenizer_config.json", added_tokens_decoder={})
+    with pytest.raises(ValueError, match="'<dream>' has id 600 there, but follows the vocabulary as 519"):
+        Tokenizer.load(folder)
+    (folder / "added_tokens.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="added_tokens.json holds a list; a JSON object is expected"):
+        Tokenizer.load(folder)
+    (folder / "added_tokens.json").write_text("{")
+    with pytest.raises(ValueError, match="added_tokens.json is not readable JSON"):
+        Tokenizer.load(folder)
