@@ -67,7 +67,7 @@ def model() -> dict:
             num_attention_heads=4,
             max_position_embeddings=16,
             projection_dim=64,
-            eos_token_id=2,
+            eos_token_id=2,  # as in old CLIP configs: the highest id, here the padding after </s>
         ),
         contrastive=True,
         image_size=16,

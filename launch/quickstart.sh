@@ -33,6 +33,21 @@ if [ -e "$workdir" ] && [ ! -d "$workdir" ]; then
   fail "WORKDIR=$workdir is a file; give the path of a folder, which is made where it does not exist."
 fi
 
+# run MESSAGE MODULE [ARGUMENTS]: what asks for something wrong (exit code 2) has said so itself.
+run() {
+  local message=$1 module=$2 status=0
+  shift 2
+  "$python" -m "dreamllm_jax.$module" "$@" || status=$?
+  case $status in
+    0) ;;
+    2)
+      rmdir "$workdir" 2>/dev/null || true # where nothing was begun
+      exit 1
+      ;;
+    *) fail "$message" ;;
+  esac
+}
+
 prepare_python runtime
 mkdir -p "$workdir" 2>/dev/null || fail "The folder $workdir cannot be made; give a WORKDIR that can be written to."
 workdir=$(CDPATH='' cd -- "$workdir" && pwd -P)
@@ -41,9 +56,10 @@ cd "$root"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.cache/jax}"
 
 say "Training configs/handwriting.py; everything is written to $workdir."
-"$python" -m dreamllm_jax.train --config=configs/handwriting.py --workdir="$workdir" "$@" ||
-  fail "The training stopped early; what it had finished is in $workdir, and the same command goes on from there."
+run "The training stopped early; what it had finished is in $workdir/stages (each stage's model is a folder \
+there), and the same command goes on from there." \
+  train --config=configs/handwriting.py --workdir="$workdir" "$@"
 say "Evaluating what was trained."
-"$python" -m dreamllm_jax.evaluate --workdir="$workdir" ||
-  fail "The evaluation stopped early; the trained model is in $workdir, and the same command tries again."
+run "The evaluation stopped early; the trained model is in $workdir, and the same command tries again." \
+  evaluate --workdir="$workdir"
 say "Done: open $workdir/report.html to see what the model wrote."

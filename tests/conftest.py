@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 XLA_FLAGS = {
     "--xla_force_host_platform_device_count": 8,
+    # Convolutions and matrix products in threads of their own finish in any order, and XLA then enters a
+    # loop's collectives on some devices and those after the loop on others: they wait for each other forever.
+    "--xla_cpu_multi_thread_eigen": "false",
     # Eight devices on two busy cores wait long for each other; by default XLA gives up after 40 s.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,

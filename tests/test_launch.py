@@ -182,6 +182,17 @@ def test_quickstart_says_what_a_crash_left(house, tmp_path, module, sentence):
     assert sentence in one_sentence(result)
 
 
+def test_quickstart_adds_nothing_to_what_was_wrong_with_the_question(house, tmp_path):
+    """Exit code 2: the training has said its sentence, and nothing is there to go on from."""
+    python = stub(tmp_path / "bin")
+    said = '"-m dreamllm_jax.train"*) echo "error: unknown key." >&2; exit 2 ;;\n  "-m pytest"*)'
+    python.write_text(python.read_text().replace('"-m pytest"*)', said))
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    result = launch(house, "launch/quickstart.sh", "work", "--config.sed=1", path=path)
+    assert one_sentence(result) == "error: unknown key."
+    assert not (house.parent / "work").exists()
+
+
 def test_quickstart_trains_and_evaluates_in_the_callers_folder(house, tmp_path):
     """The folder is relative to where the caller stands; the stub shows what it is asked to run."""
     python = stub(tmp_path / "bin")

@@ -20,12 +20,12 @@ ORDER = (
     ("models", "diffusion.schedule"),
     ("losses", "diffusion.sampling"),
     ("train", "generate"),
-    ("evaluate",),
+    ("evaluate", "convert.verify"),
 )
 # Rooms beside that order: what each stands on.
 BESIDE = {"data": ("types", "config"), "convert": ("config", "models", "data")}
 # The rooms that may use those beside.
-USERS_OF_BESIDE = ("train", "generate", "evaluate")
+USERS_OF_BESIDE = ("train", "generate", "evaluate", "convert.verify")
 # The package's front door shows a few names of these rooms; nobody inside enters by it.
 FRONT_DOOR = ("types", "generate")
 

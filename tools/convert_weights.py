@@ -6,8 +6,9 @@
     python tools/convert_weights.py to-torch SRC DST [--dtype float32]
 
 SRC of to-jax and inspect is recognized: a DreamLLM, LLaMA / Vicuna, LLaVA-1.5, CLIP or diffusers Stable
-Diffusion folder. torch is not needed, nor memory for the whole model. With --llm the towers of several
-sources become one model, where stage I begins: control tokens join the vocabulary, connectors are drawn.
+Diffusion folder, or a Stable Diffusion in one .safetensors file. torch is not needed, nor memory for the
+whole model. With --llm the towers of several sources become one model, where stage I begins: control tokens
+join the vocabulary, connectors are drawn.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
             ):
                 command.add_argument(f"--{tower}", type=Path, metavar="SRC", help=f"take {what} from here")
         if name != "to-torch":
+            command.add_argument(
+                "--prediction-type",
+                choices=("epsilon", "v_prediction"),
+                help="what a Stable Diffusion 2 in one file predicts",
+            )
             command.add_argument("--parts", type=Path, help="folder of the towers that SRC only names")
         if name != "inspect":
             command.add_argument("target", metavar="DST", type=Path)
@@ -68,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     from dreamllm_jax.convert.inspect import describe
 
     if options.command == "inspect":
-        print(describe(options.source, options.parts))
+        print(describe(options.source, options.parts, options.prediction_type))
         return
     settings = {
         "dtype": options.dtype,
@@ -99,10 +105,11 @@ def chosen_source(options: argparse.Namespace):
     if (options.source is not None) == bool(named):
         raise ValueError("give either SRC or the towers by --llm, --vision and --diffusion.")
     if options.source is not None:
-        return open_source(options.source, options.parts)
+        return open_source(options.source, options.parts, options.prediction_type)
     if "llm" not in named:
         raise ValueError("--vision and --diffusion join a language model: name it with --llm.")
-    return compose(**{name: open_source(path, options.parts) for name, path in named.items()})
+    prediction = options.prediction_type
+    return compose(**{name: open_source(path, options.parts, prediction) for name, path in named.items()})
 
 
 if __name__ == "__main__":

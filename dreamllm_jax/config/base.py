@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -90,6 +90,14 @@ def _convert_union(args: tuple, value: Any, where: str) -> Any:
         except ValueError as error:
             errors.append(str(error))
     raise ValueError(errors[0] if len(errors) == 1 else " Or: ".join(errors))
+
+
+def check_sizes(config: Any, where: str, names: Iterable[str]) -> None:
+    """Raises ValueError where one of these sizes (ints, or tuples of them) is below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+            raise ValueError(f"{where}: {name} is {value}; it must be at least 1.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

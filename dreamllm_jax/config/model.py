@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
-from dreamllm_jax.config.base import build
+from dreamllm_jax.config.base import build, check_sizes
 from dreamllm_jax.config.towers import (
     ClipTextConfig,
     ClipVisionConfig,
@@ -46,6 +47,7 @@ class DreamLLMConfig:
     remat: Remat = "none"
 
     def __post_init__(self):
+        check_sizes(self, "model", ("num_dream_queries", "image_size"))
         if (self.unet is None) != (self.vae is None):
             raise ValueError("model: unet and vae come together; give both or neither.")
         if self.vae is not None and self.image_size % self.vae.downscale:
@@ -126,6 +128,9 @@ class GenerationConfig:
         for name, least in (("max_new_tokens", 1), ("max_images", 0), ("num_inference_steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        for name in ("temperature", "top_p", "guidance_scale", "guidance_rescale", "eta"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite.")
         if self.guidance_scale < 1:
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; it must be at least 1 (1: no guidance)."

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dreamllm_jax.config.base import from_hugging_face
+from dreamllm_jax.config.base import check_sizes, from_hugging_face
 
 Activation = Literal["silu", "quick_gelu", "gelu"]
 
@@ -44,6 +44,9 @@ class LlamaConfig:
     attention_bias: bool = False
 
     def __post_init__(self):
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        more = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+        check_sizes(self, "LLaMA config", (*names, *more))
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -77,6 +80,15 @@ class LlamaConfig:
         return from_hugging_face(cls, mapping, only, "LLaMA config")
 
 
+_CLIP_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "projection_dim",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipVisionConfig:
     """`transformers.CLIPVisionConfig`."""
@@ -93,6 +105,7 @@ class ClipVisionConfig:
     projection_dim: int = 768
 
     def __post_init__(self):
+        check_sizes(self, "CLIP vision config", (*_CLIP_SIZES, "num_channels", "image_size", "patch_size"))
         _divides("image_size", self.image_size, "patch_size", self.patch_size)
         _divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
 
@@ -122,6 +135,7 @@ class ClipTextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self):
+        check_sizes(self, "CLIP text config", (*_CLIP_SIZES, "vocab_size", "max_position_embeddings"))
         _divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
 
     @classmethod
@@ -164,6 +178,9 @@ class UNetConfig:
     projection_class_embeddings_input_dim: int | None = None
 
     def __post_init__(self):
+        names = ("sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block")
+        heads = ("attention_head_dim", "num_attention_heads", "transformer_layers_per_block")
+        check_sizes(self, "UNet config", (*names, *heads, "norm_num_groups", "cross_attention_dim"))
         blocks = len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types"):
             if len(getattr(self, name)) != blocks:
@@ -254,6 +271,10 @@ class VaeConfig:
     sample_size: int = 512
     scaling_factor: float = 0.18215
 
+    def __post_init__(self):
+        names = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block")
+        check_sizes(self, "VAE config", (*names, "norm_num_groups", "sample_size"))
+
     @property
     def downscale(self) -> int:
         """Pixels per latent along one side."""
@@ -292,6 +313,7 @@ class ScheduleConfig:
     set_alpha_to_one: bool = True  # False: DDIM ends at the first training step's noise level
 
     def __post_init__(self):
+        check_sizes(self, "schedule", ("num_train_timesteps",))
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "schedule: rescale_betas_zero_snr leaves no signal at the last step, where epsilon cannot be "

@@ -143,6 +143,11 @@ class Recipe:
     log_every: int = 10
 
     def __post_init__(self):
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            _require(getattr(self, name) >= 1, self, name, "be at least 1")
+        _require(0 <= self.seed < 1 << 32, self, "seed", f"lie between 0 and {(1 << 32) - 1}")
+        if not self.stages:
+            raise ValueError(f"recipe {self.name!r} has no stages; give it one at least.")
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; rename one.")

@@ -11,7 +11,9 @@ from dreamllm_jax.convert.storage import INDEX, open_params
 from dreamllm_jax.convert.tensors import Tensor, num_bytes
 
 
-def describe(path: str | Path, parts_dir: str | Path | None = None) -> str:
+def describe(
+    path: str | Path, parts_dir: str | Path | None = None, prediction_type: str | None = None
+) -> str:
     """The kind, the parts with their parameters and dtypes, and what does not fit or is ignored.
 
     Raises:
@@ -20,7 +22,7 @@ def describe(path: str | Path, parts_dir: str | Path | None = None) -> str:
     path = Path(path)
     if (path / INDEX).is_file():
         return "\n".join([f"{path}: converted (dreamllm_jax)", *_parts(open_params(path))])
-    source = open_source(path, parts_dir)
+    source = open_source(path, parts_dir, prediction_type)
     params, report = source.params()
     return "\n".join([f"{path}: {source.kind}", *_parts(params), str(report)])
 

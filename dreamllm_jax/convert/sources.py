@@ -18,12 +18,19 @@ from dreamllm_jax.config.towers import (
     VaeConfig,
 )
 from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.convert import single_file
 from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, configs_from_dreamllm, read_dreamllm
 from dreamllm_jax.convert.engine import Report, to_jax
 from dreamllm_jax.convert.shapes import expected_shapes
 from dreamllm_jax.convert.storage import INDEX
 from dreamllm_jax.convert.tensors import Tensor
-from dreamllm_jax.convert.weights import DIFFUSERS_STEMS, find_weights, read_config, read_weights
+from dreamllm_jax.convert.weights import (
+    DIFFUSERS_STEMS,
+    find_weights,
+    read_config,
+    read_file,
+    read_weights,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -234,6 +241,19 @@ def _open_diffusers(folder: Path) -> Source:
     return source
 
 
+def _open_single_file(file: Path, prediction_type: str | None) -> Source:
+    tensors = read_file(file)
+    try:
+        parts, left = single_file.split(tensors)
+        unet, vae, schedule = single_file.configs(parts, prediction_type)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    size = unet.sample_size * vae.downscale
+    model = DreamLLMConfig(unet=unet, vae=vae, schedule=schedule, image_size=size)
+    report = Report(ignored=[f"{name} {tensors[name].shape} (beside U-Net and VAE)" for name in left])
+    return Source("Stable Diffusion (one file)", file, model, parts, report)
+
+
 _OPENERS: dict[str, Callable[[Path, dict[str, Any], Path | None], Source]] = {
     "dreamllm": _open_dreamllm,
     "llama": _open_llama,
@@ -245,11 +265,14 @@ _OPENERS: dict[str, Callable[[Path, dict[str, Any], Path | None], Source]] = {
 }
 
 
-def open_source(path: str | Path, parts_dir: str | Path | None = None) -> Source:
+def open_source(
+    path: str | Path, parts_dir: str | Path | None = None, prediction_type: str | None = None
+) -> Source:
     """Recognizes a checkpoint in PyTorch's form, and opens it without reading its tensors.
 
     A folder is a DreamLLM, LLaMA/Vicuna, CLIP, LLaVA-1.5 (original or port) or diffusers Stable
-    Diffusion one. `parts_dir` holds the configs of towers that a checkpoint only names.
+    Diffusion one; a `.safetensors` file is a Stable Diffusion. `parts_dir` holds the configs of towers that a
+    checkpoint only names. `prediction_type` says what a Stable Diffusion 2 in one file predicts.
 
     Raises:
       ValueError: an unknown or incomplete folder, or an unsupported option, by name.
@@ -258,10 +281,13 @@ def open_source(path: str | Path, parts_dir: str | Path | None = None) -> Source
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a folder of weights.")
     if not path.is_dir():
+        if path.suffix == ".safetensors":
+            return _open_single_file(path, prediction_type)
         raise ValueError(f"{path} is a file; give the folder that holds it, with its config.json.")
     if (path / INDEX).is_file():
         raise ValueError(
-            f"{path} is already converted; load it with DreamLLM.from_pretrained, or use to-torch."
+            f"{path} is already converted; use to-torch on it (or, if it was to be loaded: its config.json "
+            "is of another model, restore the folder)."
         )
     if (path / "unet" / "config.json").is_file():
         return _open_diffusers(path)

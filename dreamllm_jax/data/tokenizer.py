@@ -94,17 +94,18 @@ class Tokenizer:
         self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
 
     @classmethod
-    def load(cls, folder: str | Path, extend: bool = False) -> Tokenizer:
+    def load(cls, folder: str | Path, extend: bool = False, legacy: bool | None = None) -> Tokenizer:
         """Reads the tokenizer of a folder; `extend` adds control tokens that are missing.
 
         `tokenizer.model` is read where there is one, as the reference does, with the tokens that the folder's
-        other files add to it; else `tokenizer.json`. `tokenizer_config.json` says whether it is `legacy`.
+        other files add to it; else `tokenizer.json`. `tokenizer_config.json` says whether it is `legacy`,
+        unless the caller does.
 
         Raises:
           ValueError: no such folder or file, an unreadable one, missing control tokens, added tokens that do
             not follow the vocabulary.
         """
-        backend, legacy = read_backend(Path(folder))
+        backend, legacy = read_backend(Path(folder), legacy)
         if extend:
             missing = [name for name in ADDED_TOKENS if backend.token_to_id(name) is None]
             backend.add_special_tokens(

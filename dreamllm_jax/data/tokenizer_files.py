@@ -11,14 +11,16 @@ import tokenizers
 from dreamllm_jax.data.sentencepiece_model import backend_of, read_model
 
 
-def read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, bool]:
+def read_backend(folder: Path, legacy: bool | None = None) -> tuple[tokenizers.Tokenizer, bool]:
     """(tokenizer, whether it is `legacy`) of a folder with `tokenizer.model` or `tokenizer.json`.
+
+    `legacy` is that of `tokenizer_config.json` where it is None.
 
     Raises:
       ValueError: neither file, an unreadable one, added tokens whose ids have gaps.
     """
     config = _read_json(folder / "tokenizer_config.json")
-    stated = config["legacy"] if "legacy" in config else None
+    stated = config["legacy"] if legacy is None and "legacy" in config else legacy
     if (folder / "tokenizer.model").is_file():
         legacy = stated is not False  # transformers' default
         backend = backend_of(read_model(folder / "tokenizer.model"), legacy)

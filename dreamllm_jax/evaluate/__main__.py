@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Parses the command line, evaluates, and says where the results are."""
+    """Parses the command line, evaluates, and says where the results are.
+
+    The exit code is 2 where what was asked for is wrong, 1 where something else ended the run.
+    """
     parser = argparse.ArgumentParser(prog="python -m dreamllm_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="work folder of a finished training run")
     workdir = Path(parser.parse_args().workdir)
@@ -16,7 +19,10 @@ def main() -> None:
         from dreamllm_jax.evaluate.run import evaluate, summary
 
         new = evaluate(workdir)
-    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, a full disk
         sys.exit(f"error: {error}")
     print(summary(workdir))
     print(f"{'evaluated' if new else 'evaluated before, nothing to do'}: {workdir / 'report.html'}")

@@ -164,8 +164,9 @@ class DreamLLM:
         prompts, many = as_list(prompt)
         if not self.config.draws:
             raise ValueError("This model has no image decoder; load one with a U-Net and a VAE to draw.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1.")
+        n = num_images_per_prompt
+        if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"num_images_per_prompt is {n!r}; it must be a whole number, at least 1.")
         settings = self._settings(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -178,13 +179,12 @@ class DreamLLM:
         batch = self._drawing_batch(prompts, settings.template)
         negative = self._negative_batch(negative_prompt, settings)
         condition, null = self._condition(batch), self._null_condition(negative, settings)
-        numbers = jnp.arange(num_images_per_prompt)
+        numbers = jnp.arange(n)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         image_keys = fold(keys, numbers).reshape(-1)
-        rows = np.repeat(np.arange(len(prompts)), num_images_per_prompt)
+        rows = np.repeat(np.arange(len(prompts)), n)
         images = draw_rows(self._engine, condition, rows, image_keys, settings, null)
         pictures = [Image.fromarray(i) for i in images]
-        n = num_images_per_prompt
         lists = [pictures[i * n : (i + 1) * n] for i in range(len(prompts))]
         return lists if many else lists[0]
 

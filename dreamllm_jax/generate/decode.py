@@ -93,7 +93,7 @@ def decode_text(
         no_dream = ~control.may_dream | (room < control.dream_room)
         logits = jnp.where(control.forbidden | (dream & no_dream[:, None]), -jnp.inf, logits)
         here = jax.vmap(jax.random.fold_in)(keys, reading.cache.lengths)
-        token = jax.vmap(sample_token, (0, 0, None, None))(logits, here, control.temperature, control.top_p)
+        token = sample_tokens(logits, here, control.temperature, control.top_p)
         stopped = active & jnp.isin(token, control.stops)
         stop = jnp.where(stopped, token, stop)
         writes = active & ~stopped & (written < budget) & (room > 0)
@@ -115,15 +115,27 @@ def decode_text(
     return reading, tokens, stop
 
 
-def sample_token(logits: Array, key: Array, temperature: Array, top_p: Array) -> Array:
-    """One token: the likeliest at temperature 0, else drawn from the nucleus (arXiv 1904.09751)."""
-    scaled = logits.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
-    order = jnp.argsort(-scaled)
-    probabilities = jax.nn.softmax(scaled[order])
-    inside = jnp.cumsum(probabilities) - probabilities < top_p
-    nucleus = jnp.where(inside.at[0].set(True), scaled[order], -jnp.inf)
-    drawn = order[jax.random.categorical(key, nucleus)]
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
+def sample_tokens(
+    logits: Float[Array, "B V"], keys: Key[Array, "B"], temperature: Float[Array, ""], top_p: Float[Array, ""]
+) -> Int[Array, "B"]:
+    """One token a row: the likeliest at temperature 0, else drawn from the nucleus (arXiv 1904.09751).
+
+    Only what is asked for is computed: sorting a vocabulary costs far more than finding its maximum.
+    """
+
+    def nucleus(logits: Array, key: Array) -> Array:
+        scaled = logits.astype(jnp.float32) / temperature
+        order = jnp.argsort(-scaled)
+        probabilities = jax.nn.softmax(scaled[order])
+        inside = jnp.cumsum(probabilities) - probabilities < top_p
+        kept = jnp.where(inside.at[0].set(True), scaled[order], -jnp.inf)
+        return order[jax.random.categorical(key, kept)].astype(jnp.int32)
+
+    return jax.lax.cond(
+        temperature > 0,
+        lambda: jax.vmap(nucleus)(logits, keys),
+        lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="reading")

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from dreamllm_jax.config.overrides import apply_overrides
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
@@ -41,12 +43,16 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(
             f"--config={name}: the file has no function get_config(arg); see configs/handwriting.py."
         )
-    mapping = apply_overrides(module.get_config(argument or None), overrides)
-    return build_recipe(mapping)
+    recipe = module.get_config(argument or None)
+    plain = recipe.to_dict() if isinstance(recipe, ConfigDict) else recipe
+    return build_recipe(apply_overrides(plain, overrides))
 
 
 def main() -> None:
-    """Parses the command line, trains, and says where the model is."""
+    """Parses the command line, trains, and says where the model is.
+
+    The exit code is 2 where what was asked for is wrong, 1 where something else ended the run.
+    """
     parser = argparse.ArgumentParser(prog="python -m dreamllm_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="recipe file, e.g. configs/handwriting.py[:ARG]")
     parser.add_argument("--workdir", required=True, help="folder for checkpoints, logs and models")
@@ -56,7 +62,10 @@ def main() -> None:
         from dreamllm_jax.train.loop import train
 
         model = train(load_recipe(arguments.config, overrides), Path(arguments.workdir), arguments.until)
-    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, a full disk
         sys.exit(f"error: {error}")
     print(f"trained: {model}")
 

@@ -9,7 +9,9 @@ from jax.sharding import Mesh
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.pipeline import check_source, row_layout
+from dreamllm_jax.data.templates import get_template
 from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.sharding import parameter_shardings
 from dreamllm_jax.train.state import Flat, abstract_params, partition
 
@@ -29,6 +31,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
       ValueError: parameters or rows that the mesh does not divide; a stage whose trainable patterns,
         data or objective do not fit the model; a vocabulary smaller than the tokenizer's.
     """
+    _check_generation(recipe)
     params = abstract_params(recipe.model)
     parameter_shardings(params, mesh)
     for stage in stages:
@@ -38,10 +41,24 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
             raise ValueError(f"stage {stage.name!r}: {error}") from error
 
 
+def _check_generation(recipe: Recipe) -> None:
+    """What the trained model is saved with must be possible for it."""
+    settings = recipe.generation
+    try:
+        if recipe.model.draws:
+            make_plan(recipe.model.schedule, settings.sampler, settings.num_inference_steps, settings.eta)
+        if settings.template is not None:
+            get_template(settings.template)
+    except ValueError as error:
+        raise ValueError(f"generation: {error}") from error
+
+
 def _check_stage(
     stage: StageConfig, model: DreamLLMConfig, params: Flat, mesh: Mesh, vocabulary: int
 ) -> None:
-    partition(params, stage.trainable)
+    trainable, _ = partition(params, stage.trainable)
+    if not trainable:
+        raise ValueError("trainable is empty; list what is to be trained, for example 'llama'.")
     towers = NEEDED_TOWERS[stage.objective]
     absent = [name for name in towers if not getattr(model, name)]
     if absent:
@@ -63,9 +80,28 @@ def _check_stage(
             f"data.length is {stage.data.length}; the text tower takes at most "
             f"{model.text.max_position_embeddings} tokens."
         )
+    _check_loss(stage, model)
     _check_rows(stage, mesh)
     row_layout(stage.data, model, null_dream=stage.loss.condition_dropout > 0)
     check_source(stage.data)
+
+
+def _check_loss(stage: StageConfig, model: DreamLLMConfig) -> None:
+    """A stage whose loss is always zero would run and teach nothing."""
+    loss, data = stage.loss, stage.data
+    needed = {"vae": "max_dreams", "diffusion": "max_dreams", "contrastive": "max_images"}
+    if stage.objective in needed and getattr(data, needed[stage.objective]) < 1:
+        raise ValueError(
+            f"objective {stage.objective!r} needs pictures to learn from; set "
+            f"data.{needed[stage.objective]} to 1 or more."
+        )
+    dreams = data.max_dreams - (loss.condition_dropout > 0)
+    drawn = loss.weight_vm and model.draws and dreams > 0
+    if stage.objective == "joint" and not loss.weight_lm and not drawn:
+        raise ValueError(
+            f"nothing is learned: loss.weight_lm is 0, and with loss.weight_vm={loss.weight_vm:g} and "
+            f"data.max_dreams={data.max_dreams} no picture counts; raise one of the weights, or max_dreams."
+        )
 
 
 def _check_rows(stage: StageConfig, mesh: Mesh) -> None:

@@ -117,6 +117,7 @@ def run_stage(
         if stage.objective == "vae":
             config = with_measured_scale(config, params, next(data).dream_images)
         summary = {"steps": stage.steps, "data": data.stats()}
+        _say_losses(stage, data.stats())
     save_pretrained(folder / "model", params, config, tokenizer, recipe.generation)
     _write(folder / "done.json", json.dumps(meter.read() | summary, indent=1))
     shutil.rmtree(folder / "states", ignore_errors=True)
@@ -153,6 +154,14 @@ def _run_steps(
             if due:
                 checkpoints.save(step, state, {"data": data.state_dict(), "meter": meter.read()})
     return state
+
+
+def _say_losses(stage: StageConfig, counts: dict[str, int | float]) -> None:
+    """Nothing is lost silently: what was cut off or could not be read, in one line."""
+    lost = {name: n for name, n in counts.items() if n and name.startswith(("dropped", "broken", "empty"))}
+    if lost:
+        listed = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in lost.items())
+        print(f"{stage.name}: in {counts['documents']} documents {listed}", flush=True)
 
 
 def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> DreamLLMConfig:

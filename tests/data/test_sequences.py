@@ -1,8 +1,5 @@
 """Documents to tokens: expectations by hand, and the reference's own sequences."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,7 +17,6 @@ from dreamllm_jax.data.pieces import (
 )
 from dreamllm_jax.data.sequences import encode_pieces, encode_prompt
 from dreamllm_jax.data.templates import get_template
-from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.types import Document
 from tests.data.fakes import SPECIAL, WordTokenizer
 
@@ -224,49 +220,3 @@ def test_prompt():
         encode_prompt("a b c", tokenizer, P, 3)
     with pytest.raises(ValueError, match="2 pictures; at most 1"):
         encode_prompt(Document([RED, BLUE]), tokenizer, P, 50, max_images=1)
-
-
-@pytest.fixture(params=[True, False], ids=["legacy", "not legacy"])
-def golden_tokenizer(request, golden, tmp_path):
-    """The reference's tokenizer from its own files, with either setting."""
-    for name in ("tokenizer.model", "added_tokens.json", "tokenizer_config.json"):
-        shutil.copy(golden / "dreamllm-a" / "checkpoint" / name, tmp_path / name)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"legacy": request.param}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokenizer.load(tmp_path)
-
-
-def golden_pieces(kind, given, mode):
-    if kind == "image_text_pair":
-        return pair(RED, given["text"], mode)
-    if kind == "conversation":
-        images = [RED] * sum(turn.count("<image>") for turn in given["turns"])
-        return conversation(given["turns"], images)
-    parts = []
-    for i, text in enumerate(given["text_list"]):
-        if i and i - 1 not in given["matched_text_index"]:
-            parts[-1] += " " + text.strip()  # sentences between two images are joined
-        else:
-            parts.append(text)
-        if i in given["matched_text_index"]:
-            parts.append(RED)
-    return interleaved(parts, mode)
-
-
-def test_the_reference_sequences(golden, golden_tokenizer):
-    """Every row: all ids; labels too, but for the two quirks that the golden data's README names."""
-    rows = json.loads((golden / "sequences.json").read_text())["sequences"]
-    rows = [row for row in rows if row["legacy"] == golden_tokenizer.legacy]
-    colon = golden_tokenizer.encode("ASSISTANT:")[-1]
-    for row in rows:
-        s = encode(golden_pieces(row["kind"], row["input"], row["mode"]), 400, golden_tokenizer)
-        assert s.tokens.tolist() == row["input_ids"]
-        assert (len(s.images), len(s.dreams)) == (row["num_images"], row["num_dream_images"])
-        labels = np.array(row["labels"])
-        labels[0] = -100  # nothing predicts the first token
-        if row["kind"] == "conversation":  # there the labels begin one or two tokens early, up to the colon
-            for start in np.flatnonzero((labels[1:] != -100) & (labels[:-1] == -100)) + 1:
-                end = start + labels[start : start + 2].tolist().index(colon) + 1
-                labels[start:end] = -100
-        np.testing.assert_array_equal(np.where(s.supervised, s.tokens, -100), labels)
-    assert len(rows) == 12

@@ -137,7 +137,8 @@ def said(monkeypatch, capsys, workdir):
         code = 0
     except SystemExit as end:
         code = end.code
-    return code, capsys.readouterr().out
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
 
 
 def test_the_command(workdir, monkeypatch, capsys):
@@ -149,9 +150,9 @@ def test_the_command(workdir, monkeypatch, capsys):
 
 def test_folders_that_cannot_be_evaluated(workdir, tmp_path, monkeypatch, capsys, recipe, change_recipe):
     def sentence(folder=workdir):
-        code, _ = said(monkeypatch, capsys, folder)
-        assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code
-        return code
+        code, complaint = said(monkeypatch, capsys, folder)
+        assert code == 2 and complaint.startswith("error: ") and complaint.count("\n") == 1
+        return complaint
 
     assert "is no work folder of a training run" in sentence(tmp_path / "nowhere")
     (stage_folder(workdir, recipe, recipe.stages[1]) / "done.json").rename(workdir / "done.json")

@@ -129,7 +129,7 @@ def test_foreign_folders(tmp_path):
     with pytest.raises(ValueError, match="has no config.json"):
         DreamLLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="another kind of checkpoint"):
+    with pytest.raises(ValueError, match="holds no weights"):
         DreamLLM.from_pretrained(tmp_path)
 
 
@@ -198,6 +198,15 @@ def nothing_compiles(model, monkeypatch):
         (lambda m, d: m.generate_text("one", top_p=0.0), "top_p 0.0"),
         (lambda m, d: m.generate_text("one", max_new_tokens=0), "max_new_tokens is 0"),
         (lambda m, d: m.generate_images("one", num_images_per_prompt=0), "num_images_per_prompt is 0"),
+        (lambda m, d: m.generate_images("one", num_images_per_prompt=1.5), "num_images_per_prompt is 1.5"),
+        (lambda m, d: m.generate_images("one", num_images_per_prompt="2"), "num_images_per_prompt is '2'"),
+        (
+            lambda m, d: m.generate_text("one", temperature=float("nan")),
+            "temperature is nan; it must be finite",
+        ),
+        (lambda m, d: m.generate_images("one", guidance_scale=float("inf")), "guidance_scale is inf"),
+        (lambda m, d: m.generate_text("one", seed=-1), "seed -1 .*between 0 and 4294967295"),
+        (lambda m, d: m.generate_text(["one", "two"], seed=2**32 - 1), "seed 4294967296 "),
         (
             lambda m, d: m.generate_images("one", sampler="plms"),
             "sampler: got 'plms'; expected one of 'ddpm', 'ddim'",

@@ -8,7 +8,7 @@ import pytest
 from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.data.pieces import Picture, Text
 from dreamllm_jax.data.sequences import encode_pieces
-from dreamllm_jax.generate.decode import decode_text, dream, look, sample_token
+from dreamllm_jax.generate.decode import decode_text, dream, look, sample_tokens
 from dreamllm_jax.generate.engine import prompt_keys
 from dreamllm_jax.generate.prompts import prompt_batch
 from dreamllm_jax.models.dreamllm import query_states
@@ -178,15 +178,16 @@ def test_a_full_cache_ends_a_row(model):
 
 @pytest.mark.parametrize("top_p, possible", [(1.0, {0, 1, 2}), (0.6, {1, 2}), (0.3, {2})])
 def test_sampling_draws_from_the_nucleus(top_p, possible):
-    logits = jnp.log(jnp.array([0.1, 0.4, 0.5]))
-    draw = jax.jit(jax.vmap(sample_token, (None, 0, None, None)))
-    drawn = np.asarray(draw(logits, jax.random.split(jax.random.key(0), 2000), 1.0, top_p))
+    logits = jnp.tile(jnp.log(jnp.array([0.1, 0.4, 0.5])), (2000, 1))
+    keys = jax.random.split(jax.random.key(0), 2000)
+    drawn = np.asarray(jax.jit(sample_tokens)(logits, keys, jnp.float32(1), jnp.float32(top_p)))
     assert set(drawn.tolist()) == possible
     kept = np.array([p if i in possible else 0 for i, p in enumerate((0.1, 0.4, 0.5))])
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 2000, kept / kept.sum(), atol=0.05)
 
 
 def test_temperature_zero_takes_the_likeliest(model):
-    logits = jnp.array([0.0, 3.0, -jnp.inf, 2.9])
+    logits = jnp.array([[0.0, 3.0, -jnp.inf, 2.9], [5.0, 3.0, -jnp.inf, 2.9]])
     for seed in range(3):
-        assert int(sample_token(logits, jax.random.key(seed), jnp.float32(0), jnp.float32(1))) == 1
+        keys = jax.random.split(jax.random.key(seed), 2)
+        assert sample_tokens(logits, keys, jnp.float32(0), jnp.float32(1)).tolist() == [1, 0]

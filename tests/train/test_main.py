@@ -10,11 +10,20 @@ from dreamllm_jax.train import __main__ as command
 HANDWRITING = str(Path(__file__).resolve().parents[2] / "configs" / "handwriting.py")
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        command.main()
-    return str(end.value)
+@pytest.fixture
+def complaint(monkeypatch, capsys):
+    """What the command says where what it was asked for is wrong: one sentence and exit code 2."""
+
+    def run(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            command.main()
+        assert end.value.code == 2
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("error: ") and "\n" not in said
+        return said
+
+    return run
 
 
 def test_a_recipe_and_its_variant():
@@ -33,11 +42,40 @@ def test_what_is_no_recipe(tmp_path):
         command.load_recipe(f"{HANDWRITING}:huge")
 
 
-def test_the_command_ends_in_a_sentence(monkeypatch, tmp_path):
-    message = run(monkeypatch, "--config=nowhere.py", f"--workdir={tmp_path / 'a'}")
+def test_the_command_ends_in_a_sentence(complaint, tmp_path):
+    message = complaint("--config=nowhere.py", f"--workdir={tmp_path / 'a'}")
     assert message.startswith("error: --config=nowhere.py: there is no such file")
-    message = run(monkeypatch, f"--config={HANDWRITING}", f"--workdir={tmp_path / 'a'}", "--until=stage9")
+    message = complaint(f"--config={HANDWRITING}", f"--workdir={tmp_path / 'a'}", "--until=stage9")
     assert "has no stage 'stage9'" in message
     (tmp_path / "file").write_text("")
-    message = run(monkeypatch, f"--config={HANDWRITING}", f"--workdir={tmp_path / 'file'}")
-    assert message.startswith("error: ") and "is a file; give a folder" in message
+    message = complaint(f"--config={HANDWRITING}", f"--workdir={tmp_path / 'file'}")
+    assert "is a file; give a folder" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("mesh.data=1.5", "mesh.data: got 1.5 (float); expected int"),
+        ("model.image_size=foo", "model.image_size: got 'foo' (str); expected int"),
+        ("name=3", "name: got 3 (int); expected str"),
+        ("model=x", "model: got 'x'; expected a mapping"),
+        ("seed=-1", "seed is -1; it must lie between 0 and 4294967295"),
+        ("checkpoint_every=0", "checkpoint_every is 0; it must be at least 1"),
+        ("log_every=0", "log_every is 0; it must be at least 1"),
+        ("stages=[]", "recipe 'handwriting' has no stages"),
+        ("model.num_dream_queries=0", "num_dream_queries is 0; it must be at least 1"),
+        ("model.llama.vocab_size=0", "vocab_size is 0; it must be at least 1"),
+        ("model.unet.block_out_channels=(0,64)", "block_out_channels is (0, 64); it must be at least 1"),
+        ("stages.stage2.trainable=[]", "stage 'stage2': trainable is empty"),
+        ("stages.stage1_creation.data.max_dreams=0", "stage 'stage1_creation': nothing is learned"),
+        ("stages.stage0_vae.data.max_dreams=0", "stage 'stage0_vae': objective 'vae' needs pictures"),
+        ("generation.template=foo", "generation: Unknown conversation template 'foo'"),
+        ("generation.num_inference_steps=5000", "generation: num_steps is 5000"),
+        ("generation.eta=0.5", "generation: eta is 0.5"),
+    ],
+)
+def test_impossible_overrides_are_named_before_anything_happens(complaint, tmp_path, override, words):
+    assert words in complaint(
+        f"--config={HANDWRITING}", f"--workdir={tmp_path / 'a'}", f"--config.{override}"
+    )
+    assert not (tmp_path / "a").exists()

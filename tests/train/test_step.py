@@ -19,6 +19,7 @@ CASES = {
     "8 fsdp": (MeshConfig(data=1, fsdp=8), 1),
     "2x2x2": (CUBE, 1),
     "8 tensor": (MeshConfig(data=1, fsdp=1, tensor=8), 1),
+    "2 fsdp, 4 context": (MeshConfig(data=1, fsdp=2, context=4), 1),
     "1 device, 2 micro-batches": (ALONE, 2),
     "2x2x2, 2 micro-batches": (CUBE, 2),
 }

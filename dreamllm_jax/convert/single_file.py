@@ -1,0 +1,185 @@
+"""Stable Diffusion in one file, as its authors publish it: names and sizes in diffusers' terms.
+
+Such a file (arXiv 2112.10752's code base; SD 1.x, 2.x and SDXL) has no config. Blocks are numbered through,
+so the number of residual blocks between two changes of resolution says what a name is called in diffusers,
+and the shapes say the rest. Text encoders, which DreamLLM does without, are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from dreamllm_jax.config.towers import ScheduleConfig, UNetConfig, VaeConfig
+from dreamllm_jax.convert.tensors import Tensor
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_MIDDLE = {"0": "mid_block.resnets.0", "1": "mid_block.attentions.0", "2": "mid_block.resnets.1"}
+_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the U-Net's blocks are numbered: residual blocks per level, and levels."""
+
+    layers: int
+    levels: int
+
+    def unet_name(self, name: str) -> str | None:
+        """diffusers' name of a U-Net's tensor; None for one that has no place."""
+        for theirs, ours in _ENDS.items():
+            if name.startswith(f"{theirs}."):
+                return ours + name[len(theirs) :]
+        found = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(.+)", name)
+        if found is None:
+            return None
+        side, number, rest = found[1], int(found[2]), found[3]
+        if side == "middle_block":
+            return _renamed(_MIDDLE[found[2]], rest) if found[2] in _MIDDLE else None
+        per_level = self.layers + 1
+        level, place = divmod(number - 1, per_level) if side == "input_blocks" else divmod(number, per_level)
+        block = f"{'down' if side == 'input_blocks' else 'up'}_blocks.{level}"
+        part, _, tail = rest.partition(".")
+        if tail.startswith("op."):
+            return f"{block}.downsamplers.0.conv{tail[2:]}"
+        if tail.startswith("conv."):
+            return f"{block}.upsamplers.0.{tail}"
+        kind = "resnets" if part == "0" else "attentions"
+        return _renamed(f"{block}.{kind}.{place}", tail)
+
+
+def _renamed(block: str, tail: str) -> str:
+    """The name inside a residual block or a transformer, whose own names are diffusers'."""
+    for theirs, ours in _RESNET.items():
+        if tail.startswith(f"{theirs}."):
+            return f"{block}.{ours}{tail[len(theirs) :]}"
+    return f"{block}.{tail}"
+
+
+def vae_name(name: str, levels: int) -> str:
+    """diffusers' name of a VAE's tensor."""
+    name = re.sub(
+        r"^(en|de)coder\.mid\.attn_1\.(\w+)", lambda m: f"{m[1]}coder.mid.attn_1.{_ATTENTION[m[2]]}", name
+    )
+    name = re.sub(r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets.", name)
+    name = re.sub(r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0.", name)
+    name = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", name)
+    name = name.replace(".block.", ".resnets.").replace(".upsample.", ".upsamplers.0.")
+    name = name.replace(".mid.attn_1.", ".mid_block.attentions.0.")
+    name = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
+    return name.replace(".nin_shortcut.", ".conv_shortcut.").replace(".norm_out.", ".conv_norm_out.")
+
+
+def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """({"unet": ..., "vae": ...} under diffusers' names, the names of what is left out).
+
+    Raises:
+      ValueError: no U-Net or no VAE in the file.
+    """
+    unet = {name.removeprefix(UNET): t for name, t in tensors.items() if name.startswith(UNET)}
+    vae = {name.removeprefix(VAE): t for name, t in tensors.items() if name.startswith(VAE)}
+    if "input_blocks.0.0.weight" not in unet or "decoder.conv_in.weight" not in vae:
+        raise ValueError(
+            "the file holds no Stable Diffusion (no U-Net under model.diffusion_model, or no VAE under "
+            "first_stage_model); give a whole checkpoint, or a folder."
+        )
+    layout = unet_layout(unet)
+    levels = 1 + max(int(m[1]) for name in vae if (m := re.match(r"encoder\.down\.(\d+)\.", name)))
+    parts: dict[str, dict[str, Tensor]] = {
+        "unet": {layout.unet_name(name) or name: tensor for name, tensor in unet.items()},
+        "vae": {vae_name(name, levels): tensor for name, tensor in vae.items()},
+    }
+    left = [name for name in tensors if not name.startswith((UNET, VAE))]
+    return parts, left
+
+
+def unet_layout(unet: Mapping[str, Tensor]) -> Layout:
+    """The numbering of a U-Net's blocks, from where its resolution changes."""
+    blocks = 1 + max(int(m[1]) for name in unet if (m := re.match(r"input_blocks\.(\d+)\.", name)))
+    downs = sorted(
+        int(m[1]) for name in unet if (m := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name))
+    )
+    layers = (downs[0] if downs else blocks) - 1
+    return Layout(layers, len(downs) + 1)
+
+
+def configs(
+    parts: Mapping[str, Mapping[str, Tensor]], prediction_type: str | None = None
+) -> tuple[UNetConfig, VaeConfig, ScheduleConfig]:
+    """Configs of the networks of `split`, from their shapes.
+
+    Raises:
+      ValueError: SD 2, whose two kinds differ in what they predict only, without `prediction_type`.
+    """
+    unet, vae = parts["unet"], parts["vae"]
+    levels = 1 + max(int(m[1]) for name in unet if (m := re.match(r"down_blocks\.(\d+)\.", name)))
+    widths = tuple(unet[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels))
+    layers = sum(1 for name in unet if re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.conv1\.weight", name))
+    depths = tuple(_depth(unet, f"down_blocks.{i}.attentions.0") for i in range(levels))
+    context = unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+    linear = len(unet["mid_block.attentions.0.proj_in.weight"].shape) == 2
+    added = (
+        unet["add_embedding.linear_1.weight"].shape[1] if "add_embedding.linear_1.weight" in unet else None
+    )
+    if linear and added is None and prediction_type is None:
+        raise ValueError(
+            "this is a Stable Diffusion 2, of which two kinds differ in nothing but what they predict; say "
+            "which with --prediction-type: epsilon (the 512-pixel base) or v_prediction (768 pixels)."
+        )
+    sides = [("CrossAttnDownBlock2D" if depth else "DownBlock2D") for depth in depths]
+    unet_config = UNetConfig(
+        sample_size=128 if added else 96 if prediction_type == "v_prediction" else 64,
+        in_channels=unet["conv_in.weight"].shape[1],
+        out_channels=unet["conv_out.weight"].shape[0],
+        down_block_types=tuple(sides),
+        up_block_types=tuple(side.replace("Down", "Up") for side in reversed(sides)),
+        block_out_channels=widths,
+        layers_per_block=layers,
+        cross_attention_dim=context,
+        # The first kind has 8 heads at every width, later ones heads of 64 channels.
+        attention_head_dim=tuple(width // 64 for width in widths) if linear else 8,
+        use_linear_projection=linear,
+        transformer_layers_per_block=tuple(depth or 1 for depth in depths),
+        addition_embed_type="text_time" if added else None,
+        addition_time_embed_dim=256 if added else None,
+        projection_class_embeddings_input_dim=added,
+    )
+    vae_levels = 1 + max(int(m[1]) for name in vae if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", name)))
+    vae_config = VaeConfig(
+        latent_channels=vae["decoder.conv_in.weight"].shape[1],
+        block_out_channels=tuple(
+            vae[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(vae_levels)
+        ),
+        layers_per_block=sum(
+            1 for name in vae if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight", name)
+        ),
+        sample_size=1024 if added else 512,
+        scaling_factor=0.13025 if added else 0.18215,
+    )
+    schedule = ScheduleConfig(prediction_type=prediction_type or "epsilon", set_alpha_to_one=False)
+    return unet_config, vae_config, schedule
+
+
+def _depth(unet: Mapping[str, Tensor], at: str) -> int:
+    """Transformer blocks of an attention; 0 where there is none."""
+    pattern = re.compile(rf"{re.escape(at)}\.transformer_blocks\.(\d+)\.")
+    return 1 + max((int(m[1]) for name in unet if (m := pattern.match(name))), default=-1)
