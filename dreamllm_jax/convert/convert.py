@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +17,11 @@ from dreamllm_jax.convert.engine import Report, to_torch
 from dreamllm_jax.convert.pickles_out import write_pickle
 from dreamllm_jax.convert.pretrained import FORMAT
 from dreamllm_jax.convert.safetensors_files import SHARD_BYTES, write_json, write_sharded
-from dreamllm_jax.convert.sources import TOKENIZER_FILES, Source
+from dreamllm_jax.convert.sources import TOKENIZER_FILES, Source, control_ids
 from dreamllm_jax.convert.storage import cast, need_space, new_folder, open_params, progress_bar, save_params
 from dreamllm_jax.convert.tensors import DTYPES, Tensor, is_floating, num_bytes
 from dreamllm_jax.convert.weights import read_config
+from dreamllm_jax.data.tokenizer import Tokenizer
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 Step = Callable[[int], None]
@@ -95,7 +95,7 @@ def convert_to_torch(
     loss = build(LossConfig, content["loss"], "loss") if "loss" in content else LossConfig()
     parts, report = to_torch(params)
     report.raise_if_faulty(str(source))
-    tokens = _special_tokens(source)
+    tokens = _special_tokens(source, model)
     with new_folder(folder, overwrite) as beside:
         plan = _files(model, loss, parts, tokens)
         total = sum(num_bytes(t) for _, tensors, _ in plan for t in tensors.values())
@@ -200,12 +200,11 @@ def _dtype(tensors: Mapping[str, Tensor]) -> str:
     return "float32"
 
 
-def _special_tokens(source: Path) -> dict[str, Any]:
-    """The ids of added tokens, from the tokenizer's files: what the reference's config.json repeats."""
-    file = source / "added_tokens.json"
-    if not file.is_file():
+def _special_tokens(source: Path, model: DreamLLMConfig) -> dict[str, Any]:
+    """The ids of control tokens, which the reference's config.json repeats."""
+    if model.llama is None or not any((source / name).is_file() for name in TOKENIZER_FILES):
         return {}
-    added = json.loads(file.read_text(encoding="utf-8"))
-    named = {name: index for name, index in added.items() if name != "[PAD]"}
-    pad = {"[PAD]": added["[PAD]"]} if "[PAD]" in added else {}
-    return {"<s>": 1, "</s>": 2, "<unk>": 0, **pad, "additional_special_tokens": named}
+    ids = control_ids(Tokenizer.load(source, extend=True))
+    first = ("<s>", "</s>", "<unk>", "[PAD]")
+    named = {name: index for name, index in ids.items() if name not in first}
+    return {**{name: ids[name] for name in first}, "additional_special_tokens": named}

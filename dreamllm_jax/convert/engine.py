@@ -23,13 +23,17 @@ _SHOWN = 20
 
 @dataclasses.dataclass
 class Report:
-    """What did not fit, each entry a line with the tensor's name and shape; `ignored` is harmless."""
+    """What did not fit, each entry a line with the tensor's name and shape.
+
+    `ignored` is harmless; `differing` are statements of config.json that its tokenizer contradicts.
+    """
 
     missing: list[str] = dataclasses.field(default_factory=list)
     unexpected: list[str] = dataclasses.field(default_factory=list)
     duplicate: list[str] = dataclasses.field(default_factory=list)
     misshapen: list[str] = dataclasses.field(default_factory=list)
     ignored: list[str] = dataclasses.field(default_factory=list)
+    differing: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def faulty(self) -> bool:

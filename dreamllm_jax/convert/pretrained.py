@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +82,8 @@ def open_pretrained(path: str | Path, dtype: str | None = None) -> Pretrained:
         source = open_source(folder)
         params, report = source.params()
         report.raise_if_faulty(str(folder))
+        for line in report.differing:
+            warnings.warn(f"{folder}: {line}", stacklevel=2)
         if source.model.llama is None:
             raise ValueError(f"{folder} ({source.kind}) has no language model; give a folder that has one.")
         config, params, tokenizer = with_control_tokens(source.model, params, folder)

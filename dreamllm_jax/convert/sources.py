@@ -31,6 +31,7 @@ from dreamllm_jax.convert.weights import (
     read_file,
     read_weights,
 )
+from dreamllm_jax.data.tokenizer import CONTROL_NAMES, Tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -50,7 +51,8 @@ class Source:
     """A recognized checkpoint: `parts` are its tensors, unread, under the names that the tables know.
 
     `template` is the conversation template it was trained with, None for plain continuation. The connectors
-    `fresh` are not among the parts: they are to be drawn.
+    `fresh` are not among the parts: they are to be drawn. `stated` are the ids of control tokens that
+    config.json repeats; the tokenizer's are right.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class Source:
     loss: LossConfig | None = None
     template: str | None = None
     fresh: tuple[str, ...] = ()
+    stated: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -78,6 +81,13 @@ class Source:
         params, report = to_jax(self.parts, expected)
         for field in dataclasses.fields(Report):
             getattr(report, field.name)[:0] = getattr(self.report, field.name)
+        if self.stated and self.tokenizer_files:
+            ids = control_ids(Tokenizer.load(self.folder, extend=True))
+            report.differing += [
+                f"config.json says that {name} is {said}; it is {ids[name]}, as the tokenizer says"
+                for name, said in self.stated.items()
+                if name in ids and ids[name] != said
+            ]
         return params, report
 
 
@@ -141,11 +151,28 @@ def _mounted(kind: str, folder: Path, model: DreamLLMConfig, mounts: tuple[Mount
 def _open_dreamllm(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
     settings = configs_from_dreamllm(folder, parts_dir)
     parts, report = read_dreamllm(folder, settings)
-    return Source("DreamLLM", folder, settings.model, parts, report, settings.loss, VICUNA)
+    stated = {name: i for name, i in settings.special_tokens.items() if isinstance(i, int)}
+    if "additional_special_tokens" in settings.special_tokens:
+        stated |= settings.special_tokens["additional_special_tokens"]
+    source = Source("DreamLLM", folder, settings.model, parts, report, settings.loss, VICUNA)
+    return dataclasses.replace(source, stated=stated | _stated(raw, "pad_token_id"))
 
 
 def _open_llama(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
-    return _mounted("LLaMA", folder, DreamLLMConfig(llama=LlamaConfig.from_hf(raw)), LLAMA_MOUNTS)
+    source = _mounted("LLaMA", folder, DreamLLMConfig(llama=LlamaConfig.from_hf(raw)), LLAMA_MOUNTS)
+    return dataclasses.replace(source, stated=_stated(raw))
+
+
+def control_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Name -> id of every control token."""
+    return {CONTROL_NAMES[field]: i for field, i in dataclasses.asdict(tokenizer.special).items()}
+
+
+def _stated(raw: Mapping[str, Any], *more: str) -> dict[str, int]:
+    """The ids that a LLaMA's config.json repeats, by the tokens' names; `more` are further keys."""
+    names = {"bos_token_id": "<s>", "eos_token_id": "</s>", "pad_token_id": "[PAD]"}
+    keys = ("bos_token_id", "eos_token_id", *more)
+    return {names[key]: raw[key] for key in keys if key in raw and isinstance(raw[key], int)}
 
 
 _CLIP_MOUNTS = {

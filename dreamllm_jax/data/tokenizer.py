@@ -53,7 +53,7 @@ class SpecialTokens:
     dream_end: int
 
 
-_NAMES = {
+CONTROL_NAMES = {
     "bos": "<s>",
     "eos": "</s>",
     "unk": "<unk>",
@@ -72,15 +72,15 @@ class Tokenizer:
         Raises:
           ValueError: control tokens that the tokenizer does not know, by name.
         """
-        ids = {field: backend.token_to_id(name) for field, name in _NAMES.items()}
-        missing = [_NAMES[field] for field, value in ids.items() if value is None]
+        ids = {field: backend.token_to_id(name) for field, name in CONTROL_NAMES.items()}
+        missing = [CONTROL_NAMES[field] for field, value in ids.items() if value is None]
         if missing:
             raise ValueError(
                 f"The tokenizer has no {', '.join(missing)}; DreamLLM needs them. Load it with extend=True "
                 "to add them after its vocabulary (and give the model as many rows)."
             )
         added = backend.get_added_tokens_decoder()
-        plain = [n for n in _NAMES.values() if not _is_special(added, backend.token_to_id(n))]
+        plain = [n for n in CONTROL_NAMES.values() if not _is_special(added, backend.token_to_id(n))]
         if plain:  # a control token that is not marked as one could be typed by a user
             backend.add_special_tokens(
                 [tokenizers.AddedToken(n, special=True, normalized=False) for n in plain]
@@ -89,6 +89,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.legacy = backend, legacy
+        self.sentencepiece: bytes | None = None  # the tokenizer.model it was read from
         self._continuing = backend if legacy else without_prefix(backend)
         self.special = SpecialTokens(**ids)
         self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
@@ -111,15 +112,24 @@ class Tokenizer:
             backend.add_special_tokens(
                 [tokenizers.AddedToken(n, special=True, normalized=False) for n in missing]
             )
-        return cls(backend, legacy)
+        tokenizer, file = cls(backend, legacy), Path(folder) / "tokenizer.model"
+        tokenizer.sentencepiece = file.read_bytes() if file.is_file() else None
+        return tokenizer
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.json` and a `tokenizer_config.json` that transformers loads too."""
+        """Writes `tokenizer.json` and a `tokenizer_config.json` that transformers loads too.
+
+        One that was read from a `tokenizer.model` keeps it, with `added_tokens.json`, for the reference.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
+        if self.sentencepiece is not None:
+            (folder / "tokenizer.model").write_bytes(self.sentencepiece)
+            added = {name: self.backend.token_to_id(name) for name in ADDED_TOKENS}
+            (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n", encoding="utf-8")
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": "PreTrainedTokenizerFast" if self.sentencepiece is None else "LlamaTokenizer",
             "bos_token": "<s>",
             "eos_token": "</s>",
             "unk_token": "<unk>",

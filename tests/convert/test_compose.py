@@ -79,6 +79,7 @@ def test_the_start_of_stage_one(sources, start):
     np.testing.assert_allclose(
         head[:, ROWS:], head[:, :ROWS].mean(1, keepdims=True) + np.zeros((1, 8)), atol=1e-6
     )
+    assert (start / "tokenizer.model").read_bytes() == (sources["llm"] / "tokenizer.model").read_bytes()
     special = loaded.tokenizer.special
     assert special.pad == ROWS and loaded.config.llama.vocab_size == ROWS + len(ADDED_TOKENS)
     assert (special.im_start, special.dream_end, special.dream_start) == (ROWS + 1, ROWS + 2, ROWS + 3)

@@ -11,6 +11,7 @@ import pytest
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.inspect import describe
 from dreamllm_jax.convert.pickles import read_pickle
+from dreamllm_jax.convert.pretrained import open_pretrained
 from dreamllm_jax.convert.safetensors_files import read_safetensors
 from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.storage import load_params, open_params
@@ -80,6 +81,30 @@ def test_dtype_halves_the_files(tmp_path, golden):
     assert kinds == {"bfloat16"}
     assert json.loads((tmp_path / "torch/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert "bfloat16" in describe(tmp_path / "half") and "DreamLLM" in describe(tmp_path / "torch")
+
+
+def test_a_config_that_contradicts_its_tokenizer(tmp_path, golden, capsys):
+    """As in the published checkpoints: config.json has other ids, which is said; the tokenizer is right."""
+    source = tmp_path / "a" / "checkpoint"
+    shutil.copytree(golden / "dreamllm-a", tmp_path / "a")
+    raw = json.loads((source / "config.json").read_text())
+    raw |= {"bos_token_id": 0, "pad_token_id": -1}
+    raw["special_tokens2ids_dict"]["additional_special_tokens"]["<dream>"] = 513
+    (source / "config.json").write_text(json.dumps(raw))
+    assert command("to-jax", source, tmp_path / "jax", "--quiet") == 0
+    out = capsys.readouterr().out
+    for name, said, right in (("<s>", 0, 1), ("[PAD]", -1, 512), ("<dream>", 513, 519)):
+        assert f"config.json says that {name} is {said}; it is {right}, as the tokenizer says" in out
+    assert "differing (3)" in out and "differing (3)" in describe(source)
+    with pytest.warns(UserWarning, match="config.json says that <s> is 0; it is 1"):
+        special = open_pretrained(source).tokenizer.special
+    assert (special.bos, special.pad, special.dream) == (1, 512, 519)
+    assert command("to-torch", tmp_path / "jax", tmp_path / "torch", "--quiet") == 0
+    ids = json.loads((tmp_path / "torch" / "config.json").read_text())["special_tokens2ids_dict"]
+    assert (
+        ids
+        == json.loads((golden / "dreamllm-a/checkpoint/config.json").read_text())["special_tokens2ids_dict"]
+    )
 
 
 def test_bad_sources_are_one_sentence_and_leave_nothing(tmp_path, golden, capsys):

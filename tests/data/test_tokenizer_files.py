@@ -30,12 +30,15 @@ def test_ids_of_the_reference_from_either_file(golden, folder, tmp_path, legacy)
     change(folder, "tokenizer_config.json", legacy=legacy)
     bare = Tokenizer.load(folder)
     bare.save(tmp_path / "saved")
+    kept = Tokenizer.load(tmp_path / "saved")
+    model = tmp_path / "saved" / "tokenizer.model"
+    assert model.read_bytes() == (folder / "tokenizer.model").read_bytes()
+    model.unlink()
     saved = Tokenizer.load(tmp_path / "saved")
-    assert not (tmp_path / "saved" / "tokenizer.model").exists()
     rows = json.loads((golden / "sequences.json").read_text())["tokenizer"]
     rows = [row for row in rows if row["legacy"] == legacy]
     assert len(rows) == 25
-    for tokenizer in (bare, saved):
+    for tokenizer in (bare, kept, saved):
         assert tokenizer.legacy == legacy and tokenizer.special == bare.special
         for row in rows:
             assert [tokenizer.special.bos, *tokenizer.encode_marked(row["text"])] == row["ids"], row["text"]
