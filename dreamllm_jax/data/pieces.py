@@ -80,11 +80,16 @@ class End:
     supervised: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """`<s>` within a document: where some templates begin a question. Never learned."""
+
+
 def _picture_tokens(picture: Picture | Spelled, num_patches: int, num_queries: int) -> int:
     return (num_patches + 2) * picture.seen + (num_queries + 2) * picture.dreamed
 
 
-Piece = Text | Picture | Spelled | Beside | End
+Piece = Text | Picture | Spelled | Beside | End | Begin
 
 
 def part_to_piece(part: str | ImageLike | Piece) -> Piece:
@@ -177,12 +182,14 @@ def conversation(
     pieces: list[Piece] = []
     text = style.opening
     for i in range(0, len(turns), 2):
+        if i and style.restarts:
+            pieces.append(Begin())
         asked = _expand(turns[i], queue, False)
         pieces += _join(text + style.before_user, asked, style.after_user, False, continues=i > 0)
         answer = list(_expand(turns[i + 1], queue, True))
         if isinstance(turns[i + 1], str) and answer and isinstance(answer[0], str):
             answer[0] = answer[0].lstrip()
-        pieces += [*_join("", answer, "", supervised=True), End()]
+        pieces += [*_join("", answer, style.after_answer, supervised=True), End()]
         text = ""
     left = sum(1 for _ in queue)
     if left:

@@ -22,7 +22,17 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dreamllm_jax.data.images import ImageLike
-from dreamllm_jax.data.pieces import Beside, End, Picture, Piece, Spelled, Text, part_to_piece, question
+from dreamllm_jax.data.pieces import (
+    Begin,
+    Beside,
+    End,
+    Picture,
+    Piece,
+    Spelled,
+    Text,
+    part_to_piece,
+    question,
+)
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.types import Document
 
@@ -98,6 +108,8 @@ class _Writer:
             self.spelled(piece)
         elif isinstance(piece, End):
             self.write([self.ids.eos], piece.supervised)
+        elif isinstance(piece, Begin):
+            self.write([self.ids.bos], False)
         elif isinstance(piece, Beside):
             if max_images is None or len(self.images) < max_images:
                 self.images.append(piece.image)
@@ -216,7 +228,7 @@ def _num_tokens(piece: Piece, writer: _Writer) -> int:
     """Tokens of anything but text."""
     if isinstance(piece, Picture | Spelled):
         return piece.num_tokens(writer.num_patches, writer.num_queries)
-    return int(isinstance(piece, End))
+    return int(isinstance(piece, End | Begin))
 
 
 def _cut(

@@ -1,7 +1,8 @@
 """How a conversation is written out: names, system text and separators of each template.
 
-A dialog becomes `{opening}{before_user}question{after_user} answer</s>{before_user}...`; the answer
-is a chunk of its own, so the space before it is the tokenizer's.
+A dialog becomes `{opening}{before_user}question{after_user} answer{after_answer}</s>{before_user}...`; the
+answer is a chunk of its own, so the space before it is the tokenizer's. Where a template `restarts`, every
+later question begins with `<s>`, as the first one does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ class Template:
     opening: str = ""
     before_user: str = ""
     after_user: str = ""
+    after_answer: str = ""
+    restarts: bool = False
 
 
 TEMPLATES = {
@@ -32,6 +35,8 @@ TEMPLATES = {
             before_user="USER: ",
             after_user=" ASSISTANT:",
         ),
+        # LLaMA-2-chat (arXiv 2307.09288), without a system prompt.
+        Template("llama2", "", "[INST] ", " [/INST]", after_answer=" ", restarts=True),
     )
 }
 

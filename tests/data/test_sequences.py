@@ -200,6 +200,17 @@ def test_conversation_with_template_meets_its_prompt():
     assert not prompt.supervised.any() and not prompt.dreams
 
 
+def test_llama2_begins_every_question_anew():
+    s = encode(conversation(["one?", "two", [RED, "three?"], "four"], template="llama2"), 200)
+    tokenizer = WordTokenizer()
+    words = tokenizer.encode("[INST] one? [/INST] two three? four")
+    inst, one, close, two, three, four = words
+    first, second = [1, inst, one, close, two, 2], [1, inst, *SEEN, three, close, four, 2]
+    assert s.tokens.tolist() == [*first, *second] and learned(s) == [two, 2, four, 2]
+    prompt = encode_prompt("one?", tokenizer, P, 50, template="llama2")
+    assert prompt.tokens.tolist() == first[:4]
+
+
 def test_conversation_mistakes():
     with pytest.raises(ValueError, match="3 turns"):
         conversation(["a", "b", "c"])
@@ -207,7 +218,9 @@ def test_conversation_mistakes():
         conversation(["<image> a", "b"])
     with pytest.raises(ValueError, match="1 more images than"):
         conversation(["a", "b"], [RED])
-    with pytest.raises(ValueError, match="Unknown conversation template 'llama'; known: plain, vicuna_v1.1"):
+    with pytest.raises(
+        ValueError, match="Unknown conversation template 'llama'; known: llama2, plain, vicuna_v1.1"
+    ):
         get_template("llama")
 
 
