@@ -35,6 +35,9 @@ def compose(llm: Source, vision: Source | None = None, diffusion: Source | None 
         if source is not None and getattr(source.model, tower) is None:
             raise ValueError(f"{source.path} ({source.kind}) has no {tower}; give a source that has one.")
     model, parts, report = llm.model, dict(llm.parts), Report()
+    for source in given.values():
+        if source is not None:
+            report.add(source.report)
     for source, towers, settings, connectors in (
         (vision, ("vision",), ("vision", "vision_select_layer"), CONNECTORS[:1]),
         (diffusion, ("unet", "vae"), ("unet", "vae", "schedule", "image_size"), CONNECTORS[1:]),

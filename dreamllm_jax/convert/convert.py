@@ -22,6 +22,7 @@ from dreamllm_jax.convert.storage import cast, need_space, new_folder, open_para
 from dreamllm_jax.convert.tensors import DTYPES, Tensor, is_floating, num_bytes
 from dreamllm_jax.convert.weights import read_config
 from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.data.tokenizer_files import has_tokenizer
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 Step = Callable[[int], None]
@@ -45,8 +46,14 @@ def convert_to_jax(
     report.raise_if_faulty(str(source.path))
     model, tokenizer = source.model, None
     if source.fresh:  # put together to be trained: with all that training needs
-        params |= draw(model, source.fresh)
+        connectors = draw(model, source.fresh)
+        params |= connectors
+        report.made += [f"{path} {tensor.shape}, drawn afresh" for path, tensor in connectors.items()]
+        rows = model.llama.vocab_size if model.llama else 0
         model, params, tokenizer = with_control_tokens(model, params, source.folder)
+        if model.llama is not None and model.llama.vocab_size > rows:
+            more = f"{rows} to {model.llama.vocab_size - 1}"
+            report.made.append(f"rows {more} of the vocabulary, the mean of the others, for control tokens")
     generation = GenerationConfig(template=source.template)
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -202,7 +209,7 @@ def _dtype(tensors: Mapping[str, Tensor]) -> str:
 
 def _special_tokens(source: Path, model: DreamLLMConfig) -> dict[str, Any]:
     """The ids of control tokens, which the reference's config.json repeats."""
-    if model.llama is None or not any((source / name).is_file() for name in TOKENIZER_FILES):
+    if model.llama is None or not has_tokenizer(source):
         return {}
     ids = control_ids(Tokenizer.load(source, extend=True))
     first = ("<s>", "</s>", "<unk>", "[PAD]")

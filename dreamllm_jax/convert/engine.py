@@ -25,7 +25,8 @@ _SHOWN = 20
 class Report:
     """What did not fit, each entry a line with the tensor's name and shape.
 
-    `ignored` is harmless; `differing` are statements of config.json that its tokenizer contradicts.
+    `ignored` is harmless; `differing` are statements of config.json that its tokenizer contradicts; `made` is
+    what no source has.
     """
 
     missing: list[str] = dataclasses.field(default_factory=list)
@@ -34,6 +35,12 @@ class Report:
     misshapen: list[str] = dataclasses.field(default_factory=list)
     ignored: list[str] = dataclasses.field(default_factory=list)
     differing: list[str] = dataclasses.field(default_factory=list)
+    made: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        """Takes over all of another report's lines."""
+        for field in dataclasses.fields(self):
+            getattr(self, field.name).extend(getattr(other, field.name))
 
     @property
     def faulty(self) -> bool:

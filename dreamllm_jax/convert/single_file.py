@@ -7,9 +7,8 @@ and the shapes say the rest. Text encoders, which DreamLLM does without, are lef
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from dreamllm_jax.config.towers import ScheduleConfig, UNetConfig, VaeConfig
 from dreamllm_jax.convert.tensors import Tensor
@@ -37,34 +36,27 @@ _MIDDLE = {"0": "mid_block.resnets.0", "1": "mid_block.attentions.0", "2": "mid_
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the U-Net's blocks are numbered: residual blocks per level, and levels."""
-
-    layers: int
-    levels: int
-
-    def unet_name(self, name: str) -> str | None:
-        """diffusers' name of a U-Net's tensor; None for one that has no place."""
-        for theirs, ours in _ENDS.items():
-            if name.startswith(f"{theirs}."):
-                return ours + name[len(theirs) :]
-        found = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(.+)", name)
-        if found is None:
-            return None
-        side, number, rest = found[1], int(found[2]), found[3]
-        if side == "middle_block":
-            return _renamed(_MIDDLE[found[2]], rest) if found[2] in _MIDDLE else None
-        per_level = self.layers + 1
-        level, place = divmod(number - 1, per_level) if side == "input_blocks" else divmod(number, per_level)
-        block = f"{'down' if side == 'input_blocks' else 'up'}_blocks.{level}"
-        part, _, tail = rest.partition(".")
-        if tail.startswith("op."):
-            return f"{block}.downsamplers.0.conv{tail[2:]}"
-        if tail.startswith("conv."):
-            return f"{block}.upsamplers.0.{tail}"
-        kind = "resnets" if part == "0" else "attentions"
-        return _renamed(f"{block}.{kind}.{place}", tail)
+def unet_name(name: str, layers: int) -> str | None:
+    """diffusers' name of a U-Net's tensor, with `layers` residual blocks per level; None: it has no place."""
+    for theirs, ours in _ENDS.items():
+        if name.startswith(f"{theirs}."):
+            return ours + name[len(theirs) :]
+    found = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(.+)", name)
+    if found is None:
+        return None
+    side, number, rest = found[1], int(found[2]), found[3]
+    if side == "middle_block":
+        return _renamed(_MIDDLE[found[2]], rest) if found[2] in _MIDDLE else None
+    # The first input block is conv_in; after that each level has one more block, that changes the resolution.
+    level, place = divmod(number - (side == "input_blocks"), layers + 1)
+    block = f"{'down' if side == 'input_blocks' else 'up'}_blocks.{level}"
+    part, _, tail = rest.partition(".")
+    if tail.startswith("op."):
+        return f"{block}.downsamplers.0.conv{tail[2:]}"
+    if tail.startswith("conv."):
+        return f"{block}.upsamplers.0.{tail}"
+    kind = "resnets" if part == "0" else "attentions"
+    return _renamed(f"{block}.{kind}.{place}", tail)
 
 
 def _renamed(block: str, tail: str) -> str:
@@ -102,24 +94,18 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
             "the file holds no Stable Diffusion (no U-Net under model.diffusion_model, or no VAE under "
             "first_stage_model); give a whole checkpoint, or a folder."
         )
-    layout = unet_layout(unet)
-    levels = 1 + max(int(m[1]) for name in vae if (m := re.match(r"encoder\.down\.(\d+)\.", name)))
+    downs = [name for name in unet if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name)]
+    if downs:  # residual blocks until the resolution first changes
+        layers = min(int(name.split(".")[1]) for name in downs) - 1
+    else:
+        layers = _count(unet, r"input_blocks\.(\d+)\.") - 1
+    levels = _count(vae, r"encoder\.down\.(\d+)\.")
     parts: dict[str, dict[str, Tensor]] = {
-        "unet": {layout.unet_name(name) or name: tensor for name, tensor in unet.items()},
+        "unet": {unet_name(name, layers) or name: tensor for name, tensor in unet.items()},
         "vae": {vae_name(name, levels): tensor for name, tensor in vae.items()},
     }
     left = [name for name in tensors if not name.startswith((UNET, VAE))]
     return parts, left
-
-
-def unet_layout(unet: Mapping[str, Tensor]) -> Layout:
-    """The numbering of a U-Net's blocks, from where its resolution changes."""
-    blocks = 1 + max(int(m[1]) for name in unet if (m := re.match(r"input_blocks\.(\d+)\.", name)))
-    downs = sorted(
-        int(m[1]) for name in unet if (m := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name))
-    )
-    layers = (downs[0] if downs else blocks) - 1
-    return Layout(layers, len(downs) + 1)
 
 
 def configs(
@@ -131,10 +117,11 @@ def configs(
       ValueError: SD 2, whose two kinds differ in what they predict only, without `prediction_type`.
     """
     unet, vae = parts["unet"], parts["vae"]
-    levels = 1 + max(int(m[1]) for name in unet if (m := re.match(r"down_blocks\.(\d+)\.", name)))
+    levels = _count(unet, r"down_blocks\.(\d+)\.")
     widths = tuple(unet[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels))
-    layers = sum(1 for name in unet if re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.conv1\.weight", name))
-    depths = tuple(_depth(unet, f"down_blocks.{i}.attentions.0") for i in range(levels))
+    layers = _count(unet, r"down_blocks\.0\.resnets\.(\d+)\.")
+    attention = r"down_blocks\.{}\.attentions\.0\.transformer_blocks\.(\d+)\."
+    depths = tuple(_count(unet, attention.format(i)) for i in range(levels))
     context = unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
     linear = len(unet["mid_block.attentions.0.proj_in.weight"].shape) == 2
     added = (
@@ -163,15 +150,13 @@ def configs(
         addition_time_embed_dim=256 if added else None,
         projection_class_embeddings_input_dim=added,
     )
-    vae_levels = 1 + max(int(m[1]) for name in vae if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", name)))
+    vae_levels = _count(vae, r"encoder\.down_blocks\.(\d+)\.")
     vae_config = VaeConfig(
         latent_channels=vae["decoder.conv_in.weight"].shape[1],
         block_out_channels=tuple(
             vae[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(vae_levels)
         ),
-        layers_per_block=sum(
-            1 for name in vae if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight", name)
-        ),
+        layers_per_block=_count(vae, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         sample_size=1024 if added else 512,
         scaling_factor=0.13025 if added else 0.18215,
     )
@@ -179,7 +164,6 @@ def configs(
     return unet_config, vae_config, schedule
 
 
-def _depth(unet: Mapping[str, Tensor], at: str) -> int:
-    """Transformer blocks of an attention; 0 where there is none."""
-    pattern = re.compile(rf"{re.escape(at)}\.transformer_blocks\.(\d+)\.")
-    return 1 + max((int(m[1]) for name in unet if (m := pattern.match(name))), default=-1)
+def _count(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that the pattern finds at a name's beginning; 0 without any."""
+    return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)

@@ -32,6 +32,7 @@ from dreamllm_jax.convert.weights import (
     read_weights,
 )
 from dreamllm_jax.data.tokenizer import CONTROL_NAMES, Tokenizer
+from dreamllm_jax.data.tokenizer_files import has_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -79,9 +80,8 @@ class Source:
         shapes = expected_shapes(self.model)
         expected = {path: shape for path, shape in shapes.items() if path.split("/")[0] not in self.fresh}
         params, report = to_jax(self.parts, expected)
-        for field in dataclasses.fields(Report):
-            getattr(report, field.name)[:0] = getattr(self.report, field.name)
-        if self.stated and self.tokenizer_files:
+        report.add(self.report)
+        if self.stated and has_tokenizer(self.folder):
             ids = control_ids(Tokenizer.load(self.folder, extend=True))
             report.differing += [
                 f"config.json says that {name} is {said}; it is {ids[name]}, as the tokenizer says"
@@ -275,6 +275,8 @@ def _open_single_file(file: Path, prediction_type: str | None) -> Source:
         unet, vae, schedule = single_file.configs(parts, prediction_type)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error} of a Stable Diffusion; it is incomplete.") from error
     size = unet.sample_size * vae.downscale
     model = DreamLLMConfig(unet=unet, vae=vae, schedule=schedule, image_size=size)
     report = Report(ignored=[f"{name} {tensors[name].shape} (beside U-Net and VAE)" for name in left])

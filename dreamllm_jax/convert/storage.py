@@ -122,12 +122,6 @@ def open_params(folder: str | Path) -> dict[str, Tensor]:
     return {path: files[name][path] for path, name in weight_map.items()}
 
 
-def load_params(folder: str | Path, *, dtype: str | None = None) -> dict[str, Any]:
-    """The parameter tree of a converted folder: nested dicts of numpy arrays."""
-    tensors = cast(open_params(folder), dtype)
-    return unflatten({path: tensor.read() for path, tensor in tensors.items()})
-
-
 def read_block(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
     """The block of a tensor that `index` (as jax.make_array_from_callback gives it) asks for.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,9 @@ class Documents:
         return interleaved(self.parts(self.records[number], number), self.mode)
 
     def parts(self, record: dict[str, Any], number: int) -> list[str | ImageLike]:
-        """Sentences, joined by a space up to the next picture; and pictures, by name still."""
+        """Sentences and pictures in reading order; pictures by name still."""
         sentences, places = _fields(record, number, self.min_similarity)
-        parts: list[str | ImageLike] = []
-        first = 0
-        for place, name in places:
-            parts.append(" ".join(sentences[first : place + 1]))
-            parts.append(self.images.find(name))
-            first = max(first, place + 1)
-        return [*parts, " ".join(sentences[first:])]
+        return interleave(sentences, [(place, self.images.find(name)) for place, name in places])
 
 
 class Instructions(Documents):
@@ -74,6 +69,19 @@ class Instructions(Documents):
         answer = interleaved(self.parts(record, number), self.mode)[:-1]  # the turn has its own end
         spoken = [piece if isinstance(piece, Picture) else piece.text for piece in answer]
         return conversation([[record["instruction"].strip()], spoken], template=self.template)
+
+
+def interleave(sentences: Sequence[str], pictures: Iterable[tuple[int, ImageLike]]) -> list[str | ImageLike]:
+    """Text and pictures in reading order: sentences joined by a space up to the next picture.
+
+    `pictures` are in order, each with the number of the sentence that it follows.
+    """
+    parts: list[str | ImageLike] = []
+    first = 0
+    for place, picture in pictures:
+        parts += [" ".join(sentences[first : place + 1]), picture]
+        first = max(first, place + 1)
+    return [*parts, " ".join(sentences[first:])]
 
 
 def _fields(

@@ -148,14 +148,15 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         kind = key & 7
         if kind == 0:
             value, at = _varint(data, at)
-        else:
-            size, at = (
-                _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at) if kind in (1, 5) else (-1, at)
-            )
-            if size < 0 or at + size > len(data):
-                raise ValueError("a field reaches beyond the end of the file, or is of an unknown kind")
-            value, at = data[at : at + size], at + size
-        yield key >> 3, value
+            yield key >> 3, value
+            continue
+        if kind not in (1, 2, 5):
+            raise ValueError(f"a field is of the unknown kind {kind}")
+        size, at = _varint(data, at) if kind == 2 else (8 if kind == 1 else 4, at)
+        if at + size > len(data):
+            raise ValueError("a field reaches beyond the end of the file")
+        yield key >> 3, data[at : at + size]
+        at += size
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -11,6 +11,11 @@ import tokenizers
 from dreamllm_jax.data.sentencepiece_model import backend_of, read_model
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `read_backend` finds a tokenizer there."""
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
 def read_backend(folder: Path, legacy: bool | None = None) -> tuple[tokenizers.Tokenizer, bool]:
     """(tokenizer, whether it is `legacy`) of a folder with `tokenizer.model` or `tokenizer.json`.
 
@@ -35,7 +40,9 @@ def read_backend(folder: Path, legacy: bool | None = None) -> tuple[tokenizers.T
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception
         raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
-    return backend, stated is not False and '"prepend_scheme":"first"' not in backend.to_str()
+    marks = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    first_only = "prepend_scheme" in marks and marks["prepend_scheme"] == "first"
+    return backend, stated is not False and not first_only
 
 
 def without_prefix(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -60,6 +60,23 @@ def start(sources, tmp_path_factory):
     return folder
 
 
+def test_what_is_made_and_what_is_left_out_is_said(sources, tmp_path, capsys):
+    towers = (f"--llm={sources['llm']}", f"--vision={sources['vision']}", f"--diffusion={sources['all']}")
+    assert command("to-jax", tmp_path / "start", *towers, "--quiet") == 0
+    out = capsys.readouterr().out
+    assert "made (5):" in out and "dream_queries/dream_queries (64, 64), drawn afresh" in out
+    assert "rows 512 to 519 of the vocabulary, the mean of the others, for control tokens" in out
+    assert f"{sources['all']}: llama, " in out  # of that source only the decoder was asked for
+
+
+def test_faults_of_every_source_are_named(sources):
+    llm, vision = open_source(sources["llm"]), open_source(sources["vision"])
+    llm.report.unexpected.append("a stranger")
+    vision.report.ignored.append("a buffer")
+    report = compose(llm, vision=vision).params()[1]
+    assert report.unexpected == ["a stranger"] and "a buffer" in report.ignored and report.faulty
+
+
 def test_the_start_of_stage_one(sources, start):
     loaded = load_pretrained(start)
     whole = {path: t.read() for path, t in open_source(sources["all"]).params()[0].items()}

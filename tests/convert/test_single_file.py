@@ -119,18 +119,19 @@ def test_every_published_name_has_its_place(family):
     """One to one onto the names of diffusers' model of the same configuration."""
     model = model_of(family)
     wanted = their_tensors(model)["unet"]
-    layout = single_file.Layout(model.unet.layers_per_block, len(model.unet.block_out_channels))
-    found = [layout.unet_name(name) for name in published_names(model.unet)]
+    layers = model.unet.layers_per_block
+    found = [single_file.unet_name(name, layers) for name in published_names(model.unet)]
     assert len(set(found)) == len(found) and set(found) == wanted.keys()
-    assert layout.unet_name("input_blocks") is None and layout.unet_name("middle_block.3.norm.weight") is None
+    for name in ("input_blocks", "middle_block.3.norm.weight"):
+        assert single_file.unet_name(name, layers) is None
 
 
 @functools.cache
 def one_file(model: DreamLLMConfig) -> dict[str, np.ndarray]:
     """A checkpoint in one file out of diffusers' tensors, with a text encoder and buffers beside."""
     theirs = their_tensors(model)
-    layout = single_file.Layout(model.unet.layers_per_block, len(model.unet.block_out_channels))
-    back = {layout.unet_name(name): name for name in published_names(model.unet)}
+    layers = model.unet.layers_per_block
+    back = {single_file.unet_name(name, layers): name for name in published_names(model.unet)}
     tensors = {f"{single_file.UNET}{back[name]}": value for name, value in theirs["unet"].items()}
     levels = len(model.vae.block_out_channels)
     for name, value in theirs["vae"].items():
@@ -212,6 +213,10 @@ def test_what_a_file_does_not_say(tmp_path):
         open_source(tmp_path / "sd2.safetensors")
     velocity = open_source(tmp_path / "sd2.safetensors", prediction_type="v_prediction").model
     assert velocity.schedule.prediction_type == "v_prediction" and velocity.unet.sample_size == 96
+    rest = {n: t for n, t in one_file(model_of("1")).items() if "middle_block.1.proj_in.weight" not in n}
+    save_file(rest, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match="less.safetensors lacks 'mid_block.attentions.0.proj_in.weight'"):
+        open_source(tmp_path / "less.safetensors")
     save_file({"a.weight": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors: the file holds no Stable Diffusion"):
         open_source(tmp_path / "other.safetensors")

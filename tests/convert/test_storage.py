@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from dreamllm_jax.convert.safetensors_files import read_safetensors
 from dreamllm_jax.convert.storage import (
     INDEX,
+    cast,
     flatten,
-    load_params,
     new_folder,
     open_params,
     read_block,
@@ -32,6 +32,11 @@ def params():
     }
 
 
+def load(folder, dtype=None):
+    """All parameters of a folder, read and nested."""
+    return unflatten({path: tensor.read() for path, tensor in cast(open_params(folder), dtype).items()})
+
+
 def same(a, b):
     assert a.shape == b.shape and np.dtype(a.dtype) == np.dtype(b.dtype)
     np.testing.assert_array_equal(
@@ -42,7 +47,7 @@ def same(a, b):
 @pytest.mark.parametrize("shard_bytes", [10**9, 100, 1])
 def test_saved_parameters_come_back(tmp_path, shard_bytes):
     save_params(tmp_path, params(), shard_bytes=shard_bytes)
-    loaded, saved = flatten(load_params(tmp_path)), flatten(params())
+    loaded, saved = flatten(load(tmp_path)), flatten(params())
     assert set(loaded) == set(saved)
     for path in saved:
         same(loaded[path], np.asarray(saved[path]))
@@ -65,10 +70,10 @@ def test_dtype_and_blocks(tmp_path):
     whole = tensors["llama/layers/kernel"].read()
     block = read_block(tensors["llama/layers/kernel"], (slice(1, 3), slice(None), slice(0, 2)))
     np.testing.assert_array_equal(block, whole[1:3, :, :2])
-    placed = load_params(tmp_path, dtype="float32")
+    placed = load(tmp_path, dtype="float32")
     assert placed["llama"]["layers"]["kernel"].dtype == jnp.float32
     with pytest.raises(ValueError, match="int4"):
-        load_params(tmp_path, dtype="int4")
+        load(tmp_path, dtype="int4")
 
 
 def test_damage_is_named(tmp_path):
@@ -77,18 +82,18 @@ def test_damage_is_named(tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4] + b"\0\0\0\1")
     with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
-        load_params(tmp_path)
+        load(tmp_path)
     shard.write_bytes(whole[:-4])
     with pytest.raises(ValueError, match=rf"{shard.name} is truncated"):
-        load_params(tmp_path)
+        load(tmp_path)
     shard.write_bytes(whole[:20])
     with pytest.raises(ValueError, match=rf"{shard.name}"):
-        load_params(tmp_path)
+        load(tmp_path)
     shard.unlink()
     with pytest.raises(ValueError, match=rf"incomplete: {shard.name} missing"):
-        load_params(tmp_path)
+        load(tmp_path)
     with pytest.raises(ValueError, match="is not a converted model"):
-        load_params(tmp_path / "nothing")
+        load(tmp_path / "nothing")
 
 
 def test_an_index_cannot_point_elsewhere(tmp_path):
@@ -97,7 +102,7 @@ def test_an_index_cannot_point_elsewhere(tmp_path):
     index["weight_map"] = dict.fromkeys(index["weight_map"], "../other.safetensors")
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="outside its folder"):
-        load_params(tmp_path)
+        load(tmp_path)
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path):
@@ -112,10 +117,10 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
         pass
     with pytest.raises(RuntimeError), new_folder(target, overwrite=True) as beside:
         raise RuntimeError
-    assert load_params(target)
+    assert load(target)
     with new_folder(target, overwrite=True) as beside:
         save_params(beside, {"a": np.ones(2)})
-    assert list(load_params(target)) == ["a"] and list(tmp_path.iterdir()) == [target]
+    assert list(load(target)) == ["a"] and list(tmp_path.iterdir()) == [target]
 
 
 def test_a_failing_tensor_leaves_no_readable_folder(tmp_path):

@@ -48,21 +48,24 @@ def trained(request, tmp_path_factory):
     return prefix.with_suffix(".model")
 
 
-def same_ids(path, number):
+def different(path, number):
+    """The texts whose ids, or whose way back, are not sentencepiece's."""
     theirs, ours = sentencepiece.SentencePieceProcessor(str(path)), backend_of(read_model(path), legacy=True)
     ours.encode_special_tokens = True
+    found = []
     for text in texts(number):
         ids = ours.encode(text, add_special_tokens=False).ids if text else []
-        assert ids == theirs.encode(text), repr(text)
-        assert ours.decode(ids) == theirs.decode(ids)
+        if ids != theirs.encode(text) or ours.decode(ids) != theirs.decode(ids):
+            found.append(text)
+    return found
 
 
 def test_ids_are_those_of_sentencepiece(trained):
-    same_ids(trained, 3000)
+    assert different(trained, 3000) == []
 
 
 def test_ids_of_the_reference_model(golden):
-    same_ids(golden / "dreamllm-a" / "checkpoint" / "tokenizer.model", 3000)
+    assert different(golden / "dreamllm-a" / "checkpoint" / "tokenizer.model", 3000) == []
 
 
 def test_what_the_file_holds(golden):

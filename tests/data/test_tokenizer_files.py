@@ -85,7 +85,7 @@ def test_what_a_fast_tokenizer_of_transformers_writes(folder, tmp_path):
         fast.save_pretrained(tmp_path / "fast")
         (tmp_path / "fast" / "tokenizer.model").unlink(missing_ok=True)
         ours = Tokenizer.load(tmp_path / "fast")
-        assert ours.special == Tokenizer.load(folder).special
+        assert ours.special == Tokenizer.load(folder).special and ours.legacy == legacy
         assert ours.encode("hello world") == [386, 362, 442, 439, 331, 274, 442, 444]
 
 

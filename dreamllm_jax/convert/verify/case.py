@@ -12,14 +12,14 @@ import numpy as np
 
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.convert.dreamllm_files import configs_from_dreamllm, read_dreamllm
-from dreamllm_jax.convert.engine import to_jax
 from dreamllm_jax.convert.safetensors_files import read_safetensors
-from dreamllm_jax.convert.shapes import expected_shapes
+from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.weights import read_config
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train.state import nested
+
+IGNORED = -100  # the label of a token that is not learned
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,14 +55,15 @@ def open_case(folder: str | Path) -> Case:
     for name in ("checkpoint", "reference.safetensors", "reference.json"):
         if not (folder / name).exists():
             raise ValueError(f"{folder} has no {name}; give a folder laid out as tests/golden/dreamllm-a.")
-    settings = configs_from_dreamllm(folder / "checkpoint")
-    parts, _ = read_dreamllm(folder / "checkpoint", settings)
-    tensors, report = to_jax(parts, expected_shapes(settings.model))
+    source = open_source(folder / "checkpoint")
+    if source.loss is None:
+        raise ValueError(f"{folder}/checkpoint is a {source.kind}; a DreamLLM is to be compared here.")
+    tensors, report = source.params()
     report.raise_if_faulty(str(folder))
     reference = read_safetensors(folder / "reference.safetensors")
     return Case(
-        settings.model,
-        settings.loss,
+        source.model,
+        source.loss,
         Tokenizer.load(folder / "checkpoint"),
         {path: tensor.read() for path, tensor in tensors.items()},
         {name: tensor.read() for name, tensor in reference.items()},

@@ -82,7 +82,7 @@ def compare_picture(case: Case) -> dict[str, float]:
     both = np.concatenate([reference["t2i.negative_embeds"], reference["t2i.prompt_embeds"]])
     latents, picture = _draw(case, both, steps)
     return {
-        "t2i.states": max(_state_error(case, p, s) for p, s in zip(prompts, states, strict=True)),
+        "t2i.states": float(np.max([_state_error(case, *ps) for ps in zip(prompts, states, strict=True)])),
         "t2i.conditions": float(np.abs(_conditions(case, prompts) - context).max()),
         "t2i.timesteps": float(np.abs(timesteps - reference["t2i.timesteps"]).max()),
         "t2i.final_latents": float(np.abs(latents - channels_last(reference["t2i.final_latents"])).max()),

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dreamllm_jax.convert.verify.case import IGNORED
+from dreamllm_jax.data.mmc4 import interleave
 from dreamllm_jax.data.pieces import Piece, conversation, interleaved, pair
 from dreamllm_jax.data.sequences import Sequence, encode_pieces
 from dreamllm_jax.data.tokenizer import Tokenizer
 
-IGNORED = -100
 _PICTURE = Image.new("RGB", (8, 8))
 
 
@@ -61,15 +62,8 @@ def _pieces(kind: str, given: dict[str, Any], mode: str) -> list[Piece]:
         return pair(_PICTURE, given["text"], mode)
     if kind == "conversation":
         return conversation(given["turns"], [_PICTURE] * sum(t.count("<image>") for t in given["turns"]))
-    parts: list[Any] = []
-    for i, text in enumerate(given["text_list"]):
-        if i and i - 1 not in given["matched_text_index"]:
-            parts[-1] += " " + text.strip()  # sentences between two images are joined
-        else:
-            parts.append(text)
-        if i in given["matched_text_index"]:
-            parts.append(_PICTURE)
-    return interleaved(parts, mode)
+    sentences = [sentence.strip() for sentence in given["text_list"]]
+    return interleaved(interleave(sentences, [(i, _PICTURE) for i in given["matched_text_index"]]), mode)
 
 
 def _same_labels(ours: Sequence, row: dict[str, Any], tokenizer: Tokenizer) -> bool:

@@ -8,13 +8,12 @@ import numpy as np
 
 from dreamllm_jax.convert.engine import to_jax
 from dreamllm_jax.convert.tensors import ArrayTensor, Tensor
-from dreamllm_jax.convert.verify.case import Case, channels_last, slots, spread
+from dreamllm_jax.convert.verify.case import IGNORED, Case, channels_last, slots, spread
 from dreamllm_jax.models.dreamllm import query_states
 from dreamllm_jax.train.objectives import Draws, count, joint
 from dreamllm_jax.train.state import nested
 from dreamllm_jax.types import Batch
 
-IGNORED = -100
 TRAINED = ("llama", "vision_projector", "dream_queries", "condition_projector")
 # Where the reference's whole model keeps the parts that receive gradients.
 GRADIENTS = {
