@@ -78,6 +78,9 @@ def test_a_wrong_weight_is_found_out(golden):
         case.params[path] = case.params[path] * np.float32(1.05)
     errors = compare_picture(case)
     assert {"t2i.states", "t2i.final_latents", "t2i.image"} <= missed(errors).keys()
+    case.params["llama/norm/scale"] = case.params["llama/norm/scale"] * np.float32("nan")
+    assert "t2i.states" in missed(compare_picture(dataclasses.replace(case)))
+    case = open_case(golden / "dreamllm-a")
     case.params["llama/lm_head/kernel"] = -case.params["llama/lm_head/kernel"]
     assert missed(compare_greedy(dataclasses.replace(case)))
     assert missed({"loss": float("nan"), "sequences, ids": 1.0}).keys() == {"loss", "sequences, ids"}

@@ -195,6 +195,15 @@ def test_what_a_finished_stage_leaves(whole):
     assert done["data"]["documents"] > 8 * 5
 
 
+def test_what_documents_lost_is_said(capsys):
+    counts = {"documents": 9, "tokens": 100, "dropped_images": 2, "dropped_tokens": 0, "broken_images": 1}
+    stage = build_recipe(RECIPE).stages[1]
+    loop._say_losses(stage, counts)
+    assert capsys.readouterr().out == "joint: in 9 documents 2 dropped images, 1 broken images\n"
+    loop._say_losses(stage, counts | {"dropped_images": 0, "broken_images": 0})
+    assert capsys.readouterr().out == ""
+
+
 def test_a_finished_run_is_left_alone(whole, monkeypatch, capsys):
     monkeypatch.setattr(loop, "run_stage", None)
     assert loop.train(build_recipe(RECIPE), whole.folder) == whole.joint
