@@ -14,9 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 XLA_FLAGS = {
     "--xla_force_host_platform_device_count": 8,
-    # Convolutions and matrix products in threads of their own finish in any order, and XLA then enters a
-    # loop's collectives on some devices and those after the loop on others: they wait for each other forever.
-    "--xla_cpu_multi_thread_eigen": "false",
     # Eight devices on two busy cores wait long for each other; by default XLA gives up after 40 s.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
@@ -26,6 +23,10 @@ flags += [
     f"{name}={value}" for name, value in XLA_FLAGS.items() if not any(f.startswith(name) for f in flags)
 ]
 os.environ["XLA_FLAGS"] = " ".join(flags)
+# XLA:CPU's pool has a thread per core, and a collective holds one until every device has come to it: with
+# eight devices on a few cores all threads can wait, and none is left for the device they wait for. NPROC sets
+# the pool's size; 8 hung within a hundred steps, 32 not within 1,500.
+os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -99,6 +99,7 @@ class Extended:
     base: Tensor
     size: int
     axis: int
+    by_rows = False
 
     @property
     def origin(self) -> str:

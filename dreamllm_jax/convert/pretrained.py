@@ -15,6 +15,7 @@ from dreamllm_jax.convert.compose import with_control_tokens
 from dreamllm_jax.convert.shapes import expected_shapes
 from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.storage import cast, new_folder, open_params, save_params
+from dreamllm_jax.convert.tensors import Tensor
 from dreamllm_jax.convert.weights import read_config
 from dreamllm_jax.data.tokenizer import Tokenizer
 
@@ -22,10 +23,10 @@ FORMAT = "dreamllm_jax"
 
 
 class Pretrained(NamedTuple):
-    """What such a folder holds; `params` are flat: path -> tensor, unread, or numpy array."""
+    """What such a folder holds; `params` are flat: path -> tensor, unread."""
 
     config: DreamLLMConfig
-    params: dict[str, Any]
+    params: dict[str, Tensor]
     tokenizer: Tokenizer
     generation: GenerationConfig
 
@@ -59,12 +60,6 @@ def _holds_model(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and "format" in content and content["format"] == FORMAT
-
-
-def load_pretrained(folder: str | Path, dtype: str | None = None) -> Pretrained:
-    """`open_pretrained` with every parameter read: path -> numpy array."""
-    opened = open_pretrained(folder, dtype)
-    return opened._replace(params={path: tensor.read() for path, tensor in opened.params.items()})
 
 
 def open_pretrained(path: str | Path, dtype: str | None = None) -> Pretrained:

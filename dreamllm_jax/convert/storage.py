@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,17 @@ from jax.sharding import Sharding
 
 from dreamllm_jax.convert.byte_ranges import Checksums
 from dreamllm_jax.convert.safetensors_files import SHARD_BYTES, read_index, read_safetensors, write_sharded
-from dreamllm_jax.convert.tensors import DTYPES, ArrayTensor, Cast, Tensor, num_bytes
+from dreamllm_jax.convert.tensors import (
+    DTYPES,
+    ArrayTensor,
+    Cast,
+    Tensor,
+    contiguous,
+    num_bytes,
+    row_ranges,
+)
+
+Index = tuple[slice, ...]
 
 STEM = "params"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -57,8 +67,7 @@ def as_tensors(params: Mapping[str, Any]) -> dict[str, Tensor]:
     """Path -> tensor, of a nested or flat mapping of arrays (numpy, jax) or tensors."""
     flat = flatten(params)
     return {
-        path: value if hasattr(value, "read") and hasattr(value, "origin") else ArrayTensor(path, value)
-        for path, value in flat.items()
+        path: value if isinstance(value, Tensor) else ArrayTensor(path, value) for path, value in flat.items()
     }
 
 
@@ -122,33 +131,47 @@ def open_params(folder: str | Path) -> dict[str, Tensor]:
     return {path: files[name][path] for path, name in weight_map.items()}
 
 
-def read_block(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-    """The block of a tensor that `index` (as jax.make_array_from_callback gives it) asks for.
+def read_blocks(tensor: Tensor, indices: Sequence[Index]) -> list[np.ndarray]:
+    """The blocks of a tensor that `indices` (slices of every axis) ask for.
 
-    Only the rows of the first axis that the block spans are read; where it takes part of each row of a
-    stack of layers, one layer at a time.
+    What several blocks share is read once, a few rows at a time where rows can be read apart.
     """
     if not tensor.shape:
-        return tensor.read()
-    start, stop, _ = index[0].indices(tensor.shape[0])
-    whole = all(cut.indices(n) == (0, n, 1) for cut, n in zip(index[1:], tensor.shape[1:], strict=True))
-    if whole or len(tensor.shape) < 3:
-        return np.ascontiguousarray(tensor.read(start, stop)[(slice(None), *index[1:])])
-    rows = [tensor.read(row, row + 1)[(slice(None), *index[1:])] for row in range(start, stop)]
-    return np.concatenate(rows)
+        return [tensor.read() for _ in indices]
+    spans = [[s.indices(n)[:2] for s, n in zip(index, tensor.shape, strict=True)] for index in indices]
+    blocks = [np.empty([stop - start for start, stop in span], tensor.dtype) for span in spans]
+    first, last = min(span[0][0] for span in spans), max(span[0][1] for span in spans)
+    for start, stop in row_ranges(tensor, first, last):
+        rows = contiguous(tensor.read(start, stop))
+        for block, ((low, high), *others) in zip(blocks, spans, strict=True):
+            begin, end = max(low, start), min(high, stop)
+            if begin < end:
+                part = (slice(begin - start, end - start), *(slice(*other) for other in others))
+                block[begin - low : end - low] = rows[part]
+    return blocks
 
 
-def to_device(tensor: Tensor, sharding: Sharding) -> jax.Array:
-    """A tensor as a jax.Array: each device of this process gets its own block, read once for all of them."""
-    blocks: dict[tuple, np.ndarray] = {}
+def to_device(value: Any, sharding: Sharding, dtype: Any = None) -> jax.Array:
+    """A tensor or an array as a jax.Array of its own; `dtype` casts it.
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple((cut.start, cut.stop) for cut in index)
-        if key not in blocks:
-            blocks[key] = read_block(tensor, index)
-        return blocks[key]
+    Of what is not yet on devices, this process reads only what its own devices need.
+    """
+    if isinstance(value, jax.Array):
+        return jax.device_put(value if dtype is None else value.astype(dtype), sharding, may_alias=False)
+    tensor = value if isinstance(value, Tensor) else ArrayTensor("an array", value)
+    if dtype is not None:
+        tensor = Cast(tensor, np.dtype(dtype))
+    indices = sharding.addressable_devices_indices_map(tensor.shape)
+    distinct = {_ends(index): index for index in indices.values()}
+    blocks = dict(zip(distinct, read_blocks(tensor, list(distinct.values())), strict=True))
+    parts = [
+        jax.device_put(blocks[_ends(index)], device, may_alias=False) for device, index in indices.items()
+    ]
+    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, parts)
 
-    return jax.make_array_from_callback(tensor.shape, sharding, block)
+
+def _ends(index: Index) -> tuple[tuple[int | None, int | None], ...]:
+    return tuple((cut.start, cut.stop) for cut in index)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,10 @@ READERS = 2
 
 @runtime_checkable
 class Tensor(Protocol):
-    """Values somewhere: `origin` says where, `read(start, stop)` fetches rows of the first axis."""
+    """Values somewhere: `origin` says where, `read(start, stop)` fetches rows of the first axis.
+
+    `by_rows` says that some rows cost less than all of them.
+    """
 
     @property
     def origin(self) -> str: ...
@@ -55,6 +58,8 @@ class Tensor(Protocol):
     def shape(self) -> Shape: ...
     @property
     def dtype(self) -> np.dtype: ...
+    @property
+    def by_rows(self) -> bool: ...
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray: ...
 
 
@@ -99,6 +104,10 @@ class FileTensor:
     def origin(self) -> str:
         return f"{self.storage.file}: {self.name or 'the tensor'}"
 
+    @property
+    def by_rows(self) -> bool:
+        return bool(self.shape)
+
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
         start, stop, shape = _rows(self.shape, start, stop)
         strides = self.strides or _contiguous(self.shape)
@@ -125,6 +134,10 @@ class ArrayTensor:
         return self.name
 
     @property
+    def by_rows(self) -> bool:
+        return bool(self.shape)
+
+    @property
     def shape(self) -> Shape:
         return tuple(self.array.shape)
 
@@ -142,6 +155,7 @@ class Mapped:
 
     base: Tensor
     function: Callable[[np.ndarray], np.ndarray]
+    by_rows = False
 
     @property
     def origin(self) -> str:
@@ -166,6 +180,7 @@ class Stacked:
     """Tensors of one shape and dtype along a new first axis."""
 
     parts: tuple[Tensor, ...]
+    by_rows = True
 
     @property
     def origin(self) -> str:
@@ -195,6 +210,7 @@ class Row:
 
     base: Tensor
     index: int
+    by_rows = False
 
     @property
     def origin(self) -> str:
@@ -225,6 +241,10 @@ class Cast:
         return self.base.origin
 
     @property
+    def by_rows(self) -> bool:
+        return self.base.by_rows
+
+    @property
     def shape(self) -> Shape:
         return self.base.shape
 
@@ -253,17 +273,21 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 def pieces(tensor: Tensor) -> list[Callable[[], np.ndarray]]:
     """Readers of the values in order, as contiguous whole rows, small where rows can be read apart."""
-    size = num_bytes(tensor)
-    base = tensor.base if isinstance(tensor, Cast) else tensor
-    if size <= CHUNK_BYTES or not tensor.shape or isinstance(base, Mapped | Row):
+    if num_bytes(tensor) <= CHUNK_BYTES or not tensor.by_rows:
         return [lambda: contiguous(tensor.read())]
-    rows = max(1, CHUNK_BYTES * tensor.shape[0] // size)
-    starts = range(0, tensor.shape[0], rows)
-    return [functools.partial(_read_rows, tensor, s, min(s + rows, tensor.shape[0])) for s in starts]
+    return [functools.partial(_read_rows, tensor, *ends) for ends in row_ranges(tensor, 0, tensor.shape[0])]
 
 
 def _read_rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
     return contiguous(tensor.read(start, stop))
+
+
+def row_ranges(tensor: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
+    """Rows start..stop in ranges that are read at once: small ones, where rows can be read apart."""
+    if not tensor.by_rows:
+        return [(start, stop)]
+    rows = max(1, CHUNK_BYTES * tensor.shape[0] // max(num_bytes(tensor), 1))
+    return [(first, min(first + rows, stop)) for first in range(start, stop, rows)]
 
 
 def stream(tensors: Iterable[Tensor]) -> Iterator[tuple[int, np.ndarray]]:

@@ -16,7 +16,7 @@ from PIL import Image
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.convert.pretrained import check_whole, open_pretrained, save_pretrained
-from dreamllm_jax.convert.storage import as_tensors, flatten, to_device, unflatten
+from dreamllm_jax.convert.storage import flatten, to_device, unflatten
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.generate.decode import decode_text, dream
@@ -62,7 +62,7 @@ class DreamLLM:
         flat = flatten(params)
         alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = dict.fromkeys(flat, alone) if mesh is None else parameter_shardings(flat, mesh)
-        placed = {k: to_device(v, shardings[k]) for k, v in as_tensors(flat).items()}
+        placed = {k: to_device(v, shardings[k]) for k, v in flat.items()}
         self._engine = Engine(config, unflatten(placed), tokenizer)
         self.generation = GenerationConfig() if generation is None else generation
         self._null_conditions: dict[bytes, NullCondition] = {}  # by the tokens of the negative prompt

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
-from dreamllm_jax.convert.pretrained import load_pretrained, save_pretrained
+from dreamllm_jax.convert.pretrained import open_pretrained, save_pretrained
 from dreamllm_jax.data.pipeline import BatchStream, batches
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
@@ -169,7 +169,8 @@ def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> Dr
     assert config.vae is not None
     flat = jnp.asarray(images).reshape(-1, *images.shape[2:])
     encode = jax.jit(functools.partial(DreamLLMModule(config).apply, method="encode_image"))
-    moments = encode({"params": nested(params)}, flat)
+    vae = {k: v if isinstance(v, jax.Array) else v.read() for k, v in params.items() if k.startswith("vae/")}
+    moments = encode({"params": nested(vae)}, flat)
     mean, logvar = np.split(np.asarray(moments, np.float32), 2, axis=-1)
     deviation = float(np.sqrt(mean.var() + np.exp(logvar).mean()))
     return dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=1.0 / deviation))
@@ -204,7 +205,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _load(folder: Path) -> tuple[DreamLLMConfig, Flat]:
-    loaded = load_pretrained(folder)
+    loaded = open_pretrained(folder)
     return loaded.config, loaded.params
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from pathlib import Path
 
 import jax
-import numpy as np
 
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe
-from dreamllm_jax.convert.pretrained import load_pretrained
+from dreamllm_jax.convert.pretrained import open_pretrained
 from dreamllm_jax.data import numbers
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
@@ -33,7 +31,7 @@ def prepare_tokenizer(recipe: Recipe) -> Tokenizer:
 
 
 def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
-    """Weights of `recipe.init_from`, with fresh ones for what that folder lacks; or all fresh.
+    """Weights of `recipe.init_from`, unread, with fresh ones for what that folder lacks; or all fresh.
 
     Says which towers are fresh, and which of the folder's the model has no place for.
 
@@ -54,11 +52,12 @@ def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
 
 def _load_fitting(recipe: Recipe, expected: Flat) -> Flat:
     """The parameters of `init_from`, checked against the recipe's model."""
-    pretrained = load_pretrained(Path(str(recipe.init_from)))
+    assert recipe.init_from is not None
+    pretrained = open_pretrained(recipe.init_from)
     wrong = [
-        f"{k}: {np.shape(v)} there, {expected[k].shape} in the recipe"
+        f"{k}: {v.shape} there, {expected[k].shape} in the recipe"
         for k, v in pretrained.params.items()
-        if k in expected and np.shape(v) != expected[k].shape
+        if k in expected and v.shape != expected[k].shape
     ]
     if wrong:
         raise ValueError(f"{recipe.init_from} does not fit the recipe's model: {'; '.join(wrong[:5])}.")

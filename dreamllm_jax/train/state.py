@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
+from dreamllm_jax.convert.storage import to_device
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import parameter_shardings, replicated
 from dreamllm_jax.train.optim import make_optimizer
@@ -114,9 +115,12 @@ def partition(params: Flat, patterns: Sequence[str]) -> tuple[Flat, Flat]:
 
 
 def place(params: Flat, dtype: Any, mesh: Mesh) -> Flat:
-    """Copies of the parameters in `dtype`, each where its rule says (from the host, straight there)."""
+    """Copies of the parameters (arrays, or tensors in files) in `dtype`, each where its rule says.
+
+    A host reads of files only what its own devices hold.
+    """
     shardings = parameter_shardings(params, mesh)
-    return {k: jax.device_put(v.astype(dtype), shardings[k], may_alias=False) for k, v in params.items()}
+    return {k: to_device(v, shardings[k], dtype) for k, v in params.items()}
 
 
 def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -> TrainState:

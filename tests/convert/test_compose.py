@@ -11,11 +11,11 @@ import pytest
 from dreamllm_jax import DreamLLM
 from dreamllm_jax.convert.compose import Extended, compose
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
-from dreamllm_jax.convert.pretrained import load_pretrained
 from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.storage import open_params, save_params
 from dreamllm_jax.convert.tensors import ArrayTensor
 from dreamllm_jax.data.tokenizer import ADDED_TOKENS
+from tests.folders import load_pretrained
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
 ROWS = 512  # of the golden vocabulary, without the control tokens

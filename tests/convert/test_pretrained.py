@@ -6,10 +6,11 @@ import pytest
 from dreamllm_jax import DreamLLM
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.convert.convert import convert_to_jax
-from dreamllm_jax.convert.pretrained import load_pretrained, open_pretrained
+from dreamllm_jax.convert.pretrained import open_pretrained
 from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.storage import flatten
 from dreamllm_jax.sharding import make_mesh
+from tests.folders import load_pretrained
 
 
 @pytest.fixture(scope="module")

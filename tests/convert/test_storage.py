@@ -2,10 +2,13 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from dreamllm_jax.convert.safetensors_files import read_safetensors
@@ -15,8 +18,9 @@ from dreamllm_jax.convert.storage import (
     flatten,
     new_folder,
     open_params,
-    read_block,
+    read_blocks,
     save_params,
+    to_device,
     unflatten,
 )
 
@@ -68,8 +72,9 @@ def test_dtype_and_blocks(tmp_path):
     assert tensors["llama/layers/kernel"].dtype == ml_dtypes.bfloat16
     assert tensors["vae/n"].dtype == np.int32
     whole = tensors["llama/layers/kernel"].read()
-    block = read_block(tensors["llama/layers/kernel"], (slice(1, 3), slice(None), slice(0, 2)))
-    np.testing.assert_array_equal(block, whole[1:3, :, :2])
+    cuts = [(slice(1, 3), slice(None), slice(0, 2)), (slice(None), slice(2, 4), slice(None))]
+    for cut, block in zip(cuts, read_blocks(tensors["llama/layers/kernel"], cuts), strict=True):
+        np.testing.assert_array_equal(block, whole[cut])
     placed = load(tmp_path, dtype="float32")
     assert placed["llama"]["layers"]["kernel"].dtype == jnp.float32
     with pytest.raises(ValueError, match="int4"):
@@ -125,7 +130,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
 
 def test_a_failing_tensor_leaves_no_readable_folder(tmp_path):
     class Broken:
-        origin, shape, dtype = "broken", (2,), np.dtype(np.float32)
+        origin, shape, dtype, by_rows = "broken", (2,), np.dtype(np.float32), True
 
         def read(self, start=None, stop=None):
             raise ValueError("no")
@@ -134,3 +139,29 @@ def test_a_failing_tensor_leaves_no_readable_folder(tmp_path):
     with pytest.raises(ValueError, match="no"):
         save_params(tmp_path, {"a": np.ones(2), "b": Broken()})
     assert [p.name for p in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_blocks_share_what_is_read(by_rows, monkeypatch, devices):
+    """Every row once, a few at a time where they can be read apart; every device gets its own."""
+    values = np.arange(8 * 6 * 4, dtype=np.float32).reshape(8, 6, 4)
+    reads = []
+
+    class Watched:
+        origin, shape, dtype = "watched", values.shape, values.dtype
+
+        def __init__(self):
+            self.by_rows = by_rows
+
+        def read(self, start=None, stop=None):
+            reads.append((start, stop))
+            return values[start:stop]
+
+    monkeypatch.setattr("dreamllm_jax.convert.tensors.CHUNK_BYTES", values[0].nbytes)  # two in bfloat16
+    mesh = jax.make_mesh((2, 4), ("a", "b"), devices=devices)
+    for spec in (P("a"), P(None, "a"), P("b", None, "a"), P()):
+        placed = to_device(Watched(), NamedSharding(mesh, spec), jnp.bfloat16)
+        np.testing.assert_array_equal(placed, values.astype(jnp.bfloat16))
+        assert placed.sharding.spec == spec and placed.dtype == jnp.bfloat16
+        assert reads == ([(0, 2), (2, 4), (4, 6), (6, 8)] if by_rows else [(0, 8)])
+        reads.clear()

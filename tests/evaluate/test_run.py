@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.data import DataConfig
-from dreamllm_jax.convert.pretrained import load_pretrained
 from dreamllm_jax.evaluate import __main__ as command
 from dreamllm_jax.evaluate import run
 from dreamllm_jax.train.loop import stage_folder
+from tests.folders import load_pretrained
 
 RESULTS = ("metrics.json", "report.html", "checkpoint/config.json")
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.train import recipe as build_recipe
-from dreamllm_jax.convert.pretrained import load_pretrained
+from dreamllm_jax.convert.pretrained import open_pretrained
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train import checks, loop, start
 from dreamllm_jax.train.metrics import read_curves
 from dreamllm_jax.train.optim import learning_rates
 from dreamllm_jax.train.state import abstract_params, nested, partition
+from tests.folders import load_pretrained
 from tests.train import tiny
 
 CONNECTORS = ("vision_projector", "dream_queries", "condition_projector")
@@ -156,7 +157,8 @@ def test_measured_scale_gives_latents_unit_variance(whole):
     config = load_pretrained(whole.vae).config
     params = load_pretrained(whole.vae).params
     images = np.random.default_rng(0).integers(0, 256, (4, 2, 8, 8, 3)).astype(np.uint8)
-    measured = loop.with_measured_scale(config, params, images).vae.scaling_factor
+    unread = open_pretrained(whole.vae).params
+    measured = loop.with_measured_scale(config, unread, images).vae.scaling_factor
     variables = {"params": nested({k: jnp.asarray(v) for k, v in params.items()})}
     flat = jnp.asarray(images.reshape(-1, 8, 8, 3))
     moments = DreamLLMModule(config).apply(variables, flat, method="encode_image")
@@ -349,7 +351,7 @@ def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch, capsys):
     assert f"drawn afresh, {len(drawn)} tensors of contrastive, text" in capsys.readouterr().out
     assert params.keys() - drawn == theirs.params.keys()
     for path, value in theirs.params.items():
-        np.testing.assert_array_equal(params[path], value)
+        np.testing.assert_array_equal(params[path].read(), value)
 
 
 def test_weights_without_a_place_are_named(whole, capsys):
