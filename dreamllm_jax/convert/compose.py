@@ -18,6 +18,8 @@ from dreamllm_jax.convert.tensors import ArrayTensor, Shape, Tensor
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 CONNECTORS = ("vision_projector", "dream_queries", "condition_projector", "global_projector")
+# More rows than a tokenizer has tokens are usual (a round number, added tokens), within reason.
+_PADDING = 1024
 # Vocabularies: path and axis.
 _VOCABULARIES = {"llama/embed_tokens/embedding": 0, "llama/lm_head/kernel": 1}
 
@@ -74,14 +76,27 @@ def with_control_tokens(
     the mean of the rows that are there.
 
     Raises:
-      ValueError: no tokenizer there, or a damaged one.
+      ValueError: no tokenizer there, a damaged one, or that of another model.
     """
     tokenizer = Tokenizer.load(folder, extend=True)
+    check_belongs(tokenizer, model, folder)
     if model.llama is not None and tokenizer.vocab_size > model.llama.vocab_size:
         params = extend_vocabulary(params, tokenizer.vocab_size)
         llama = dataclasses.replace(model.llama, vocab_size=tokenizer.vocab_size)
         model = dataclasses.replace(model, llama=llama)
     return model, params, tokenizer
+
+
+def check_belongs(tokenizer: Tokenizer, model: DreamLLMConfig, folder: Path) -> None:
+    """Raises ValueError where the tokenizer in `folder` cannot be that of the weights."""
+    if model.llama is None:
+        return
+    rows, tokens = model.llama.vocab_size, tokenizer.own_size
+    if tokens > rows or rows - tokens > _PADDING:
+        raise ValueError(
+            f"{folder}: its tokenizer has {tokens} tokens and its weights embed {rows}; they do not belong "
+            "together. Put the files of the weights' own tokenizer there."
+        )
 
 
 def extend_vocabulary(params: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
 from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.convert import hugging_face
-from dreamllm_jax.convert.compose import draw, with_control_tokens
+from dreamllm_jax.convert.compose import check_belongs, draw, with_control_tokens
 from dreamllm_jax.convert.dreamllm_files import MOUNTS
 from dreamllm_jax.convert.engine import Report, to_torch
+from dreamllm_jax.convert.hub_files import check_downloads
 from dreamllm_jax.convert.pickles_out import write_pickle
 from dreamllm_jax.convert.pretrained import FORMAT
 from dreamllm_jax.convert.safetensors_files import SHARD_BYTES, write_json, write_sharded
@@ -40,11 +41,15 @@ def convert_to_jax(
     """Writes `source` as a folder that `DreamLLM.from_pretrained` loads; whole or not at all.
 
     Raises:
-      ValueError: tensors that do not fit the model (all of them, named), before anything is written.
+      ValueError: tensors that do not fit the model (all of them, named), files that are not what the hub
+        sent, the tokenizer of another model; before anything is written.
     """
     params, report = source.params()
     report.raise_if_faulty(str(source.path))
+    check_downloads(source.files)
     model, tokenizer = source.model, None
+    if has_tokenizer(source.folder):
+        check_belongs(Tokenizer.load(source.folder, extend=True), model, source.folder)
     if source.fresh:  # put together to be trained: with all that training needs
         connectors = draw(model, source.fresh)
         params |= connectors

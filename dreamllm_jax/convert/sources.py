@@ -23,7 +23,7 @@ from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, configs_from_dreamll
 from dreamllm_jax.convert.engine import Report, to_jax
 from dreamllm_jax.convert.shapes import expected_shapes
 from dreamllm_jax.convert.storage import INDEX
-from dreamllm_jax.convert.tensors import Tensor
+from dreamllm_jax.convert.tensors import FileTensor, Tensor
 from dreamllm_jax.convert.weights import (
     DIFFUSERS_STEMS,
     find_weights,
@@ -31,8 +31,9 @@ from dreamllm_jax.convert.weights import (
     read_file,
     read_weights,
 )
+from dreamllm_jax.data.templates import OWN
 from dreamllm_jax.data.tokenizer import CONTROL_NAMES, Tokenizer
-from dreamllm_jax.data.tokenizer_files import has_tokenizer
+from dreamllm_jax.data.tokenizer_files import has_tokenizer, read_chat_template
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -69,6 +70,12 @@ class Source:
     @property
     def tokenizer_files(self) -> list[Path]:
         return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold its tensors."""
+        tensors = (tensor for part in self.parts.values() for tensor in part.values())
+        return sorted({tensor.storage.file for tensor in tensors if isinstance(tensor, FileTensor)})
 
     @property
     def folder(self) -> Path:
@@ -160,7 +167,8 @@ def _open_dreamllm(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
 
 def _open_llama(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
     source = _mounted("LLaMA", folder, DreamLLMConfig(llama=LlamaConfig.from_hf(raw)), LLAMA_MOUNTS)
-    return dataclasses.replace(source, stated=_stated(raw))
+    template = None if read_chat_template(folder) is None else OWN
+    return dataclasses.replace(source, stated=_stated(raw), template=template)
 
 
 def control_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -11,6 +11,7 @@ from dreamllm_jax.data.archives import Images
 from dreamllm_jax.data.files import BrokenRecord, JsonRecords
 from dreamllm_jax.data.images import ImageLike
 from dreamllm_jax.data.pieces import Picture, Piece, check_mode, conversation, interleaved
+from dreamllm_jax.data.templates import Template
 
 
 class Documents:
@@ -51,8 +52,8 @@ class Instructions(Documents):
         records: JsonRecords,
         images: Images,
         mode: str,
-        min_similarity: float | None = None,
-        template: str = "vicuna_v1.1",
+        min_similarity: float | None,
+        template: Template,
     ):
         super().__init__(records, images, mode, min_similarity)
         self.template = template

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from dreamllm_jax.data.images import ImageLike
-from dreamllm_jax.data.templates import get_template
+from dreamllm_jax.data.templates import Template, get_template
 
 MODES = ("comprehension", "creation", "joint")
 
@@ -22,12 +22,14 @@ class Text:
     """One chunk of plain text; a `shrinkable` one gives way to what follows it in a document.
 
     `continues`: the chunk goes on after a picture or `</s>` in the same string, as in a conversation.
+    `glued`: it goes on within a word or line, so no space is put before it.
     """
 
     text: str
     supervised: bool = True
     shrinkable: bool = False
     continues: bool = False
+    glued: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,7 +164,7 @@ Turn = str | Sequence[str | ImageLike | Piece]
 
 
 def conversation(
-    turns: Sequence[Turn], images: Iterable[ImageLike] = (), template: str = "vicuna_v1.1"
+    turns: Sequence[Turn], images: Iterable[ImageLike] = (), template: str | Template = "vicuna_v1.1"
 ) -> list[Piece]:
     """Turns of user and assistant, alternating; the answers and their `</s>` are learned.
 
@@ -171,36 +173,45 @@ def conversation(
     and pictures. Encode the result with any `eos`: it ends in `</s>`.
 
     Raises:
-      ValueError: an odd number of turns, an unknown template, markers and images that differ in number.
+      ValueError: an odd number of turns, an unknown template or one that writes no whole conversations,
+        markers and images that differ in number.
     """
     if not turns or len(turns) % 2:
         raise ValueError(
             f"A conversation has {len(turns)} turns; give an even number, user and assistant by turns."
         )
-    style = get_template(template)
+    style = template if isinstance(template, Template) else get_template(template)
+    if style.unfit is not None:
+        raise ValueError(f"Template {style.name!r} cannot write conversations to learn from: {style.unfit}.")
     queue = iter(images)
     pieces: list[Piece] = []
-    text = style.opening
     for i in range(0, len(turns), 2):
-        if i and style.restarts:
-            pieces.append(Begin())
-        asked = _expand(turns[i], queue, False)
-        pieces += _join(text + style.before_user, asked, style.after_user, False, continues=i > 0)
+        before = (style.between if i else style.opening) + style.before_user
+        asked = _trimmed(_expand(turns[i], queue, False), style)
+        pieces += _join(before, asked, style.after_user, False, continues=i > 0)
         answer = list(_expand(turns[i + 1], queue, True))
         if isinstance(turns[i + 1], str) and answer and isinstance(answer[0], str):
             answer[0] = answer[0].lstrip()
-        pieces += [*_join("", answer, style.after_answer, supervised=True), End()]
-        text = ""
+        pieces += [*_join("", answer, style.after_answer, supervised=True, glued=style.glued), End()]
     left = sum(1 for _ in queue)
     if left:
         raise ValueError(f"The conversation has {left} more images than <image> and <dream> markers.")
     return pieces
 
 
-def question(parts: Sequence[str | ImageLike], template: str) -> list[Piece]:
+def question(parts: Sequence[str | ImageLike], style: Template) -> list[Piece]:
     """The beginning of a conversation up to where the assistant answers, strings as plain text."""
-    style = get_template(template)
-    return _join(style.opening + style.before_user, parts, style.after_user, supervised=False)
+    end = style.after_user if style.cue is None else style.cue
+    return _join(style.opening + style.before_user, _trimmed(parts, style), end, supervised=False)
+
+
+def _trimmed(parts: Iterable[str | Piece | ImageLike], style: Template) -> list[str | Piece | ImageLike]:
+    """What a user says, as the template wants it."""
+    said = list(parts)
+    if style.trims and said:
+        said[0] = said[0].lstrip() if isinstance(said[0], str) else said[0]
+        said[-1] = said[-1].rstrip() if isinstance(said[-1], str) else said[-1]
+    return said
 
 
 def _expand(turn: Turn, queue: Iterator[ImageLike], supervised: bool) -> Iterator[str | Piece | ImageLike]:
@@ -223,18 +234,25 @@ def _join(
     after: str,
     supervised: bool,
     continues: bool = False,
+    glued: bool = False,
 ) -> list[Piece]:
     """Pieces of one turn; text between two pictures is one chunk, as the reference tokenizes it."""
     pieces: list[Piece] = []
-    text = before
-    for part in parts:
+    text = ""
+    for part in (*_written(before), *parts, *_written(after)):
         if isinstance(part, str):
             text += part
             continue
         if text:
-            pieces.append(Text(text, supervised, continues=continues))
-        text, continues = "", True
+            pieces.append(Text(text, supervised, continues=continues, glued=glued))
+        text, continues, glued = "", True, False
         pieces.append(part_to_piece(part))
-    if text + after:
-        pieces.append(Text(text + after, supervised, continues=continues))
+    if text:
+        pieces.append(Text(text, supervised, continues=continues, glued=glued))
     return pieces
+
+
+def _written(text: str) -> list[str | Piece]:
+    """A template's text: `<s>` and `</s>` in it are the control tokens."""
+    control: dict[str, Piece] = {"<s>": Begin(), "</s>": End(supervised=False)}
+    return [control[part] if part in control else part for part in re.split("(</?s>)", text)]

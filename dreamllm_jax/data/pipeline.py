@@ -46,7 +46,7 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: DataConfig, picture_size: int, seed: int = 0) -> Source:
+def open_source(config: DataConfig, picture_size: int, tokenizer: Tokenizer, seed: int = 0) -> Source:
     """The source that a stage's config names; `seed` orders the epochs of files.
 
     Raises:
@@ -54,7 +54,7 @@ def open_source(config: DataConfig, picture_size: int, seed: int = 0) -> Source:
         or not what they should be.
     """
     if config.sources:
-        return open_mixture(config.sources, config.mode, seed)
+        return open_mixture(config.sources, config.mode, seed, tokenizer)
     if config.source is None:
         raise ValueError(
             "data.source is not set; set it to 'handwriting', or list files of your own in data.sources."
@@ -68,16 +68,16 @@ def open_source(config: DataConfig, picture_size: int, seed: int = 0) -> Source:
     )
 
 
-def check_source(config: DataConfig) -> None:
+def check_source(config: DataConfig, tokenizer: Tokenizer) -> None:
     """What can be said about a stage's source in no time: files are looked for, not read.
 
     Raises:
       ValueError: as `open_source`, as far as that goes.
     """
     if config.sources:
-        check_sources(config)
+        check_sources(config, tokenizer)
     else:
-        open_source(config, 16)
+        open_source(config, 16, tokenizer)
 
 
 def row_layout(config: DataConfig, model: DreamLLMConfig, null_dream: bool) -> RowLayout:
@@ -113,7 +113,8 @@ def batches(
       ValueError: rows that do not divide among the hosts, no source, no room for any document.
     """
     layout = row_layout(config, model, null_dream)
-    source = open_source(config, max(layout.image_size or 0, layout.dream_size or 0) or 16, seed)
+    size = max(layout.image_size or 0, layout.dream_size or 0) or 16
+    source = open_source(config, size, tokenizer, seed)
     return BatchStream(
         source,
         tokenizer,

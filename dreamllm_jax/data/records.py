@@ -9,10 +9,13 @@ import numpy as np
 
 from dreamllm_jax.config.data import DataConfig, SourceConfig
 from dreamllm_jax.data.archives import open_images
+from dreamllm_jax.data.chat_templates import template_of
 from dreamllm_jax.data.files import JsonRecords, find_files
 from dreamllm_jax.data.llava import Conversations
 from dreamllm_jax.data.mmc4 import Documents, Instructions
-from dreamllm_jax.data.pieces import Piece
+from dreamllm_jax.data.pieces import Piece, conversation
+from dreamllm_jax.data.templates import Template
+from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.webdataset import Pairs
 
 # Sources change places within so many documents; a row then reads all of them, whatever the number of rows.
@@ -30,19 +33,20 @@ class Records(Protocol):
         ...
 
 
-def check_sources(config: DataConfig) -> None:
-    """Looks whether every file that the sources name is there; reads none.
+def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Looks whether every file that the sources name is there, reading none; and at their templates.
 
     Raises:
-      ValueError: one is not.
+      ValueError: one is not, or a template does not exist or cannot be learned from.
     """
     for source in config.sources:
         find_files(source.path, _where(source, "path"))
         if source.images is not None:
             find_files(source.images, _where(source, "images"))
+        _template(source, tokenizer)
 
 
-def open_records(source: SourceConfig, mode: str) -> Records:
+def open_records(source: SourceConfig, mode: str, tokenizer: Tokenizer) -> Records:
     """The records that a source's config names.
 
     Raises:
@@ -58,20 +62,20 @@ def open_records(source: SourceConfig, mode: str) -> Records:
     if source.images is not None:
         images = open_images(find_files(source.images, _where(source, "images")))
     if source.kind == "conversations":
-        return Conversations(records, images, source.template)
+        return Conversations(records, images, _template(source, tokenizer))
     assert images is not None
     if source.kind == "interleaved":
         return Documents(records, images, mode, source.min_similarity)
-    return Instructions(records, images, mode, source.min_similarity, source.template)
+    return Instructions(records, images, mode, source.min_similarity, _template(source, tokenizer))
 
 
-def open_mixture(sources: Sequence[SourceConfig], mode: str, seed: int) -> Mixture:
+def open_mixture(sources: Sequence[SourceConfig], mode: str, seed: int, tokenizer: Tokenizer) -> Mixture:
     """Opens every source.
 
     Raises:
       ValueError: files that are missing or of another kind, or that hold no record.
     """
-    return Mixture([open_records(s, mode) for s in sources], [s.weight for s in sources], seed)
+    return Mixture([open_records(s, mode, tokenizer) for s in sources], [s.weight for s in sources], seed)
 
 
 class Mixture:
@@ -102,6 +106,15 @@ class Mixture:
 
 def _seed(seed: int, at: int) -> int:
     return int(np.random.SeedSequence((seed, at)).generate_state(1)[0])
+
+
+def _template(source: SourceConfig, tokenizer: Tokenizer) -> Template:
+    try:
+        template = template_of(source.template, tokenizer)
+        conversation(["", ""], template=template)
+    except ValueError as error:
+        raise ValueError(f"{_where(source, 'template')}: {error}") from error
+    return template
 
 
 def _where(source: SourceConfig, field: str) -> str:

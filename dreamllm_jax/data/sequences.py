@@ -21,6 +21,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 from jaxtyping import Bool, Int
 
+from dreamllm_jax.data.chat_templates import template_of
 from dreamllm_jax.data.images import ImageLike
 from dreamllm_jax.data.pieces import (
     Begin,
@@ -203,7 +204,7 @@ def encode_pieces(
     for i, piece in enumerate(body):
         room = limit - len(writer.tokens)
         if isinstance(piece, Text):
-            tokens = tokenizer.encode(piece.text, piece.continues)
+            tokens = _encode(piece, tokenizer)
             if piece.shrinkable:
                 room = max(0, room - sum(_num_tokens(p, writer) for p in body[i + 1 :]))
             writer.write(tokens[:room], piece.supervised)
@@ -218,6 +219,10 @@ def encode_pieces(
     if closing:
         writer.write([writer.ids.eos], _is_learned(pieces[-1]))
     return writer.sequence(dropped_tokens=shrunk)
+
+
+def _encode(text: Text, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode_glued(text.text) if text.glued else tokenizer.encode(text.text, text.continues)
 
 
 def _is_learned(piece: Piece) -> bool:
@@ -239,7 +244,7 @@ def _cut(
         writer.write([writer.ids.eos], False)
     return writer.sequence(
         sum(isinstance(piece, Picture | Spelled | Beside) for piece in rest),
-        dropped_tokens + sum(len(tokenizer.encode(p.text, p.continues)) for p in rest if isinstance(p, Text)),
+        dropped_tokens + sum(len(_encode(p, tokenizer)) for p in rest if isinstance(p, Text)),
     )
 
 
@@ -256,15 +261,19 @@ def encode_prompt(
     With a conversation `template` the prompt is the user's turn. Strings are plain text throughout.
 
     Raises:
-      ValueError: more tokens than `max_length` or more pictures than `max_images`.
+      ValueError: more tokens than `max_length` or more pictures than `max_images`, or a template that
+        cannot be used.
     """
     parts = [prompt] if isinstance(prompt, str) else list(prompt)
-    pieces = question(parts, template) if template else [part_to_piece(part) for part in parts]
+    if template:
+        pieces = question(parts, template_of(template, tokenizer))
+    else:
+        pieces = [part_to_piece(part) for part in parts]
     writer = _Writer(tokenizer, num_patches, 0)
     writer.write([writer.ids.bos], False)
     for piece in pieces:
         if isinstance(piece, Text):
-            writer.write(tokenizer.encode(piece.text, piece.continues), False)
+            writer.write(_encode(piece, tokenizer), False)
         else:
             writer.piece(piece)
     if max_images is not None and len(writer.images) > max_images:

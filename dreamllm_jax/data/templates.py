@@ -1,25 +1,38 @@
 """How a conversation is written out: names, system text and separators of each template.
 
-A dialog becomes `{opening}{before_user}question{after_user} answer{after_answer}</s>{before_user}...`; the
-answer is a chunk of its own, so the space before it is the tokenizer's. Where a template `restarts`, every
-later question begins with `<s>`, as the first one does.
+A dialog becomes `{opening}{before_user}question{after_user} answer{after_answer}</s>`, and every later
+question begins with `{between}{before_user}`. The answer is a chunk of its own, so the space before it is
+the tokenizer's. `<s>` and `</s>` in a template's text are the control tokens; in a question they are
+characters, as everywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+# The name under which a tokenizer's own template goes (see `chat_templates`).
+OWN = "tokenizer"
+
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Text around the turns of a conversation."""
+    """Text around the turns of a conversation.
+
+    A `glued` answer follows the question's text without a space. One that `trims` strips what a user says.
+    `cue` is what a prompt ends in where that is not `after_user`. One that is `unfit` cannot write whole
+    conversations; the text says why.
+    """
 
     name: str
     opening: str = ""
     before_user: str = ""
     after_user: str = ""
     after_answer: str = ""
-    restarts: bool = False
+    between: str = ""
+    glued: bool = False
+    trims: bool = False
+    cue: str | None = None
+    unfit: str | None = None
 
 
 TEMPLATES = {
@@ -36,7 +49,7 @@ TEMPLATES = {
             after_user=" ASSISTANT:",
         ),
         # LLaMA-2-chat (arXiv 2307.09288), without a system prompt.
-        Template("llama2", "", "[INST] ", " [/INST]", after_answer=" ", restarts=True),
+        Template("llama2", "", "[INST] ", " [/INST]", after_answer=" ", between="<s>"),
     )
 }
 
@@ -48,5 +61,6 @@ def get_template(name: str) -> Template:
       ValueError: an unknown name.
     """
     if name not in TEMPLATES:
-        raise ValueError(f"Unknown conversation template {name!r}; known: {', '.join(sorted(TEMPLATES))}.")
+        known = ", ".join(sorted([*TEMPLATES, OWN]))
+        raise ValueError(f"Unknown conversation template {name!r}; known: {known}.")
     return TEMPLATES[name]

@@ -19,7 +19,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from dreamllm_jax.data.tokenizer_files import read_backend, without_prefix
+from dreamllm_jax.data.tokenizer_files import read_backend, read_chat_template, without_prefix
 
 # In the order of the published checkpoints, where [PAD] is 32000.
 ADDED_TOKENS = (
@@ -90,6 +90,8 @@ class Tokenizer:
         backend.no_padding()
         self.backend, self.legacy = backend, legacy
         self.sentencepiece: bytes | None = None  # the tokenizer.model it was read from
+        self.chat_template: str | None = None  # a Jinja program (see `chat_templates`)
+        self.own_size = self.vocab_size  # rows that its own vocabulary needs, without what `load` adds
         self._continuing = backend if legacy else without_prefix(backend)
         self.special = SpecialTokens(**ids)
         self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
@@ -107,6 +109,7 @@ class Tokenizer:
             not follow the vocabulary.
         """
         backend, legacy = read_backend(Path(folder), legacy)
+        own_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         if extend:
             missing = [name for name in ADDED_TOKENS if backend.token_to_id(name) is None]
             backend.add_special_tokens(
@@ -114,6 +117,8 @@ class Tokenizer:
             )
         tokenizer, file = cls(backend, legacy), Path(folder) / "tokenizer.model"
         tokenizer.sentencepiece = file.read_bytes() if file.is_file() else None
+        tokenizer.chat_template = read_chat_template(Path(folder))
+        tokenizer.own_size = own_size
         return tokenizer
 
     def save(self, folder: str | Path) -> None:
@@ -138,6 +143,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "legacy": self.legacy,
         }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
@@ -152,6 +159,14 @@ class Tokenizer:
         backend = self._continuing if continues else self.backend
         return tuple(backend.encode(text, add_special_tokens=False).ids) if text else ()
 
+    def encode_glued(self, text: str) -> list[int]:
+        """Ids of text that goes on within a line: nothing is put before it."""
+        return self._bare.encode(text, add_special_tokens=False).ids if text else []
+
+    @functools.cached_property
+    def _bare(self) -> tokenizers.Tokenizer:
+        return without_prefix(self.backend)
+
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a string in which the names of control tokens stand for themselves; no `<s>` is added."""
         ids: list[int] = []
@@ -165,9 +180,14 @@ class Tokenizer:
     @functools.cached_property
     def _names(self) -> re.Pattern[str]:
         """Any control token, as a group: longer names first."""
-        added = self.backend.get_added_tokens_decoder().values()
-        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        names = sorted(self.added_names, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    @property
+    def added_names(self) -> list[str]:
+        """Every control token's name."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`, without the first chunk's leading space."""

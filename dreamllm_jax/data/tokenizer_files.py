@@ -45,6 +45,21 @@ def read_backend(folder: Path, legacy: bool | None = None) -> tuple[tokenizers.T
     return backend, stated is not False and not first_only
 
 
+def read_chat_template(folder: Path) -> str | None:
+    """The Jinja program that writes conversations, from new files or old ones; None where there is none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        content = _read_json(folder / name)
+        found = content["chat_template"] if "chat_template" in content else None
+        if isinstance(found, list):
+            named = {entry["name"]: entry["template"] for entry in found}
+            found = named["default"] if "default" in named else None
+        if isinstance(found, str):
+            return found
+    return None
+
+
 def without_prefix(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """A copy that puts no marker of a space before the text."""
     content = json.loads(backend.to_str())

@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
+from dreamllm_jax.data.chat_templates import template_of
 from dreamllm_jax.data.pipeline import check_source, row_layout
-from dreamllm_jax.data.templates import get_template
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.sharding import parameter_shardings
@@ -31,30 +31,30 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
       ValueError: parameters or rows that the mesh does not divide; a stage whose trainable patterns,
         data or objective do not fit the model; a vocabulary smaller than the tokenizer's.
     """
-    _check_generation(recipe)
+    _check_generation(recipe, tokenizer)
     params = abstract_params(recipe.model)
     parameter_shardings(params, mesh)
     for stage in stages:
         try:
-            _check_stage(stage, recipe.model, params, mesh, tokenizer.vocab_size)
+            _check_stage(stage, recipe.model, params, mesh, tokenizer)
         except ValueError as error:
             raise ValueError(f"stage {stage.name!r}: {error}") from error
 
 
-def _check_generation(recipe: Recipe) -> None:
+def _check_generation(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """What the trained model is saved with must be possible for it."""
     settings = recipe.generation
     try:
         if recipe.model.draws:
             make_plan(recipe.model.schedule, settings.sampler, settings.num_inference_steps, settings.eta)
         if settings.template is not None:
-            get_template(settings.template)
+            template_of(settings.template, tokenizer)
     except ValueError as error:
         raise ValueError(f"generation: {error}") from error
 
 
 def _check_stage(
-    stage: StageConfig, model: DreamLLMConfig, params: Flat, mesh: Mesh, vocabulary: int
+    stage: StageConfig, model: DreamLLMConfig, params: Flat, mesh: Mesh, tokenizer: Tokenizer
 ) -> None:
     trainable, _ = partition(params, stage.trainable)
     if not trainable:
@@ -70,10 +70,10 @@ def _check_stage(
         )
     for name in {"llama", "text"} & set(towers):
         size = getattr(model, name).vocab_size
-        if size < vocabulary:
+        if size < tokenizer.vocab_size:
             raise ValueError(
-                f"model.{name}.vocab_size is {size}, but the tokenizer has {vocabulary} tokens; raise it to "
-                "at least that."
+                f"model.{name}.vocab_size is {size}, but the tokenizer has {tokenizer.vocab_size} tokens; "
+                "raise it to at least that."
             )
     if "text" in towers and model.text is not None and stage.data.length > model.text.max_position_embeddings:
         raise ValueError(
@@ -83,7 +83,7 @@ def _check_stage(
     _check_loss(stage, model)
     _check_rows(stage, mesh)
     row_layout(stage.data, model, null_dream=stage.loss.condition_dropout > 0)
-    check_source(stage.data)
+    check_source(stage.data, tokenizer)
 
 
 def _check_loss(stage: StageConfig, model: DreamLLMConfig) -> None:

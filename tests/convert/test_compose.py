@@ -1,5 +1,6 @@
 """Towers of several sources as one model: where stage I begins."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 
 from dreamllm_jax import DreamLLM
-from dreamllm_jax.convert.compose import Extended, compose
+from dreamllm_jax.convert.compose import Extended, check_belongs, compose
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.storage import open_params, save_params
 from dreamllm_jax.convert.tensors import ArrayTensor
-from dreamllm_jax.data.tokenizer import ADDED_TOKENS
+from dreamllm_jax.data.tokenizer import ADDED_TOKENS, Tokenizer, train_tokenizer
 from tests.folders import load_pretrained
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
@@ -152,3 +153,35 @@ def test_extended_tensors_read_in_parts(axis):
     np.testing.assert_array_equal(whole[:3, :4], values)
     np.testing.assert_array_equal(np.take(whole, 5, axis), values.mean(axis))
     np.testing.assert_array_equal(extended.read(1, 3), whole[1:3])
+
+
+def test_a_tokenizer_of_another_model(sources, tmp_path, capsys):
+    """More tokens than rows, or far fewer: named at once, loading or converting, and nothing is written."""
+    folder = tmp_path / "mixed"
+    shutil.copytree(sources["llm"], folder)
+    (folder / "tokenizer.model").unlink()
+    pieces = [f"{a}{b}" for a in "bcdfghjklmnpqrstvwxyz" for b in "aeiou"]
+    train_tokenizer([" ".join(f"{x}{y}" for x in pieces for y in pieces)], 600).save(folder)
+    assert command("to-jax", folder, tmp_path / "out", "--quiet") == 1
+    words = f"{folder}: its tokenizer has 600 tokens and its weights embed 512; they do not belong together"
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="its tokenizer has 600 tokens and its weights embed 512"):
+        DreamLLM.from_pretrained(folder)
+    roomy = open_source(sources["llm"]).model
+    roomy = dataclasses.replace(roomy, llama=dataclasses.replace(roomy.llama, vocab_size=32000))
+    with pytest.raises(ValueError, match="has 512 tokens and its weights embed 32000"):
+        check_belongs(Tokenizer.load(sources["llm"], extend=True), roomy, sources["llm"])
+
+
+def test_a_chat_model_answers_in_its_own_template(sources, tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(sources["llm"], folder)
+    program = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}assistant"
+    (folder / "chat_template.jinja").write_text(program)
+    model = DreamLLM.from_pretrained(folder)
+    assert model.generation.template == "tokenizer"
+    model.save_pretrained(tmp_path / "saved")
+    plain = DreamLLM.from_pretrained(sources["llm"])
+    for chat in (model, DreamLLM.from_pretrained(tmp_path / "saved")):
+        text = chat.generate_text("hello", max_new_tokens=6)
+        assert text == plain.generate_text("user hello assistant", max_new_tokens=6)

@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +137,34 @@ def test_bad_sources_are_one_sentence_and_leave_nothing(tmp_path, golden, capsys
     assert command("to-torch", source, target, "--quiet") == 1
     assert "is not a converted model" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "source"]
+
+
+@pytest.mark.parametrize("direction", ["to-jax", "to-torch"])
+def test_a_killed_conversion_leaves_no_model(tmp_path, golden, direction):
+    """Killed without a warning while it writes: under the target's name there is nothing."""
+    source = golden / "dreamllm-a/checkpoint"
+    if direction == "to-torch":
+        convert_to_jax(open_source(source), tmp_path / "jax")
+        source = tmp_path / "jax"
+    slow = (
+        "import runpy, sys, time; from dreamllm_jax.convert import tensors; read = tensors.contiguous\n"
+        "tensors.contiguous = lambda array: (time.sleep(0.2), read(array))[1]\n"
+        f"sys.argv = [{str(TOOL)!r}, {direction!r}, {str(source)!r}, {str(tmp_path / 'out')!r}, '--quiet']\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow])
+    try:
+        while not any(path.stat().st_size > 1000 for path in tmp_path.glob(".out.partial-*/*")):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "out").exists()
+    (left,) = tmp_path.glob(".out.partial-*")
+    with pytest.raises(ValueError):  # nor does what is left pass for a model
+        open_pretrained(left)
+    assert command(direction, source, tmp_path / "out", "--quiet") == 0
 
 
 @pytest.mark.parity

@@ -94,7 +94,7 @@ def config(folder, **changes):
 
 def test_from_files_to_batches(folder):
     data = config(folder)
-    check_source(data)
+    check_source(data, WordTokenizer())
     stream = batches(data, MODEL, WordTokenizer(), seed=0)
     seen = [next(stream) for _ in range(40)]
     assert seen[0].tokens.shape == (2, 48) and seen[0].images.shape == (2, 4, 16, 16, 3)
@@ -150,15 +150,19 @@ def test_what_is_missing_is_named(folder):
     ):
         data = config(folder, sources=[{"kind": "pairs", "path": value}])
         assert getattr(data.sources[0], field) == value
-        for look in (check_source, lambda data: open_source(data, 16)):
+        for look in (check_source, lambda data, tokenizer: open_source(data, 16, tokenizer)):
             with pytest.raises(ValueError, match=sentence):
-                look(data)
+                look(data, WordTokenizer())
     lost = dict(kind="conversations", path=f"{folder}/talks.json", images=f"{folder}/lost")
     with pytest.raises(ValueError, match=r"data.sources \(conversations\) images: there is no '.*/lost'"):
-        check_source(config(folder, sources=[lost]))
+        check_source(config(folder, sources=[lost]), WordTokenizer())
     write_json(folder / "none.json", [])
     with pytest.raises(ValueError, match="'.*none.json' holds no record"):
-        open_source(config(folder, sources=[{"kind": "conversations", "path": f"{folder}/none.json"}]), 16)
+        empty = config(folder, sources=[{"kind": "conversations", "path": f"{folder}/none.json"}])
+        open_source(empty, 16, WordTokenizer())
+    odd = dict(kind="conversations", path=f"{folder}/talks.json", template="vicuna")
+    with pytest.raises(ValueError, match=r"conversations\) template: Unknown .* template 'vicuna'"):
+        check_source(config(folder, sources=[odd]), WordTokenizer())
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,8 @@ def test_conversation_mistakes():
     with pytest.raises(ValueError, match="1 more images than"):
         conversation(["a", "b"], [RED])
     with pytest.raises(
-        ValueError, match="Unknown conversation template 'llama'; known: llama2, plain, vicuna_v1.1"
+        ValueError,
+        match="template 'llama'; known: llama2, plain, tokenizer, vicuna_v1.1",
     ):
         get_template("llama")
 

@@ -10,10 +10,14 @@ from dreamllm_jax.data.files import BrokenRecord, JsonRecords
 from dreamllm_jax.data.llava import Conversations
 from dreamllm_jax.data.mmc4 import Documents, Instructions
 from dreamllm_jax.data.pieces import End, Picture, Text
+from dreamllm_jax.data.templates import get_template
 from dreamllm_jax.data.webdataset import Pairs
 from tests.data.datasets import BROKEN, picture, write_json, write_lines, write_tar
 
 RED, BLUE = picture("red"), picture("blue", format="JPEG")
+
+
+VICUNA = get_template("vicuna_v1.1")
 
 
 def rng():
@@ -132,11 +136,11 @@ def test_broken_mmc4_documents(tmp_path):
 
 def test_instructions(tmp_path):
     records = JsonRecords([write_json(tmp_path / "a.json", [MMC4 | {"instruction": " Tell me. "}, MMC4])])
-    instructions = Instructions(records, ImageFolder(tmp_path), "joint", 0.25, "plain")
+    instructions = Instructions(records, ImageFolder(tmp_path), "joint", 0.25, get_template("plain"))
     expected = ["Tell me.", "ONE. TWO. THREE.", "dreamsee:late.png", "dreamsee:same.png", "FOUR.", "</s>"]
     assert shown(instructions.document(0, rng())) == expected
     assert instructions.document(0, rng())[2].supervised  # the model decides when to draw
-    vicuna = Instructions(records, ImageFolder(tmp_path), "joint")
+    vicuna = Instructions(records, ImageFolder(tmp_path), "joint", None, VICUNA)
     assert shown(vicuna.document(0, rng()))[0].endswith("USER: Tell me. ASSISTANT:")
     with pytest.raises(BrokenRecord, match="record 1 is left out: it has no instruction"):
         instructions.document(1, rng())
@@ -156,7 +160,7 @@ def test_conversations(tmp_path):
         {"id": 4, "conversations": [{"from": "gpt", "value": "Before"}, *turns("Hi", "Hello")]},
     ]
     source = Conversations(
-        JsonRecords([write_json(tmp_path / "a.json", records)]), ImageFolder(tmp_path), "plain"
+        JsonRecords([write_json(tmp_path / "a.json", records)]), ImageFolder(tmp_path), get_template("plain")
     )
     expected = [
         ["see:a.png", "\nWhat?", "A.", "</s>", "Sure?", "YES.", "</s>"],
@@ -179,7 +183,7 @@ def test_broken_conversations(tmp_path):
         {"id": 6, "conversations": [{"from": "human", "value": None}]},
     ]
     path = write_json(tmp_path / "a.json", records)
-    source = Conversations(JsonRecords([path]), ImageFolder(tmp_path))
+    source = Conversations(JsonRecords([path]), ImageFolder(tmp_path), VICUNA)
     for number in range(len(records)):
         with pytest.raises(BrokenRecord, match=f"conversation {number} is left out"):
             source.document(number, rng())
@@ -187,6 +191,4 @@ def test_broken_conversations(tmp_path):
         json.dumps([{"image": "a.png", "conversations": turns("<image>", "A.")}])
     )
     with pytest.raises(BrokenRecord, match="no images folder"):
-        Conversations(JsonRecords([tmp_path / "b.json"]), None).document(0, rng())
-    with pytest.raises(ValueError, match="Unknown conversation template 'vicuna'"):
-        Conversations(source.records, None, "vicuna")
+        Conversations(JsonRecords([tmp_path / "b.json"]), None, VICUNA).document(0, rng())

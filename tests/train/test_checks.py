@@ -29,13 +29,13 @@ def test_the_handwriting_recipe_passes():
 @pytest.mark.parametrize("shape", [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_the_real_recipes_pass(name, shape, devices, monkeypatch):
     """At full size, on shapes alone; their corpora, which are not here, are not looked for."""
-    monkeypatch.setattr(checks, "check_source", lambda data: None)
+    monkeypatch.setattr(checks, "check_source", lambda *_: None)
     recipe = load_recipe(str(CONFIGS / f"{name}.py"))
     check_recipe(recipe, recipe.stages, make_mesh(shape, devices), train_tokenizer(["one"], 300))
 
 
 def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):
-    monkeypatch.setattr(checks, "check_source", lambda data: None)
+    monkeypatch.setattr(checks, "check_source", lambda *_: None)
     recipe = load_recipe(str(CONFIGS / "llava15.py"))
     mesh, tokenizer = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices), train_tokenizer(["one"], 300)
     uneven = dataclasses.replace(recipe.stages[0], data=dataclasses.replace(recipe.stages[0].data, rows=10))
