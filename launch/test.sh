@@ -2,7 +2,7 @@
 # Runs the tests: launch/test.sh [pytest arguments]
 #
 # Makes .venv in the repository if needed. Paths among the arguments are relative to the repository.
-# Examples: launch/test.sh -m "not slow" -x       launch/test.sh tests/models -k llama
+# Examples: launch/test.sh tests/models -k llama -x       launch/test.sh -m slow (before a release)
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}
 [ "$here" != "${BASH_SOURCE[0]}" ] || here=.

@@ -42,7 +42,6 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_what_a_newcomer_is_left_with(workdir):
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert {
@@ -64,7 +63,6 @@ def test_what_a_newcomer_is_left_with(workdir):
     assert report.count("data:image/") > 200 and "http" not in report.replace("http://www.w3.org", "")
 
 
-@pytest.mark.slow
 def test_the_results_load_and_generate(workdir):
     model = DreamLLM.from_pretrained(workdir / "checkpoint")
     last = DreamLLM.from_pretrained(workdir / "stages" / "7_stage3" / "model")
@@ -77,7 +75,6 @@ def test_the_results_load_and_generate(workdir):
     assert isinstance(document, Document) and len(document.images) <= 1
 
 
-@pytest.mark.slow
 def test_run_again_it_says_that_it_is_done(workdir):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     out = run("train", "--config=configs/handwriting.py:tiny", f"--workdir={workdir}", *SMALL)

@@ -70,6 +70,19 @@ PLUGIN_FILES = tuple(dict.fromkeys(m.file for m in MOUNTS if m.file))
 CLIP_FOLDERS, DIFFUSION_FOLDERS = ("clip",), ("sd", "sdxl", "diffusion")
 
 _SD_21 = dict(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
+_SDXL = dict(
+    sample_size=128,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    cross_attention_dim=2048,
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
 # Configs of the hub folders that published checkpoints name, for when they are not at hand.
 KNOWN_CLIP = {
     "openai/clip-vit-large-patch14": ClipVisionConfig(),
@@ -77,6 +90,16 @@ KNOWN_CLIP = {
 }
 KNOWN_DIFFUSION = {
     "stabilityai/stable-diffusion-2-1-base": (UNetConfig(**_SD_21), VaeConfig(), ScheduleConfig()),
+    "stabilityai/stable-diffusion-2-1": (
+        UNetConfig(**_SD_21, sample_size=96),
+        VaeConfig(sample_size=768),
+        ScheduleConfig(prediction_type="v_prediction"),
+    ),
+    "stabilityai/stable-diffusion-xl-base-1.0": (
+        UNetConfig(**_SDXL),
+        VaeConfig(sample_size=1024, scaling_factor=0.13025),
+        ScheduleConfig(),
+    ),
 }
 
 _LOSS_SCALES = {"none": "none", "l1_norm": "l1", "l2_norm": "l2"}

@@ -6,6 +6,7 @@ variances), the names by which configs choose, and the one way layers are scanne
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 M = TypeVar("M", bound=type[nn.Module])
+Activation = Callable[[jax.Array], jax.Array]
 
 
 def Dense(features: int, use_bias: bool = True, dtype: Any = jnp.float32, **options: Any) -> nn.Dense:
@@ -38,18 +40,38 @@ def RMSNorm(epsilon: float = 1e-6, dtype: Any = jnp.float32, **options: Any) -> 
     return nn.RMSNorm(epsilon, dtype, **options)
 
 
+def _rounded_once(function: Activation) -> Activation:
+    """An activation computed in float32 and rounded at its end; for the gradient x alone is kept."""
+
+    @functools.wraps(function)
+    def activation(x: Float[Array, "..."]) -> Float[Array, "..."]:
+        if x.dtype == jnp.float32:
+            return function(x)
+        return jax.checkpoint(lambda y: function(y.astype(jnp.float32)).astype(y.dtype))(x)
+
+    return activation
+
+
+@_rounded_once
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x * sigmoid(x)` (arXiv 1702.03118)."""
+    return x * jax.nn.sigmoid(x)
+
+
+@_rounded_once
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+@_rounded_once
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Exact GELU, by the error function (arXiv 1606.08415)."""
     return jax.nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": silu,
     "quick_gelu": quick_gelu,
     "gelu": gelu,
 }

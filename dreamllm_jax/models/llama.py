@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dreamllm_jax.config.towers import LlamaConfig
 from dreamllm_jax.models.attention import attention, cache_mask, causal_segment_mask
-from dreamllm_jax.models.layers import Dense, Embed, RMSNorm, scan_layers
+from dreamllm_jax.models.layers import Dense, Embed, RMSNorm, scan_layers, silu
 from dreamllm_jax.sharding import constrain
 
 Rotation = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines and sines
@@ -112,9 +112,7 @@ class LlamaMlp(nn.Module):
         linear = partial(Dense, use_bias=False, dtype=self.dtype, kernel_init=_normal(c))
         gate = linear(c.intermediate_size, name="gate_proj")(x)
         up = linear(c.intermediate_size, name="up_proj")(x)
-        return linear(c.hidden_size, name="down_proj")(
-            constrain(nn.silu(gate) * up, "batch", "length", "mlp")
-        )
+        return linear(c.hidden_size, name="down_proj")(constrain(silu(gate) * up, "batch", "length", "mlp"))
 
 
 class LlamaLayer(nn.Module):

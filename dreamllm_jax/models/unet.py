@@ -10,14 +10,13 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
 from dreamllm_jax.config.towers import UNetConfig
 from dreamllm_jax.models.conv import Conv
-from dreamllm_jax.models.layers import Dense, remat
+from dreamllm_jax.models.layers import Dense, remat, silu
 from dreamllm_jax.models.unet_blocks import Downsample, GroupNorm, ResnetBlock, SpatialTransformer, Upsample
 
 MAX_PERIOD = 10000.0
@@ -48,7 +47,7 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B M"]) -> Float[Array, "B {self.width}"]:
-        x = jax.nn.silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
+        x = silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
         return Dense(self.width, dtype=self.dtype, name="linear_2")(x)
 
 
@@ -184,7 +183,7 @@ class UNet(nn.Module):
             block = UpBlock(config, level, "CrossAttn" in kind, level > 0, name=f"up_blocks_{i}", **options)
             x = block(x, time, context, skips)
         x = GroupNorm(config.norm_num_groups, config.norm_eps, self.dtype, name="conv_norm_out")(x)
-        return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(jax.nn.silu(x))
+        return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(silu(x))
 
     def _time(self, timesteps: Real[Array, "B"], added: dict[str, Array] | None) -> Float[Array, "B M"]:
         """The embedding of the time step, plus SDXL's of the pooled text and the sizes."""

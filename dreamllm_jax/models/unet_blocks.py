@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from dreamllm_jax.models.attention import attention
 from dreamllm_jax.models.conv import Conv
-from dreamllm_jax.models.layers import Dense, LayerNorm, gelu, scan_layers
+from dreamllm_jax.models.layers import Dense, LayerNorm, gelu, scan_layers, silu
 from dreamllm_jax.sharding import constrain
 
 
@@ -65,11 +65,11 @@ class ResnetBlock(nn.Module):
         self, x: Float[Array, "B h w c"], time: Float[Array, "B M"] | None = None
     ) -> Float[Array, "B h w c2"]:
         norm = partial(GroupNorm, self.groups, self.epsilon, dtype=self.dtype)
-        y = Conv(self.width, dtype=self.dtype, name="conv1")(jax.nn.silu(norm(name="norm1")(x)))
+        y = Conv(self.width, dtype=self.dtype, name="conv1")(silu(norm(name="norm1")(x)))
         if time is not None:
-            shift = Dense(self.width, dtype=self.dtype, name="time_emb_proj")(jax.nn.silu(time))
+            shift = Dense(self.width, dtype=self.dtype, name="time_emb_proj")(silu(time))
             y = y + shift[:, None, None]
-        y = Conv(self.width, dtype=self.dtype, name="conv2")(jax.nn.silu(norm(name="norm2")(y)))
+        y = Conv(self.width, dtype=self.dtype, name="conv2")(silu(norm(name="norm2")(y)))
         if x.shape[-1] != self.width:
             x = Conv(self.width, size=1, dtype=self.dtype, name="conv_shortcut")(x)
         return constrain(x + y, "batch", "height", "width", "channels")

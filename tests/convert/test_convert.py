@@ -1,23 +1,29 @@
 """The command in both directions: recognized sources, exact round trips, and folders that PyTorch loads."""
 
+import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.inspect import describe
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.pretrained import open_pretrained
+from dreamllm_jax.convert.pretrained import open_pretrained, save_pretrained
 from dreamllm_jax.convert.safetensors_files import read_safetensors
 from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.storage import open_params, unflatten
+from dreamllm_jax.data.tokenizer import train_tokenizer
+from tests.train import tiny
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
 
@@ -72,6 +78,48 @@ def test_there_and_back_gives_the_same_bits(tmp_path, golden, name, capsys):
     convert_to_jax(again, tmp_path / "again")
     first, second = open_params(tmp_path / "jax"), open_params(tmp_path / "again")
     assert_same_bits({k: v.read() for k, v in second.items()}, {k: v.read() for k, v in first.items()})
+
+
+@pytest.fixture
+def sdxl(tmp_path):
+    """A small DreamLLM with SDXL's decoder, and random weights, as we save it."""
+    small = tiny.config(unet=tiny.MODEL["unet"] | tiny.SDXL_CONDITIONS, image_size=16)
+    model = dataclasses.replace(small, vae=dataclasses.replace(small.vae, sample_size=16))
+    tokenizer = train_tokenizer(["one two three"], 400)
+    save_pretrained(tmp_path / "jax", tiny.random_params(model), model, tokenizer, GenerationConfig())
+    return tmp_path / "jax", model
+
+
+def test_sdxl_there_and_back(sdxl, tmp_path):
+    """In the files of the reference's own variant for it, pooled condition included."""
+    folder, model = sdxl
+    convert_to_torch(folder, tmp_path / "torch")
+    head = read_pickle(tmp_path / "torch" / "stable_diffusion_xl_head.bin")[0]
+    assert any(name.startswith("global_projector.") for name in head)
+    assert not (tmp_path / "torch" / "stable_diffusion_head.bin").exists()
+    plugins = json.loads((tmp_path / "torch" / "config.json").read_text())["plugins_init_kwargs"]
+    assert "stable_diffusion_xl_head" in plugins
+    again = open_source(tmp_path / "torch")
+    assert again.model == model
+    params, report = again.params()
+    assert not report.faulty
+    first = {path: t.read() for path, t in open_params(folder).items()}
+    assert_same_bits({path: t.read() for path, t in params.items()}, first)
+
+
+@pytest.mark.parametrize("direction", ["to-jax", "to-torch"])
+def test_a_full_disk_is_named_before_anything_is_written(direction, golden, tmp_path, monkeypatch, capsys):
+    source = golden / "dreamllm-a/checkpoint"
+    if direction == "to-torch":
+        convert_to_jax(open_source(source), tmp_path / "jax")
+        source = tmp_path / "jax"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    assert command(direction, source, tmp_path / "out", "--quiet") == 1
+    assert re.search(
+        r"needs 0.0 GiB of disk space, and 0.0 GiB are free; make room or choose another place",
+        capsys.readouterr().err,
+    )
+    assert not [path for path in tmp_path.iterdir() if path.name != "jax"]
 
 
 def test_dtype_halves_the_files(tmp_path, golden):

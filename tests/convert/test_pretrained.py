@@ -30,7 +30,6 @@ def test_a_published_folder_loads_as_its_conversion_does(golden, converted):
         np.testing.assert_array_equal(source.params[path], value, err_msg=path)
 
 
-@pytest.mark.slow
 def test_it_is_placed_on_a_mesh_as_it_is_read(golden, converted, devices):
     """No array is whole on a device that should hold a part; the model generates what one device does."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), devices)

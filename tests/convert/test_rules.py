@@ -1,6 +1,7 @@
 """The tables: every golden tensor has one place and comes back; faults are reported together."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -182,6 +183,17 @@ def test_published_towers_are_known_without_their_folders(tmp_path, golden):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model = configs_from_dreamllm(tmp_path).model
     assert model.vision.num_patches == 256 and model.unet.cross_attention_dim == 1024
+    plugins["stable_diffusion_head"].pop("resolution", None)
+    for name, count, size in (  # the numbers of parameters that are published
+        ("stable-diffusion-2-1-base", 865_910_724, 512),
+        ("stable-diffusion-2-1", 865_910_724, 768),
+        ("stable-diffusion-xl-base-1.0", 2_567_463_684, 1024),
+    ):
+        plugins["stable_diffusion_head"]["diffusion_name_or_path"] = f"stabilityai/{name}"
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        model = configs_from_dreamllm(tmp_path).model
+        shapes = {path: s for path, s in expected_shapes(model).items() if path.startswith("unet/")}
+        assert sum(math.prod(shape) for shape in shapes.values()) == count and model.image_size == size
     plugins["stable_diffusion_head"]["diffusion_name_or_path"] = "somebody/else"
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="'somebody/else'.*not found"):

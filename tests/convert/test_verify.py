@@ -120,7 +120,6 @@ def test_the_command(golden, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_whole_folder_from_the_command_line(golden, tmp_path):
     """As a user starts it, on a folder whose reference disagrees in one array."""
     shutil.copytree(golden / "dreamllm-b", tmp_path / "case")

@@ -2,11 +2,15 @@
 
 import io
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+from transformers import CLIPImageProcessorPil
 
 from dreamllm_jax.data.images import to_diffusion, to_rgb, to_vision
+from dreamllm_jax.models.clip import normalize_pixels
 
 
 def ramp(width, height):
@@ -23,20 +27,51 @@ def test_vision_geometry_is_shortest_edge_then_centre():
     assert tall.shape == (16, 16, 3) and tall.dtype == np.uint8
 
 
-def test_vision_as_transformers_does():
-    transformers = pytest.importorskip("transformers")
-    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else None
-    if name is None:
-        pytest.skip("this transformers has no PIL image processor")
-    processor = getattr(transformers, name)(
-        size={"shortest_edge": 28},
-        crop_size={"height": 28, "width": 28},
-        do_rescale=False,
-        do_normalize=False,
-    )
-    for size in ((60, 41), (41, 60), (28, 28), (29, 97)):
-        theirs = processor(ramp(*size), return_tensors="np").pixel_values[0]
-        np.testing.assert_array_equal(to_vision(ramp(*size), 28), theirs.transpose(1, 2, 0))
+PHOTOGRAPHS = dict(zip(("china", "flower"), load_sample_images().images, strict=True))
+# Cut from the photographs (width, height): larger, smaller and odd, narrow, and just as large as wanted.
+SIZES = ((640, 427), (427, 301), (97, 427), (640, 61), (224, 224), (225, 331), (37, 50))
+
+
+def shapes_of(photograph):
+    """The photograph in the forms in which users bring one."""
+    image = Image.fromarray(photograph)
+    for width, height in SIZES:
+        yield f"{width}x{height}", image.crop((0, 0, width, height))
+    ramp_of_alpha = Image.fromarray(np.tile(np.linspace(0, 255, 640), (427, 1)).astype(np.uint8))
+    clear = image.convert("RGBA")
+    clear.putalpha(ramp_of_alpha)
+    gray = image.convert("L")
+    yield from {"alpha": clear, "gray": gray, "gray, alpha": Image.merge("LA", (gray, ramp_of_alpha))}.items()
+    palette = image.convert("P")
+    palette.info["transparency"] = max(palette.getcolors())[1]  # its commonest colour
+    yield from {"palette": image.convert("P"), "clear colour": palette, "CMYK": image.convert("CMYK")}.items()
+    for orientation in range(1, 9):
+        exif, buffer = image.getexif(), io.BytesIO()
+        exif[0x0112] = orientation
+        image.crop((0, 0, 333, 200)).save(buffer, format="JPEG", exif=exif)
+        yield f"orientation {orientation}", Image.open(buffer)
+
+
+@pytest.mark.parametrize("size", [224, 336])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_as_transformers_sees_them(name, size):
+    """Bit for bit as its loader and CLIP's processor give them, and normalized as it does."""
+    from transformers.image_utils import load_image
+
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    bare = {"do_rescale": False, "do_normalize": False}
+    seen = set()
+    for form, image in shapes_of(PHOTOGRAPHS[name]):
+        turned = ImageOps.exif_transpose(image)  # its loader does it, before it would lose transparency
+        theirs = processor(turned, return_tensors="np", **bare).pixel_values[0].transpose(1, 2, 0)
+        ours = to_vision(image, size)
+        np.testing.assert_array_equal(ours, theirs, err_msg=form)
+        seen.add(ours.tobytes())
+        if form.startswith("orientation"):
+            np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(to_rgb(image)), form)
+    assert len(seen) >= len(SIZES) + 12  # CMYK gives the first form again
+    theirs = processor(turned, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(normalize_pixels(jnp.asarray(ours)), theirs, atol=2e-6)
 
 
 def test_diffusion_sizes():

@@ -93,14 +93,12 @@ def test_more_pictures_than_one_batch_holds(model, monkeypatch):
     assert difference(many[0], many[4]) > 1 and difference(many[1], many[5]) > 1
 
 
-@pytest.mark.slow
 def test_a_model_on_a_mesh_generates_the_same(model, devices, flatten_params):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     spread = DreamLLM(model.config, model.params, model.tokenizer, model.generation, mesh)
     same_documents(spread.generate_document("one", seed=3), model.generate_document("one", seed=3))
 
 
-@pytest.mark.slow
 def test_bfloat16_generates(model, tmp_path):
     model.save_pretrained(tmp_path / "m")
     half = DreamLLM.from_pretrained(tmp_path / "m", dtype="bfloat16")

@@ -120,7 +120,7 @@ def torch_model(config, seed=0):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("length", [9, 24])
+@pytest.mark.parametrize("length", [9, 24, 500])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_transformers(name, length):
     config = VARIANTS[name]
@@ -128,7 +128,7 @@ def test_logits_equal_transformers(name, length):
     tokens = tokens_of(config, 2, length)
     expected = reference(torch.tensor(np.asarray(tokens))).logits.detach().numpy()
     actual = run(Llama(config), from_torch(config, reference.state_dict()), tokens)
-    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, atol=(1e-4 if length == 500 else 1e-5) * expected.std())
 
 
 @pytest.mark.parity

@@ -75,12 +75,6 @@ TEXT = dict(
     eos_token_id=2,
 )
 
-SDXL_CONDITIONS = dict(
-    addition_embed_type="text_time",
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=80,
-)
-
 
 def with_llama(**changes):
     return {**tiny.MODEL, "llama": {**tiny.MODEL["llama"], **changes}}
@@ -258,7 +252,7 @@ UNFIT = {
     ),
     "an SDXL U-Net without its text": (
         changed("stages", 0, "objective", "diffusion")
-        | {"model": {**tiny.MODEL, "text": TEXT, "unet": {**tiny.MODEL["unet"], **SDXL_CONDITIONS}}},
+        | {"model": {**tiny.MODEL, "text": TEXT, "unet": {**tiny.MODEL["unet"], **tiny.SDXL_CONDITIONS}}},
         None,
         "a U-Net of SDXL also needs pooled text and sizes",
     ),

@@ -15,11 +15,7 @@ from dreamllm_jax.train.step import gradients
 from tests.train import tiny
 
 POOLED = 16
-UNET = tiny.MODEL["unet"] | dict(
-    addition_embed_type="text_time",
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=POOLED + 6 * 8,
-)
+UNET = tiny.MODEL["unet"] | tiny.SDXL_CONDITIONS
 CONFIG = tiny.config(unet=UNET)
 GLOBAL = "global_projector/linear_0/kernel"
 

@@ -54,6 +54,12 @@ MODEL = dict(
     image_size=8,
 )
 
+SDXL_CONDITIONS = dict(
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=16 + 6 * 8,
+)
+
 # Every option of the joint loss is on; chunks of 11 do not divide the rows.
 LOSS = dict(
     weight_lm=1.0,

@@ -1,0 +1,110 @@
+"""Measures our distance from PyTorch at the published shapes, and from the reference's own numbers.
+
+    python -m benchmarks.fidelity [CASE ...] [--folder=FOLDER] [--readme=README.md]
+
+Needs torch, diffusers, 20 GiB of memory and 11 GB of FOLDER's disk for the largest case. Prints one JSON
+object {case: {quantity: error}}, and with --readme writes the largest errors into its table. The exit code is
+1 where a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.fidelity import cases
+from benchmarks.fidelity.cases import CASES
+from dreamllm_jax.convert.verify.__main__ import missed, verify
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = {
+    name: f"the reference's step, tokens and picture: `tests/golden/{name}`"
+    for name in ("dreamllm-a", "dreamllm-b")
+}
+_TABLE = re.compile(r"(<!-- fidelity -->\n).*?(<!-- /fidelity -->)", re.DOTALL)
+
+
+def measure(name: str, folder: Path | None = None) -> dict[str, float]:
+    """The errors of one case: two processes, one framework at a time in memory.
+
+    Raises:
+      RuntimeError: one of them failed, with what it said.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        for side in ("theirs", "ours"):
+            command = [sys.executable, "-m", f"benchmarks.fidelity.{side}", name, place]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-3000:]}")
+    return json.loads(done.stdout)
+
+
+def rows(results: dict[str, dict[str, float]]) -> list[str]:
+    """The table's lines: the largest error of each kind."""
+    lines = ["| | outputs | gradients | bfloat16 |", "|---|---|---|---|"]
+    for name, errors in results.items():
+        golden = name in GOLDEN
+        kinds = (("out", "t2i"), ("grad",), ()) if golden else (("output",), ("gradient",), ("bfloat16",))
+        largest = [[e for q, e in errors.items() if q.split(".")[0] in kind] for kind in kinds]
+        cells = [f"{max(found):.1e}" if found else "" for found in largest[:2]]
+        ratio = f"{max(largest[2]):.2f}" if largest[2] else ""
+        words = GOLDEN[name] if golden else CASES[name].words
+        lines.append(f"| {words} | {cells[0]} | {cells[1]} | {ratio} |")
+    return lines
+
+
+def write_table(readme: Path, results: dict[str, dict[str, float]]) -> None:
+    """Puts the table between the marks of a README.
+
+    Raises:
+      ValueError: it has none.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if not _TABLE.search(text):
+        raise ValueError(f"{readme} has no <!-- fidelity --> and <!-- /fidelity --> to write between.")
+    table = "\n".join(rows(results))
+    readme.write_text(_TABLE.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")
+
+
+def main() -> int:
+    """Parses the command line, measures, prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join([*GOLDEN, *CASES])}; or all")
+    parser.add_argument("--folder", type=Path, help="for the models (default: a temporary one)")
+    parser.add_argument("--readme", type=Path, help="write the table into this file; needs all cases")
+    arguments = parser.parse_args()
+    chosen = arguments.cases or [*GOLDEN, *CASES]
+    if unknown := [name for name in chosen if name not in {**GOLDEN, **CASES}]:
+        parser.error(f"unknown: {', '.join(unknown)}")
+    if arguments.readme is not None and arguments.cases:
+        parser.error("--readme needs all cases: name none")
+    results, bad = {}, {}
+    for name in chosen:
+        if name in GOLDEN:
+            errors = verify(ROOT / "tests" / "golden" / name)
+            bad[name] = missed(errors)
+        else:
+            errors = measure(name, arguments.folder)
+            bad[name] = cases.missed(errors)
+        results[name] = errors
+        print(f"{name}: largest {max(errors.values()):.2e}", file=sys.stderr, flush=True)
+    print(json.dumps(results, indent=1))
+    if arguments.readme is not None:
+        write_table(arguments.readme, results)
+    for name, errors in bad.items():
+        for quantity, error in errors.items():
+            print(f"{name}: {quantity} is off by {error:.3g}", file=sys.stderr)
+    return 1 if any(bad.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

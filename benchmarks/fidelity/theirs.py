@@ -1,0 +1,160 @@
+"""`python -m benchmarks.fidelity.theirs CASE FOLDER`: PyTorch's model and what it computes.
+
+Writes FOLDER/source, as the model would be published, and FOLDER/reference.npz: inputs `in.`, float32 outputs
+`output.`, gradients `gradient.` and outputs in bfloat16 `bfloat16.`. Pictures and latents are [B, C, h, w].
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.fidelity.cases import CASES, CLIP_TEXT, Case, clip_vision, numbers
+
+Arrays = dict[str, np.ndarray]
+Run = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def leaf(array: np.ndarray) -> torch.Tensor:
+    """A tensor; a float one collects its gradient."""
+    tensor = torch.tensor(array)
+    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def observe(
+    module: torch.nn.Module, run: Run, inputs: Arrays, pulled: str, bfloat16: tuple[str, ...]
+) -> Arrays:
+    """Outputs of `run`, gradients of sum(pulled output * fixed numbers), and outputs in bfloat16."""
+    module.requires_grad_(False).eval()
+    leaves = {name: leaf(value) for name, value in inputs.items()}
+    outputs = run(leaves)
+    weights = torch.tensor(numbers(*outputs[pulled].shape, seed=99))
+    (outputs[pulled] * weights).sum().backward()
+    found = {f"in.{name}": value for name, value in inputs.items()}
+    found |= {f"output.{name}": value.detach().numpy() for name, value in outputs.items()}
+    grads = {name: value.grad for name, value in leaves.items() if value.is_floating_point()}
+    found |= {f"gradient.{name}": grad.numpy() for name, grad in grads.items() if grad is not None}
+    module.to(torch.bfloat16)
+    with torch.no_grad():
+        half = run({n: v.bfloat16() if v.is_floating_point() else v for n, v in leaves.items()})
+    return found | {f"bfloat16.{name}": half[name].float().numpy() for name in bfloat16}
+
+
+def llama(case: Case, source: Path) -> Arrays:
+    """Logits of 500 tokens, and the gradient towards their embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**case.settings, attn_implementation="eager"))
+    model.save_pretrained(source)
+    ids = torch.tensor(np.random.default_rng(1).integers(3, 32000, (1, 500)))
+    embeds = model.model.embed_tokens(ids).detach().numpy()
+
+    def run(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"logits": model(inputs_embeds=x["embeds"], use_cache=False).logits}
+
+    return observe(model, run, {"embeds": embeds}, "logits", ("logits",))
+
+
+def clip(case: Case, source: Path) -> Arrays:
+    """States and embeddings of both towers, and the gradient towards the pixels."""
+    from transformers import CLIPConfig, CLIPModel
+
+    config = CLIPConfig(text_config=CLIP_TEXT, vision_config=clip_vision(224), projection_dim=768)
+    model = CLIPModel(config)
+    model.save_pretrained(source)
+    tokens = np.random.default_rng(1).integers(0, 49406, (2, 77))
+    tokens[:, 60] = 49407  # its end
+
+    def run(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen = model.vision_model(x["pixels"], output_hidden_states=True)
+        read = model.text_model(x["tokens"])
+        return {
+            "features": seen.hidden_states[-2],
+            "vision": model.visual_projection(seen.pooler_output),
+            "states": read.last_hidden_state,
+            "text": model.text_projection(read.pooler_output),
+        }
+
+    inputs = {"pixels": numbers(1, 3, 224, 224, seed=2), "tokens": tokens}
+    return observe(model, run, inputs, "features", ("features", "states"))
+
+
+def llava(case: Case, source: Path) -> Arrays:
+    """Logits of a prompt with a picture, and the gradient towards the pixels."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**clip_vision(336)),
+        text_config=LlamaConfig(**case.settings),
+        image_token_index=31999,
+        vision_feature_layer=-2,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(source)
+    tokens = np.random.default_rng(1).integers(3, 31999, (1, 640))
+    tokens[:, 20 : 20 + 576] = 31999
+
+    def run(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"logits": model(input_ids=x["tokens"], pixel_values=x["pixels"], use_cache=False).logits}
+
+    inputs = {"pixels": numbers(1, 3, 336, 336, seed=2), "tokens": tokens}
+    return observe(model, run, inputs, "logits", ("logits",))
+
+
+def unet(case: Case, source: Path) -> Arrays:
+    """The U-Net's prediction with gradients towards latents and conditions; the VAE's two directions."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    model = UNet2DConditionModel(**case.settings)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    )
+    model.save_pretrained(source / "unet")
+    vae.save_pretrained(source / "vae")
+    schedule = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
+    schedule.save_pretrained(source / "scheduler")
+    inputs = {
+        "latents": numbers(1, 4, 16, 16, seed=2),
+        "context": numbers(1, 64, case.settings["cross_attention_dim"], seed=3),
+        "pixels": numbers(1, 3, 64, 64, seed=4),
+    }
+    if case.name == "sdxl":
+        inputs |= {
+            "text_embeds": numbers(1, 1280, seed=5),
+            "time_ids": np.array([[512, 768, 0, 128, 512, 512]]),
+        }
+
+    def run(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        added = {name: x[name] for name in ("text_embeds", "time_ids") if name in x}
+        steps = torch.tensor([500])
+        predicted = model(x["latents"], steps, x["context"], added_cond_kwargs=added or None).sample
+        moments = vae.encode(x["pixels"]).latent_dist.parameters
+        return {"unet": predicted, "moments": moments, "decoded": vae.decode(x["latents"]).sample}
+
+    both = torch.nn.ModuleList([model, vae])
+    return observe(both, run, inputs, "unet", ("unet", "moments", "decoded"))
+
+
+KINDS = {"llama": llama, "clip": clip, "llava": llava, "unet": unet}
+
+
+def main() -> None:
+    """Makes the model of a case and writes its folder."""
+    case, folder = CASES[sys.argv[1]], Path(sys.argv[2])
+    torch.manual_seed(0)
+    found = KINDS[case.kind](case, folder / "source")
+    np.savez(folder / "reference.npz", **found)
+
+
+if __name__ == "__main__":
+    main()

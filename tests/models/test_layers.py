@@ -1,0 +1,30 @@
+"""The small shared layers: activations in low precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamllm_jax.models.layers import ACTIVATIONS
+
+VALUES = jnp.asarray(np.random.default_rng(0).normal(size=4096) * 3, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_in_bfloat16_are_rounded_once(name):
+    """The nearest bfloat16 to the exact value, as PyTorch computes them; gradients too."""
+    function, exact = ACTIVATIONS[name], VALUES.astype(jnp.float32)
+    ours = function(VALUES)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, function(exact).astype(jnp.bfloat16))
+    slope = jax.vmap(jax.grad(lambda x: function(x).astype(jnp.float32)))
+    np.testing.assert_allclose(
+        slope(VALUES).astype(jnp.float32), slope(exact).astype(jnp.bfloat16).astype(jnp.float32), atol=2e-2
+    )
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_of_an_activation_only_its_input_is_kept(name):
+    _, pull = jax.vjp(ACTIVATIONS[name], VALUES)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "size", 0) == VALUES.size]
+    assert kept and all(leaf.dtype == jnp.bfloat16 for leaf in kept)

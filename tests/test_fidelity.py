@@ -1,0 +1,67 @@
+"""Full published shapes against PyTorch, and the table of it in the README."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fidelity.__main__ import GOLDEN, measure, rows, write_table
+from benchmarks.fidelity.cases import BOUNDS, CASES, missed
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+QUICK = ("clip",)  # half a minute; the others are run before a release
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES]
+EXPECTED = {
+    "llama": {"output.logits", "gradient.embeds", "bfloat16.logits"},
+    "clip": {f"output.{n}" for n in ("features", "vision", "states", "text")}
+    | {"gradient.pixels", "bfloat16.features", "bfloat16.states"},
+    "llava": {"output.logits", "gradient.pixels", "bfloat16.logits"},
+    "unet": {f"{kind}.{n}" for kind in ("output", "bfloat16") for n in ("unet", "moments", "decoded")}
+    | {"gradient.latents", "gradient.context"},
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", MARKED)
+def test_full_shapes(name, tmp_path):
+    pytest.importorskip("torch")
+    errors = measure(name, tmp_path)
+    assert errors.keys() >= EXPECTED[CASES[name].kind]
+    assert not missed(errors)
+    assert not list(tmp_path.iterdir())  # gigabytes
+
+
+def test_bounds():
+    assert missed({"output.x": 2e-4, "gradient.x": 9e-5, "bfloat16.x": 1.2}) == {"output.x": 2e-4}
+    assert missed({"gradient.x": float("nan"), "bfloat16.x": 1.3}).keys() == {"gradient.x", "bfloat16.x"}
+
+
+def test_the_readme_has_every_case_within_its_bounds():
+    table = re.search(r"<!-- fidelity -->\n(.*?)<!-- /fidelity -->", README.read_text(), re.DOTALL)[1]
+    lines = {cells[1].strip(): cells[2:5] for line in table.splitlines() if (cells := line.split("|"))}
+    for name, words in GOLDEN.items() | {(n, case.words) for n, case in CASES.items()}:
+        output, gradient, half = (float(cell) if cell.strip() else 0.0 for cell in lines[words])
+        assert output <= (1e-3 if name in GOLDEN else BOUNDS["output"]), name  # final latents and pictures
+        assert gradient <= BOUNDS["gradient"] and half <= BOUNDS["bfloat16"], name
+
+
+def test_the_table(tmp_path):
+    results = {
+        "dreamllm-a": {
+            "loss": 1e-6,
+            "out.logits": 2e-5,
+            "t2i.image": 3e-4,
+            "grad.x": 4e-6,
+            "gen.greedy_ids": 0,
+        },
+        "clip": {"output.a": 1e-6, "output.b": 2e-6, "gradient.a": 3e-6, "bfloat16.a": 0.987},
+    }
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- fidelity -->\nold\n<!-- /fidelity -->\nafter\n")
+    write_table(readme, results)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
+    assert text.count("\n|") == len(rows(results)) == 4
+    assert "| 3.0e-04 | 4.0e-06 |  |" in text and "| 2.0e-06 | 3.0e-06 | 0.99 |" in text
+    with pytest.raises(ValueError, match="has no <!-- fidelity -->"):
+        write_table(Path(__file__).with_name("conftest.py"), results)
