@@ -86,7 +86,7 @@ KINDS: dict[str, Callable] = {"llama": llama, "clip": clip, "llava": llava, "une
 
 
 def compute(case_name: str, folder: Path, inputs: Arrays, pulled: str, dtype: str) -> tuple[Arrays, Arrays]:
-    """(outputs, gradients of sum(pulled output * fixed numbers)); of bfloat16 the outputs alone."""
+    """(outputs, gradients of sum(pulled output * fixed numbers))."""
     source = open_source(folder / "source")
     tensors, report = source.params()
     report.raise_if_faulty(case_name)
@@ -99,13 +99,11 @@ def compute(case_name: str, folder: Path, inputs: Arrays, pulled: str, dtype: st
     def outputs(params, floats, rest):
         found = module.apply({"params": params}, {**floats, **rest}, method=run)
         weights = jnp.asarray(here(pulled, numbers(*shape_of(found[pulled], pulled), seed=99)))
-        return (found[pulled] * weights).sum(), found
+        return (found[pulled].astype(jnp.float32) * weights).sum(), found
 
     given = {name: jnp.asarray(here(name, value)) for name, value in inputs.items()}
     floats = {name: given[name].astype(dtype) for name in pull}
     rest = {name: value for name, value in given.items() if name not in pull}
-    if dtype == "bfloat16":
-        return jax.device_get(jax.jit(outputs)(params, floats, rest)[1]), {}
     (_, found), grads = jax.jit(jax.value_and_grad(outputs, argnums=1, has_aux=True))(params, floats, rest)
     return jax.device_get(found), jax.device_get(grads)
 
@@ -129,10 +127,11 @@ def main() -> None:
     found, grads = compute(name, folder, kinds["in"], pulled, "float32")
     errors = {f"output.{n}": output_error(found[n], here(n, v)) for n, v in kinds["output"].items()}
     errors |= {f"gradient.{n}": distance(grads[n], here(n, v)) for n, v in kinds["gradient"].items()}
-    half, _ = compute(name, folder, kinds["in"], pulled, "bfloat16")
-    for n, theirs in kinds["bfloat16"].items():
-        exact = kinds["output"][n]
-        errors[f"bfloat16.{n}"] = distance(half[n], here(n, exact)) / distance(theirs, exact)
+    half, half_grads = compute(name, folder, kinds["in"], pulled, "bfloat16")
+    for key, theirs in kinds["bfloat16"].items():
+        n = key.removeprefix("gradient of ")
+        exact, ours = (kinds["output"][n], half[n]) if n == key else (kinds["gradient"][n], half_grads[n])
+        errors[f"bfloat16.{key}"] = distance(ours, here(n, exact)) / distance(theirs, exact)
     print(json.dumps(errors))
 
 

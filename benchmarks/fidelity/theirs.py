@@ -39,9 +39,17 @@ def observe(
     grads = {name: value.grad for name, value in leaves.items() if value.is_floating_point()}
     found |= {f"gradient.{name}": grad.numpy() for name, grad in grads.items() if grad is not None}
     module.to(torch.bfloat16)
-    with torch.no_grad():
-        half = run({n: v.bfloat16() if v.is_floating_point() else v for n, v in leaves.items()})
-    return found | {f"bfloat16.{name}": half[name].float().numpy() for name in bfloat16}
+    low = {
+        n: v.detach().bfloat16().requires_grad_() if v.is_floating_point() else v for n, v in leaves.items()
+    }
+    half = run(low)
+    (half[pulled] * weights).sum().backward()
+    found |= {f"bfloat16.{name}": half[name].detach().float().numpy() for name in bfloat16}
+    return found | {
+        f"bfloat16.gradient of {name}": value.grad.float().numpy()
+        for name, value in low.items()
+        if value.is_floating_point() and value.grad is not None
+    }
 
 
 def llama(case: Case, source: Path) -> Arrays:

@@ -48,6 +48,12 @@ class DreamLLMConfig:
 
     def __post_init__(self):
         check_sizes(self, "model", ("num_dream_queries", "image_size"))
+        layers = 0 if self.vision is None else self.vision.num_hidden_layers
+        if self.vision is not None and not -layers - 1 <= self.vision_select_layer <= layers:
+            raise ValueError(
+                f"model.vision_select_layer is {self.vision_select_layer}; the vision tower has {layers} "
+                f"layers, hence states {-layers - 1} to {layers}."
+            )
         if (self.unet is None) != (self.vae is None):
             raise ValueError("model: unet and vae come together; give both or neither.")
         if self.vae is not None and self.image_size % self.vae.downscale:

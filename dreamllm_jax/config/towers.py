@@ -68,11 +68,15 @@ class LlamaConfig:
         mapping = dict(mapping)
         # transformers 5 writes theta and scaling together, and calls the kind `rope_type`.
         rope = mapping.pop("rope_parameters", None) or mapping.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"LLaMA config: rope_scaling is {rope!r}; expected an object, or null.")
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "linear", "dynamic"):
             raise ValueError(
                 f"LLaMA config: rope scaling {kind!r} is not supported; supported: linear, dynamic."
             )
+        if kind != "default" and "factor" not in rope:
+            raise ValueError(f"LLaMA config: rope scaling {kind!r} has no factor; give it one.")
         if "rope_theta" in rope:
             mapping["rope_theta"] = rope["rope_theta"]
         mapping["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope["factor"]}

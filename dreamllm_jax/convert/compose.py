@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.convert.engine import Report
 from dreamllm_jax.convert.shapes import modules
-from dreamllm_jax.convert.sources import Source
+from dreamllm_jax.convert.source import Source
 from dreamllm_jax.convert.tensors import ArrayTensor, Shape, Tensor
 from dreamllm_jax.data.tokenizer import Tokenizer
 
@@ -36,6 +36,8 @@ def compose(llm: Source, vision: Source | None = None, diffusion: Source | None 
     for tower, source in given.items():
         if source is not None and getattr(source.model, tower) is None:
             raise ValueError(f"{source.path} ({source.kind}) has no {tower}; give a source that has one.")
+        if source is not None and tower not in source.parts:
+            raise ValueError(f"{source.path} ({source.kind}) only names its {tower}; give its own folder.")
     model, parts, report = llm.model, dict(llm.parts), Report()
     for source in given.values():
         if source is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,18 @@ from dreamllm_jax.convert.dreamllm_files import MOUNTS
 from dreamllm_jax.convert.engine import Report, to_torch
 from dreamllm_jax.convert.hub_files import check_downloads
 from dreamllm_jax.convert.pickles_out import write_pickle
-from dreamllm_jax.convert.pretrained import FORMAT
+from dreamllm_jax.convert.pretrained import FORMAT, check_whole
 from dreamllm_jax.convert.safetensors_files import SHARD_BYTES, write_json, write_sharded
-from dreamllm_jax.convert.sources import TOKENIZER_FILES, Source, control_ids
-from dreamllm_jax.convert.storage import cast, need_space, new_folder, open_params, progress_bar, save_params
+from dreamllm_jax.convert.source import TOKENIZER_FILES, Source, control_ids
+from dreamllm_jax.convert.storage import (
+    INDEX,
+    cast,
+    need_space,
+    new_folder,
+    open_params,
+    progress_bar,
+    save_params,
+)
 from dreamllm_jax.convert.tensors import DTYPES, Tensor, is_floating, num_bytes
 from dreamllm_jax.convert.weights import read_config
 from dreamllm_jax.data.tokenizer import Tokenizer
@@ -67,6 +75,7 @@ def convert_to_jax(
     }
     if source.loss is not None:
         content["loss"] = to_dict(source.loss)
+    _check_target(folder, [source.path, *source.files])
     with new_folder(folder, overwrite) as beside:
         save_params(beside, params, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
         if tokenizer is None:
@@ -105,9 +114,11 @@ def convert_to_torch(
         )
     model = model_config(content["model"])
     loss = build(LossConfig, content["loss"], "loss") if "loss" in content else LossConfig()
+    check_whole(source, model, params)
     parts, report = to_torch(params)
     report.raise_if_faulty(str(source))
     tokens = _special_tokens(source, model)
+    _check_target(folder, [source])
     with new_folder(folder, overwrite) as beside:
         plan = _files(model, loss, parts, tokens)
         total = sum(num_bytes(t) for _, tensors, _ in plan for t in tensors.values())
@@ -121,10 +132,24 @@ def convert_to_torch(
                 _made(home / "scheduler" / "scheduler_config.json"),
                 hugging_face.scheduler_json(model.schedule),
             )
+        if model.vision is not None:
+            home = beside if model.llama is None and model.unet is None else beside / "clip"
+            write_json(home / "preprocessor_config.json", hugging_face.preprocessor_json(model.vision))
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, beside / name)
     return report
+
+
+def _check_target(folder: str | Path, sources: Iterable[Path]) -> None:
+    """Raises ValueError where overwriting `folder` would destroy a source, or something that is no model."""
+    target = Path(folder).resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(target):
+            raise ValueError(f"{folder} holds what is to be converted; write into another folder.")
+    marks = (INDEX, "config.json", "unet/config.json")
+    if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in marks):
+        raise ValueError(f"{folder} holds something else than a model; give a new or empty folder.")
 
 
 def _files(

@@ -102,6 +102,23 @@ KNOWN_DIFFUSION = {
     ),
 }
 
+# Every option of the plugins that says something about the model, its loss, or where its files are.
+_OPTIONS = (
+    "pretrained_model_name_or_path",
+    "embed_hidden_size",
+    "num_dream_queries",
+    "clip_vision_model_name_or_path",
+    "select_layer",
+    "use_additional_post_layernorm",
+    "projector_type",
+    "projector_depth",
+    "diffusion_name_or_path",
+    "resolution",
+    "snr_gamma",
+    "drop_prob",
+    "noise_offset",
+    "input_perturbation",
+)
 _LOSS_SCALES = {"none": "none", "l1_norm": "l1", "l2_norm": "l2"}
 
 
@@ -109,7 +126,8 @@ _LOSS_SCALES = {"none": "none", "l1_norm": "l1", "l2_norm": "l2"}
 class DreamLLMSettings:
     """What a checkpoint's config.json says: the model, the loss it was trained with, its part folders.
 
-    `special_tokens` are the config's ids; where the tokenizer disagrees, the tokenizer is right.
+    `special_tokens` are the config's ids; where the tokenizer disagrees, the tokenizer is right. `unknown`
+    are lines about options that are not used.
     """
 
     model: DreamLLMConfig
@@ -117,6 +135,7 @@ class DreamLLMSettings:
     clip_folder: Path | None
     diffusion_folder: Path | None
     special_tokens: Mapping[str, Any]
+    unknown: tuple[str, ...] = ()
 
 
 def configs_from_dreamllm(folder: str | Path, parts_dir: str | Path | None = None) -> DreamLLMSettings:
@@ -131,7 +150,7 @@ def configs_from_dreamllm(folder: str | Path, parts_dir: str | Path | None = Non
     """
     folder = Path(folder)
     raw = read_config(folder / "config.json")
-    plugins = raw["plugins_init_kwargs"] if raw.get("plugins_init_kwargs") else {}
+    plugins = _object(raw, "plugins_init_kwargs")
     places = [Path(parts_dir)] if parts_dir else [folder, folder / "parts", folder.parent / "parts"]
     model: dict[str, Any] = {"llama": LlamaConfig.from_hf(raw)}
     loss: dict[str, Any] = {}
@@ -153,10 +172,28 @@ def configs_from_dreamllm(folder: str | Path, parts_dir: str | Path | None = Non
         "weight_vm": float(_option(raw, "config.json", "loss_weight_vm", 10.0)),
         "scale": _LOSS_SCALES[scale],
     }
-    tokens = raw["special_tokens2ids_dict"] if raw.get("special_tokens2ids_dict") else {}
+    unknown = [
+        f"config.json: {plugin}.{key} is not an option that is known here; it is not used"
+        for plugin, options in plugins.items()
+        for key in options
+        if key not in _OPTIONS and not key.startswith("_")
+    ]
     return DreamLLMSettings(
-        DreamLLMConfig(**model), LossConfig(**loss), clip_folder, diffusion_folder, tokens
+        DreamLLMConfig(**model),
+        LossConfig(**loss),
+        clip_folder,
+        diffusion_folder,
+        _object(raw, "special_tokens2ids_dict"),
+        tuple(unknown),
     )
+
+
+def _object(raw: Mapping, key: str) -> Mapping:
+    """The object of that name in config.json, empty where there is none."""
+    found = raw[key] if key in raw and raw[key] is not None else {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"config.json: {key} is {found!r}; expected an object.")
+    return found
 
 
 def _clip(options: Mapping, name: str, places: list[Path], model: dict[str, Any]) -> Path | None:
@@ -201,16 +238,23 @@ def _diffusion(
 
 def _projector(options: Mapping, name: str, bias: bool) -> ProjectorConfig:
     kind = _option(options, name, "projector_type", "linear")
+    if kind not in ("linear", "mlp", "conv", "sam"):
+        raise ValueError(f"config.json: {name}.projector_type={kind!r} is not supported.")
     depth = _option(options, name, "projector_depth", 1)
     # The reference's conv projector always has a bias, its SAM projector never.
     return ProjectorConfig(kind=kind, depth=depth, bias={"conv": True, "sam": False}.get(kind, bias))
 
 
 def _option(options: Mapping, where: str, key: str, default: Any) -> Any:
-    """A setting, or the reference's default; a foreign type is named."""
+    """A setting, or the reference's default, which is of its type (None: a number, or nothing)."""
     if not isinstance(options, Mapping):
         raise ValueError(f"config.json: {where} is {options!r}; expected an object.")
-    return options[key] if key in options else default
+    value = options[key] if key in options else default
+    wanted = (str,) if isinstance(default, str) else (int, float)
+    if not isinstance(value, wanted) and not (value is None and default is None):
+        kind = "a string" if isinstance(default, str) else "a number"
+        raise ValueError(f"config.json: {where}.{key} is {value!r}; expected {kind}.")
+    return value
 
 
 def _find(places: list[Path], source: str, usual: tuple[str, ...], needed: str) -> Path | None:

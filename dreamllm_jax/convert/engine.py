@@ -18,7 +18,6 @@ from dreamllm_jax.convert.tensors import Mapped, Row, Shape, Stacked, Tensor
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 _IGNORED = re.compile("|".join(f"(?:{pattern})" for pattern in IGNORED))
-_SHOWN = 20
 
 
 @dataclasses.dataclass
@@ -56,10 +55,7 @@ class Report:
         for field in dataclasses.fields(self):
             lines = getattr(self, field.name)
             if lines:
-                shown = lines[:_SHOWN] + (
-                    [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-                )
-                sections.append("\n  ".join([f"{field.name} ({len(lines)}):", *shown]))
+                sections.append("\n  ".join([f"{field.name} ({len(lines)}):", *lines]))
         return "\n".join(sections) or "every tensor has its place"
 
 
@@ -78,6 +74,7 @@ def to_jax(
     """
     report = Report()
     found: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
+    unfit: set[str] = set()
     towers = {path.split("/")[0] for path in expected}
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
@@ -96,10 +93,15 @@ def to_jax(
                     report.duplicate.append(
                         f"{_line(tensor)} and {_line(found[path][layer])} are both {path}"
                     )
+                elif (mapped := _mapped(tensor, rule)) is None:
+                    report.misshapen.append(f"{_line(tensor)} cannot become {path} {tuple(expected[path])}")
+                    unfit.add(path)
                 else:
-                    found[path][layer] = Mapped(tensor, TRANSFORMS[rule.transform].forward)
+                    found[path][layer] = mapped
     params = {}
     for path, shape in expected.items():
+        if path in unfit:
+            continue
         if not found[path]:
             report.missing.append(f"{path} {tuple(shape)}")
             continue
@@ -147,6 +149,16 @@ def _source(
         if name is not None:
             return rule, name
     return None
+
+
+def _mapped(tensor: Tensor, rule: Rule) -> Tensor | None:
+    """The tensor in our layout; None for one whose axes are not those of its family."""
+    mapped = Mapped(tensor, TRANSFORMS[rule.transform].forward)
+    try:
+        mapped.shape  # noqa: B018
+    except ValueError:
+        return None
+    return mapped
 
 
 def _join(path: str, shape: Shape, layers: dict[int | None, Tensor], report: Report) -> Tensor:

@@ -43,6 +43,24 @@ def clip_vision_json(config: ClipVisionConfig, dtype: str) -> dict[str, Any]:
     return head | to_dict(config)
 
 
+def preprocessor_json(config: ClipVisionConfig) -> dict[str, Any]:
+    """`transformers.CLIPImageProcessor`: what is done to a picture before the tower sees it."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": config.image_size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+
+
 def clip_text_json(config: ClipTextConfig, dtype: str) -> dict[str, Any]:
     """`transformers.CLIPTextConfig`."""
     head = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": dtype}
@@ -120,7 +138,7 @@ def dreamllm_json(
             "snr_gamma": loss.snr_gamma,
             "drop_prob": loss.condition_dropout or None,
             "noise_offset": loss.noise_offset,
-            "input_perturbation": loss.input_perturbation,
+            **({"input_perturbation": loss.input_perturbation} if loss.input_perturbation else {}),
             "_target_": f"{_PLUGINS_XL}.StableDiffusionXLHead"
             if large
             else f"{_PLUGINS}.StableDiffusionHead",

@@ -54,9 +54,9 @@ TRANSFORMS: dict[str, Transform] = {
     # Conv2d: OIHW <-> HWIO
     "conv": Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1), 4),
     # a 1x1 Conv2d that is a Linear here: [out, in, 1, 1] <-> [in, out]
-    "conv_as_linear": Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None], 2),
+    "conv_as_linear": Transform(lambda x: x.squeeze((2, 3)).T, lambda x: x.T[:, :, None, None], 2),
     # [1, ...] <-> [...]
-    "unbatch": Transform(lambda x: x[0], lambda x: x[None]),
+    "unbatch": Transform(lambda x: x.squeeze(0), lambda x: x[None]),
 }
 
 

@@ -240,6 +240,10 @@ def _tensors(content: Any, storages: dict[str, Storage]) -> tuple[dict[str, Tens
     for name, value in content.items():
         if isinstance(value, _Inert) and isinstance(value.value, tuple) and len(value.value) == 5:
             tensors[str(name)] = _tensor(str(name), value, storages)
+        elif isinstance(value, Mapping) and any(isinstance(v, _Inert) for v in value.values()):
+            raise ValueError(
+                f"tensors lie within {name!r}, one level below the others; which is not supported"
+            )
         else:
             others.append(str(name))
     return tensors, others

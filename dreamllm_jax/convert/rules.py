@@ -2,7 +2,7 @@
 
 `RULES[part]` maps the names inside a part (a tower or connector, as its Hugging Face class names
 them) to our parameters. Where a part's tensors lie in a checkpoint, under which file and prefix, is the
-business of `layouts`. Order matters: the first matching row is used.
+business of `sources` and `dreamllm_files`. Order matters: the first matching row is used.
 """
 
 from __future__ import annotations

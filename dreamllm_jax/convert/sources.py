@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import (
@@ -17,13 +18,11 @@ from dreamllm_jax.config.towers import (
     UNetConfig,
     VaeConfig,
 )
-from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.convert import single_file
 from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, configs_from_dreamllm, read_dreamllm
-from dreamllm_jax.convert.engine import Report, to_jax
-from dreamllm_jax.convert.shapes import expected_shapes
+from dreamllm_jax.convert.engine import Report
+from dreamllm_jax.convert.source import Mount, Source, mount
 from dreamllm_jax.convert.storage import INDEX
-from dreamllm_jax.convert.tensors import FileTensor, Tensor
 from dreamllm_jax.convert.weights import (
     DIFFUSERS_STEMS,
     find_weights,
@@ -31,80 +30,12 @@ from dreamllm_jax.convert.weights import (
     read_file,
     read_weights,
 )
+from dreamllm_jax.data.chat_templates import derive
 from dreamllm_jax.data.templates import OWN
-from dreamllm_jax.data.tokenizer import CONTROL_NAMES, Tokenizer
-from dreamllm_jax.data.tokenizer_files import has_tokenizer, read_chat_template
-
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+from dreamllm_jax.data.tokenizer_files import read_chat_template
 
 # The conversation template that DreamLLM and LLaVA-1.5 were trained with.
 VICUNA = "vicuna_v1.1"
-
-
-@dataclasses.dataclass
-class Source:
-    """A recognized checkpoint: `parts` are its tensors, unread, under the names that the tables know.
-
-    `template` is the conversation template it was trained with, None for plain continuation. The connectors
-    `fresh` are not among the parts: they are to be drawn. `stated` are the ids of control tokens that
-    config.json repeats; the tokenizer's are right.
-    """
-
-    kind: str
-    path: Path
-    model: DreamLLMConfig
-    parts: dict[str, dict[str, Tensor]]
-    report: Report = dataclasses.field(default_factory=Report)
-    loss: LossConfig | None = None
-    template: str | None = None
-    fresh: tuple[str, ...] = ()
-    stated: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold its tensors."""
-        tensors = (tensor for part in self.parts.values() for tensor in part.values())
-        return sorted({tensor.storage.file for tensor in tensors if isinstance(tensor, FileTensor)})
-
-    @property
-    def folder(self) -> Path:
-        """Where its files are."""
-        return self.path if self.path.is_dir() else self.path.parent
-
-    def params(self) -> tuple[dict[str, Tensor], Report]:
-        """Our parameters but the fresh ones, unread, and the report of what did not fit or was ignored."""
-        shapes = expected_shapes(self.model)
-        expected = {path: shape for path, shape in shapes.items() if path.split("/")[0] not in self.fresh}
-        params, report = to_jax(self.parts, expected)
-        report.add(self.report)
-        if self.stated and has_tokenizer(self.folder):
-            ids = control_ids(Tokenizer.load(self.folder, extend=True))
-            report.differing += [
-                f"config.json says that {name} is {said}; it is {ids[name]}, as the tokenizer says"
-                for name, said in self.stated.items()
-                if name in ids and ids[name] != said
-            ]
-        return params, report
-
-
-class Mount(NamedTuple):
-    """Names beginning with `prefix` belong to `part`, where they begin with `inner` instead."""
-
-    prefix: str
-    part: str
-    inner: str = ""
-
 
 LLAMA_MOUNTS = (Mount("", "llama"),)
 CLIP_MOUNTS = (
@@ -136,20 +67,6 @@ LLAVA_PORT_MOUNTS = (
 )
 
 
-def mount(
-    tensors: Mapping[str, Tensor], mounts: tuple[Mount, ...], report: Report
-) -> dict[str, dict[str, Tensor]]:
-    """Sorts tensors into parts by the first mount whose prefix fits; the rest is unexpected."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        found = next((m for m in mounts if name.startswith(m.prefix)), None)
-        if found is None:
-            report.unexpected.append(f"{tensor.origin} {tensor.shape}")
-        else:
-            parts.setdefault(found.part, {})[found.inner + name.removeprefix(found.prefix)] = tensor
-    return parts
-
-
 def _mounted(kind: str, folder: Path, model: DreamLLMConfig, mounts: tuple[Mount, ...]) -> Source:
     report = Report()
     return Source(kind, folder, model, mount(read_weights(folder), mounts, report), report)
@@ -158,6 +75,7 @@ def _mounted(kind: str, folder: Path, model: DreamLLMConfig, mounts: tuple[Mount
 def _open_dreamllm(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
     settings = configs_from_dreamllm(folder, parts_dir)
     parts, report = read_dreamllm(folder, settings)
+    report.differing += settings.unknown
     stated = {name: i for name, i in settings.special_tokens.items() if isinstance(i, int)}
     if "additional_special_tokens" in settings.special_tokens:
         stated |= settings.special_tokens["additional_special_tokens"]
@@ -167,13 +85,14 @@ def _open_dreamllm(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
 
 def _open_llama(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
     source = _mounted("LLaMA", folder, DreamLLMConfig(llama=LlamaConfig.from_hf(raw)), LLAMA_MOUNTS)
-    template = None if read_chat_template(folder) is None else OWN
+    program, template = read_chat_template(folder), None
+    if program is not None:
+        try:
+            derive(program)
+            template = OWN
+        except ValueError as error:
+            source.report.differing.append(f"prompts are not put into the tokenizer's chat template: {error}")
     return dataclasses.replace(source, stated=_stated(raw), template=template)
-
-
-def control_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Name -> id of every control token."""
-    return {CONTROL_NAMES[field]: i for field, i in dataclasses.asdict(tokenizer.special).items()}
 
 
 def _stated(raw: Mapping[str, Any], *more: str) -> dict[str, int]:
@@ -200,12 +119,28 @@ def _open_clip(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
     return _mounted("CLIP", folder, model, _CLIP_MOUNTS[kind])
 
 
+# Options of LLaVA-1.5 and its port, with the values that are implemented.
+_LLAVA_ONLY: Mapping[str, tuple] = {
+    "mm_vision_select_feature": ("patch", None),
+    "mm_use_im_start_end": (False, None),
+    "mm_use_im_patch_token": (False, None),
+    "mm_patch_merge_type": ("flat", None),
+    "image_aspect_ratio": ("pad", "square", None),
+}
+_LLAVA_PORT_ONLY: Mapping[str, tuple] = {
+    "vision_feature_select_strategy": ("default",),
+    "projector_hidden_act": ("gelu",),
+    "multimodal_projector_bias": (True,),
+}
+
+
 def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
     name = raw["mm_vision_tower"] if raw.get("mm_vision_tower") else ""
     kind = raw.get("mm_projector_type") or "linear"
-    if kind != "linear" and not (kind.startswith("mlp") and kind.endswith("x_gelu")):
+    if not re.fullmatch(r"linear|mlp[1-9]x_gelu", kind):
         raise ValueError(f"{folder}/config.json: mm_projector_type={kind!r} is not supported.")
-    depth = 1 if kind == "linear" else int(kind.removeprefix("mlp").removesuffix("x_gelu"))
+    depth = 1 if kind == "linear" else int(kind[3])
+    _check_options(folder, raw, _LLAVA_ONLY)
     tower = _clip_folder(folder, name, parts_dir)
     if tower is None and name not in KNOWN_CLIP:
         raise ValueError(
@@ -219,22 +154,20 @@ def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
         vision_projector=ProjectorConfig("linear" if depth == 1 else "mlp", depth),
         vision_select_layer=int(raw.get("mm_vision_select_layer") or -2),
     )
-    source = dataclasses.replace(_mounted("LLaVA", folder, model, LLAVA_MOUNTS), template=VICUNA)
+    source = _mounted("LLaVA", folder, model, LLAVA_MOUNTS)
+    source = dataclasses.replace(source, template=VICUNA, stated=_stated(raw, "pad_token_id"))
+    if raw.get("image_aspect_ratio") == "pad":
+        source.report.differing.append(
+            "config.json says that pictures are padded to squares; here they are cut to squares, as the "
+            "Hugging Face port does"
+        )
     if "vision" not in source.parts and tower is not None and find_weights(tower):
         source.parts["vision"] = mount(read_weights(tower), CLIP_VISION_MOUNTS, Report())["vision"]
     return source
 
 
 def _open_llava_port(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
-    for key, only in (
-        ("vision_feature_select_strategy", "default"),
-        ("projector_hidden_act", "gelu"),
-        ("multimodal_projector_bias", True),
-    ):
-        if key in raw and raw[key] != only:
-            raise ValueError(
-                f"{folder}/config.json: {key}={raw[key]!r} is not supported; supported: {only!r}."
-            )
+    _check_options(folder, raw, _LLAVA_PORT_ONLY)
     model = DreamLLMConfig(
         llama=LlamaConfig.from_hf(raw["text_config"]),
         vision=ClipVisionConfig.from_hf(raw["vision_config"]),
@@ -242,7 +175,20 @@ def _open_llava_port(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
         vision_select_layer=int(raw.get("vision_feature_layer", -2)),
     )
     source = _mounted("LLaVA (Hugging Face)", folder, model, LLAVA_PORT_MOUNTS)
-    return dataclasses.replace(source, template=VICUNA)
+    stated = _stated(raw["text_config"], "pad_token_id") | _stated(raw, "pad_token_id")
+    if isinstance(raw.get("image_token_index"), int):
+        stated["<image>"] = raw["image_token_index"]
+    return dataclasses.replace(source, template=VICUNA, stated=stated)
+
+
+def _check_options(folder: Path, raw: Mapping[str, Any], only: Mapping[str, tuple]) -> None:
+    """Raises ValueError for an option with a value that is not implemented, by name."""
+    for key, supported in only.items():
+        if key in raw and raw[key] not in supported:
+            raise ValueError(
+                f"{folder}/config.json: {key}={raw[key]!r} is not supported; supported: "
+                f"{', '.join(map(repr, supported))}."
+            )
 
 
 def _clip_folder(folder: Path, name: str, parts_dir: Path | None) -> Path | None:
@@ -269,6 +215,10 @@ def _open_diffusers(folder: Path) -> Source:
     size = unet.sample_size * vae.downscale
     model = DreamLLMConfig(unet=unet, vae=vae, schedule=schedule, text=text, image_size=size)
     source = Source("Stable Diffusion (diffusers)", folder, model, {})
+    others = ("text_encoder_2", "text_encoder_3", "image_encoder", "safety_checker")
+    for name in (*others, *(("text_encoder",) if text is None else ())):
+        if (folder / name).is_dir():
+            source.report.ignored.append(f"{folder / name} (the model has no place for it)")
     for part in ("unet", "vae"):
         source.parts[part] = read_weights(folder / part, DIFFUSERS_STEMS)
     if text is not None:
@@ -327,13 +277,25 @@ def open_source(
             "is of another model, restore the folder)."
         )
     if (path / "unet" / "config.json").is_file():
-        return _open_diffusers(path)
+        return _named(path, _open_diffusers, path)
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{path} has neither config.json nor unet/config.json; expected a folder of weights."
         )
     raw = read_config(path / "config.json")
-    return _OPENERS[_kind(path, raw)](path, raw, parts)
+    return _named(path, _OPENERS[_kind(path, raw)], path, raw, parts)
+
+
+def _named(path: Path, opener: Callable[..., Source], *arguments: Any) -> Source:
+    """What an opener gives; a config that it cannot use is a ValueError that names the folder."""
+    try:
+        return opener(*arguments)
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: a config.json lacks {error}; the folder is incomplete.") from error
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: a config.json has a value of an unexpected kind ({error}).") from error
 
 
 def _kind(path: Path, raw: dict) -> str:

@@ -49,7 +49,7 @@ def read_model(path: str | Path) -> SentencePieceModel:
     """
     try:
         model = _parse(Path(path).read_bytes())
-    except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, OverflowError, struct.error) as error:
         raise ValueError(f"{path} is no SentencePiece model, or is damaged ({error}).") from error
     return model
 

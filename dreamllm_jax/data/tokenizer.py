@@ -85,6 +85,10 @@ class Tokenizer:
             backend.add_special_tokens(
                 [tokenizers.AddedToken(n, special=True, normalized=False) for n in plain]
             )
+        if backend.post_processor is None:  # for other programs: here chunks are encoded without it
+            backend.post_processor = processors.TemplateProcessing(
+                single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", ids["bos"])]
+            )
         backend.encode_special_tokens = True  # their names inside text are text
         backend.no_truncation()
         backend.no_padding()
@@ -131,7 +135,9 @@ class Tokenizer:
         self.backend.save(str(folder / "tokenizer.json"))
         if self.sentencepiece is not None:
             (folder / "tokenizer.model").write_bytes(self.sentencepiece)
-            added = {name: self.backend.token_to_id(name) for name in ADDED_TOKENS}
+            own = self.backend.get_vocab_size(with_added_tokens=False)
+            decoder = self.backend.get_added_tokens_decoder()
+            added = {decoder[i].content: i for i in sorted(decoder) if i >= own}
             (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n", encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast" if self.sentencepiece is None else "LlamaTokenizer",
@@ -139,7 +145,9 @@ class Tokenizer:
             "eos_token": "</s>",
             "unk_token": "<unk>",
             "pad_token": "[PAD]",
-            "additional_special_tokens": [name for name in ADDED_TOKENS if name != "[PAD]"],
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "additional_special_tokens": [n for n in self.added_names if n not in (*_BASE_TOKENS, "[PAD]")],
             "clean_up_tokenization_spaces": False,
             "legacy": self.legacy,
         }
@@ -234,10 +242,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     )
     for names in (_BASE_TOKENS, ADDED_TOKENS):
         backend.add_special_tokens([tokenizers.AddedToken(n, special=True, normalized=False) for n in names])
-    bos = backend.token_to_id("<s>")
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]
-    )
     return Tokenizer(backend)
 
 

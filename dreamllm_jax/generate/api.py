@@ -74,7 +74,7 @@ class DreamLLM:
         """Loads a folder that `save_pretrained` or a training run wrote, or a checkpoint in PyTorch's form.
 
         Such a checkpoint (DreamLLM, LLaMA or Vicuna, LLaVA-1.5; a folder or an id on the hub) is converted in
-        passing. What it lacks of DreamLLM is added: control tokens, and connectors drawn afresh.
+        passing. Control tokens that its tokenizer lacks are added, with rows for them.
         `dtype` ("float32", "bfloat16") casts the weights and sets what is computed in.
 
         Raises:

@@ -75,9 +75,6 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parity
 def test_training_moved_it(trained):
-    fresh = tiny.random_params(tiny.config())
-    assert abs(float(jnp.std(trained.ours.params["dream_queries"]["dream_queries"]))) > 1e-3
-    assert trained.ours.params["llama"]["norm"]["scale"].shape == fresh["llama/norm/scale"].shape
     assert float(jnp.abs(trained.ours.params["llama"]["norm"]["scale"] - 1).max()) > 1e-3
 
 

@@ -9,11 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dreamllm_jax.convert.verify.__main__ import BOUNDS, main, missed, verify
 from dreamllm_jax.convert.verify.case import open_case
 from dreamllm_jax.convert.verify.generation import compare_greedy, compare_picture
 from dreamllm_jax.convert.verify.sequences import compare_sequences
+from dreamllm_jax.convert.verify.step import compare_step
 
 OUTPUTS = ("image_features", "last_hidden_state", "logits", "unet_ctx", "unet_out", "vae_mean", "vae_logvar")
 PICTURE = ("states", "conditions", "timesteps", "final_latents", "image")
@@ -120,10 +122,58 @@ def test_the_command(golden, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_a_whole_folder_from_the_command_line(golden, tmp_path):
-    """As a user starts it, on a folder whose reference disagrees in one array."""
+@pytest.fixture
+def copied(golden, tmp_path):
+    """A folder whose reference can be changed."""
     shutil.copytree(golden / "dreamllm-b", tmp_path / "case")
-    command = [sys.executable, "-m", "dreamllm_jax.convert.verify", str(tmp_path / "case")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout).keys() == errors_of(golden / "dreamllm-b").keys()
+    file = tmp_path / "case" / "reference.safetensors"
+
+    def change(edit):
+        reference = load_file(file)
+        edit(reference)
+        save_file(reference, file)
+        return tmp_path / "case"
+
+    return change
+
+
+def command(folder):
+    arguments = [sys.executable, "-m", "dreamllm_jax.convert.verify", str(folder)]
+    return subprocess.run(arguments, capture_output=True, text=True)
+
+
+def test_a_folder_that_disagrees_from_the_command_line(copied):
+    """As a user starts it: every number is printed, and the one that is off is named."""
+
+    def edit(reference):
+        reference["out.unet_out"] = reference["out.unet_out"] + np.float32(1e-3)
+        for name in [n for n in reference if n.startswith("t2i.")]:  # a reference without a picture
+            del reference[name]
+
+    done = command(copied(edit))
+    assert done.returncode == 1 and "out.unet_out is off by 0.001" in done.stderr
+    errors = json.loads(done.stdout)
+    assert 9e-4 < errors["out.unet_out"] < 1.1e-3 and errors["out.logits"] < 1e-4
+    assert missed(errors).keys() == {"out.unet_out"} and not [n for n in errors if n.startswith("t2i.")]
+
+
+def test_a_reference_without_some_gradients(copied, golden):
+    """Of a stage that trained the connectors alone: what is there is compared, what is not is said."""
+
+    def edit(reference):
+        gone = [n for n in reference if n.startswith("grad.model.layers.") or n == "grad.lm_head.weight"]
+        for name in [*gone, "out.logits"]:
+            del reference[name]
+
+    with pytest.warns(UserWarning, match="no gradient of llama/layers/.*; not compared"):
+        errors = compare_step(open_case(copied(edit)))
+    whole = {n for n in errors_of(golden / "dreamllm-b") if not n.startswith(("t2i.", "gen."))}
+    kept = {n for n in whole if not n.startswith(("grad.llama/layers", "grad.llama/lm_head"))}
+    assert errors.keys() == kept - {"out.logits"} and not missed(errors)
+
+    def tear(reference):
+        del reference["grad.model.embed_tokens.weight"]
+        reference["grad.model.layers.0.mlp.up_proj.weight"] = np.ones((256, 96), np.float32)
+
+    with pytest.raises(ValueError, match="llama/layers/mlp/up_proj/kernel, layer 1"):
+        compare_step(open_case(copied(tear)))

@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+from dreamllm_jax.data.sentencepiece_model import read_model
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 FILES = ("tokenizer.model", "added_tokens.json", "tokenizer_config.json")
@@ -100,3 +102,45 @@ def test_damaged_files(folder):
     (folder / "added_tokens.json").write_text("{")
     with pytest.raises(ValueError, match="added_tokens.json is not readable JSON"):
         Tokenizer.load(folder)
+
+
+def test_further_added_tokens_survive_saving(golden, tmp_path):
+    """A folder may add tokens that are not DreamLLM's; they stay at their ids, and ours follow."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    first.mkdir()
+    shutil.copy(golden / "dreamllm-a" / "checkpoint" / "tokenizer.model", first)
+    (first / "added_tokens.json").write_text(json.dumps({"<image>": 512, "<pad>": 513}))
+    loaded = Tokenizer.load(first, extend=True)
+    assert (loaded.special.image, loaded.backend.token_to_id("<pad>"), loaded.special.pad) == (512, 513, 514)
+    loaded.save(again)
+    saved = Tokenizer.load(again)
+    assert saved.special == loaded.special and saved.backend.token_to_id("<pad>") == 513
+    assert saved.encode_marked("a <pad> b") == loaded.encode_marked("a <pad> b")
+
+
+def test_a_saved_tokenizer_begins_as_its_model_does_elsewhere(golden, tmp_path):
+    """transformers puts `<s>` before a prompt, from the files that we write too."""
+    transformers = pytest.importorskip("transformers")
+    folder = golden / "dreamllm-a" / "checkpoint"
+    ours = Tokenizer.load(folder)
+    ours.save(tmp_path)
+    expected = [1, *ours.encode("hello world")]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("hello world").input_ids == expected
+    (tmp_path / "tokenizer.model").unlink()
+    backend = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert backend("hello world").input_ids == expected
+
+
+def test_damaged_models_are_one_sentence(golden, tmp_path):
+    data = (golden / "dreamllm-a" / "checkpoint" / "tokenizer.model").read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for at in rng.integers(0, len(data), 150):
+        spoiled = bytearray(data)
+        spoiled[at] ^= 1 << int(rng.integers(8))
+        (tmp_path / "tokenizer.model").write_bytes(spoiled)
+        try:
+            read_model(tmp_path / "tokenizer.model")
+        except ValueError as error:
+            refused += 1
+            assert "is no SentencePiece model, or is damaged" in str(error)
+    assert refused > 10

@@ -58,6 +58,8 @@ def open_case(folder: str | Path) -> Case:
     source = open_source(folder / "checkpoint")
     if source.loss is None:
         raise ValueError(f"{folder}/checkpoint is a {source.kind}; a DreamLLM is to be compared here.")
+    if source.model.unet is not None and source.model.unet.pooled_text_dim is not None:
+        raise ValueError(f"{folder} is of the SDXL variant, whose reference cannot run: nothing to compare.")
     tensors, report = source.params()
     report.raise_if_faulty(str(folder))
     reference = read_safetensors(folder / "reference.safetensors")
