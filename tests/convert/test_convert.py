@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
@@ -319,3 +320,24 @@ def test_a_diffusers_pipeline_is_recognized(tmp_path, golden):
     params, report = open_source(tmp_path).params()
     assert not report.faulty
     assert {path.split("/")[0] for path in params} == {"unet", "vae"}
+
+
+def test_plugins_inside_the_language_models_file(golden, tmp_path):
+    """As a checkpoint is saved whole: every plugin under the model's name for it."""
+    shutil.copytree(golden / "dreamllm-b", tmp_path / "b")
+    source = tmp_path / "b" / "checkpoint"
+    before = {path: t.read() for path, t in open_source(source).params()[0].items()}
+    (whole,) = source.glob("model*.safetensors")
+    tensors = {name: t.read() for name, t in read_safetensors(whole).items()}
+    for stem, prefix in (
+        ("clip_vision_embedding", "model.clip_vision_embedding."),
+        ("dream_embedding", "model.dream_embedding."),
+        ("stable_diffusion_head", "stable_diffusion_head."),
+    ):
+        found = read_pickle(source / f"{stem}.bin")[0]
+        tensors |= {f"{prefix}{name}": t.read() for name, t in found.items()}
+        (source / f"{stem}.bin").unlink()
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, whole)
+    params, report = open_source(source).params()
+    assert not report.faulty
+    assert_same_bits({path: t.read() for path, t in params.items()}, before)
