@@ -4,7 +4,7 @@ Under the work folder:
 
     recipe.json               what is trained; a folder belongs to one recipe
     stages/<n>_<name>/states  train states within the stage (orbax)
-    stages/<n>_<name>/logs    curves.jsonl, tensorboard
+    stages/<n>_<name>/logs    curves.jsonl, speed.jsonl, tensorboard
     stages/<n>_<name>/model   the model after the stage: `DreamLLM.from_pretrained` loads it
     stages/<n>_<name>/done.json  seconds, peak memory, data statistics; present when complete
 """
@@ -36,8 +36,10 @@ from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, shard_batch
 from dreamllm_jax.train.checkpoint import StageCheckpoints
 from dreamllm_jax.train.checks import check_recipe
+from dreamllm_jax.train.flops import step_flops
 from dreamllm_jax.train.metrics import Meter, MetricWriter
 from dreamllm_jax.train.optim import learning_rates
+from dreamllm_jax.train.speed import Speedometer
 from dreamllm_jax.train.start import prepare_tokenizer, starting_point
 from dreamllm_jax.train.state import Flat, TrainState, create_state, final_params, nested, stage_seed
 from dreamllm_jax.train.step import train_step
@@ -137,20 +139,29 @@ def _run_steps(
     """The steps that are left."""
     model, program, start = DreamLLMModule(config), stage.program(), int(state.step)
     rates = learning_rates(stage.optim, stage.steps)
+    speed = Speedometer(step_flops(config, stage), mesh.size, mesh.devices.flat[0].device_kind)
     with (
         jax.set_mesh(mesh),
         closing(MetricWriter(logs)) as writer,
         tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step") as bar,
     ):
         for step in range(start + 1, stage.steps + 1):
-            batch = shard_batch(next(data), mesh)
-            state, metrics = train_step(state, batch, rates[step - 1], model=model, stage=program)
+            rows = next(data)
+            speed.count(rows)
+            state, metrics = train_step(
+                state, shard_batch(rows, mesh), rates[step - 1], model=model, stage=program
+            )
+            if step == start + 1:  # compiled
+                jax.block_until_ready(metrics)
+                speed.restart()
             bar.update()
             due = checkpoints.due(step)
             if due or step % recipe.log_every == 0 or step == stage.steps:
                 values = writer.write(step, metrics)
                 _check_finite(stage, step, values)
-                bar.set_postfix_str(_postfix(values))
+                if pace := speed.read():
+                    writer.write_speed(step, pace)
+                bar.set_postfix_str(_postfix(values, pace))
             if due:
                 checkpoints.save(step, state, {"data": data.state_dict(), "meter": meter.read()})
     return state
@@ -218,10 +229,14 @@ def _check_finite(stage: StageConfig, step: int, values: dict[str, float]) -> No
         )
 
 
-def _postfix(values: dict[str, float]) -> str:
+def _postfix(values: dict[str, float], pace: dict[str, float]) -> str:
     shown = [
         f"{k} {v:.3f}"
         for k, v in values.items()
         if k.startswith("loss") or k in ("token_accuracy", "matched")
     ]
+    if "tokens_per_second" in pace:
+        shown.append(f"{pace['tokens_per_second']:.3g} tokens/s")
+    if "mfu" in pace:
+        shown.append(f"mfu {pace['mfu']:.2f}")
     return ", ".join(shown)

@@ -16,13 +16,14 @@ from tensorboardX import SummaryWriter
 
 
 class MetricWriter:
-    """Appends one record a step to `curves.jsonl` and to TensorBoard, both under `folder`."""
+    """Appends records to `curves.jsonl`, `speed.jsonl` and TensorBoard, all under `folder`."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "curves.jsonl").open("a", encoding="utf-8")
         if self._file.tell():  # after a crash: the last line may lack its end
             self._file.write("\n")
+        self._speed = folder / "speed.jsonl"
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
@@ -33,6 +34,13 @@ class MetricWriter:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         return values
+
+    def write_speed(self, step: int, rates: dict[str, float]) -> None:
+        """Appends one step's rates to `speed.jsonl`, and to TensorBoard under `speed/`."""
+        with self._speed.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **rates}) + "\n")
+        for name, value in rates.items():
+            self._board.add_scalar(f"speed/{name}", value, step)
 
     def close(self) -> None:
         self._file.close()

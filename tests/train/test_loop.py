@@ -147,6 +147,18 @@ def test_the_first_stage_trains_its_tower_alone(whole):
     assert moved == {path for path in fresh if path.startswith("vae/")}
 
 
+def test_the_speed_of_every_step_is_logged(whole):
+    lines = (whole.folder / "stages" / "1_joint" / "logs" / "speed.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records] == [2, 3, 4, 5]  # compiling is no step's speed
+    for record in records:
+        assert 0 <= record["pad_share"] < 1 and record["tokens_per_second"] > 0
+        towers = {n.split("/")[1] for n in record if n.startswith("tflops_per_device/")}
+        assert (
+            towers == {"llama", "vision", "unet", "vae"} and "mfu" not in record
+        )  # a CPU's peak is not known
+
+
 def test_measured_scale_gives_latents_unit_variance(whole):
     config = load_pretrained(whole.vae).config
     params = load_pretrained(whole.vae).params

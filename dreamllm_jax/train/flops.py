@@ -1,0 +1,128 @@
+"""How much arithmetic a train step is: FLOPs of its matrix products and convolutions, tower by tower.
+
+Counted in what JAX traces, on shapes alone: a multiply-add is 2, a loop's body counts as often as it runs,
+attention counts whole squares. Rematerialization is not counted: it is no work of the model's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.train import StageConfig
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.train.state import abstract_params, nested, partition
+
+# Published dense bfloat16 peaks of a device as JAX counts them, in FLOP/s (a v2 or v3 device is a core).
+PEAKS = {
+    "TPU v2": 22.5e12,  # cloud.google.com/tpu/docs/v2: 45 TFLOPs a chip of two cores
+    "TPU v3": 61.5e12,  # .../v3: 123 a chip of two cores
+    "TPU v4": 275e12,  # .../v4
+    "TPU v5 lite": 197e12,  # .../v5e
+    "TPU v5": 459e12,  # .../v5p
+    "TPU v6 lite": 918e12,  # .../v6e
+    "NVIDIA A100-SXM4-80GB": 312e12,  # NVIDIA A100 data sheet
+    "NVIDIA H100 80GB HBM3": 989.4e12,  # NVIDIA H100 data sheet (SXM, without sparsity)
+    "NVIDIA H200": 989.4e12,  # NVIDIA H200 data sheet (SXM, without sparsity)
+}
+
+
+def flops(function: Callable, *arguments: Any) -> float:
+    """FLOPs of `function` on arguments of these shapes (arrays or ShapeDtypeStructs)."""
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
+
+
+def _of_equation(equation: Any) -> float:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        sizes = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(sizes[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel, numbers = equation.invars[1].aval.shape, parameters["dimension_numbers"]
+        per_output = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
+    inner = sum((_count(getattr(body, "jaxpr", body)) for body in _bodies(parameters)), 0.0)
+    return inner * (parameters["length"] if name == "scan" else 1)
+
+
+def _bodies(parameters: dict[str, Any]) -> list[Any]:
+    """The programs within an equation; of a condition's branches only the costliest counts."""
+    if "branches" in parameters:
+        return [max(parameters["branches"], key=lambda branch: _count(branch.jaxpr))]
+    if "call_jaxpr" in parameters:  # a function with its own derivative
+        return [parameters["call_jaxpr"]]
+    return [value for value in parameters.values() if hasattr(getattr(value, "jaxpr", value), "eqns")]
+
+
+@functools.lru_cache(maxsize=8)
+def forward_flops(
+    config: DreamLLMConfig, rows: int, length: int, images: int, dreams: int
+) -> dict[str, float]:
+    """FLOPs of every tower's forward pass: `rows` of `length` tokens, so many pictures in all."""
+    module = DreamLLMModule(config)
+    variables = {"params": nested(abstract_params(config))}
+    found: dict[str, float] = {}
+
+    def add(tower: str, method: Any, *shapes: Any) -> None:
+        run = functools.partial(module.apply, method=method)
+        found[tower] = flops(run, variables, *shapes)
+
+    def floats(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    if config.llama is not None:
+        states = floats(rows, length, config.llama.hidden_size)
+        add("llama", lambda m, x, p, s: m.llama.logits(m.llama(x, p, s)), states, *[ints(rows, length)] * 2)
+    if config.sees and images:
+        assert config.vision is not None
+        side = config.vision.image_size
+        add("vision", "see", floats(images, side, side, 3))
+    if config.draws and dreams:
+        assert config.unet is not None and config.vae is not None
+        size, side = config.latent_size, config.image_size
+        latents = floats(dreams, size, size, config.unet.in_channels)
+        context = floats(dreams, config.num_dream_queries, config.unet.cross_attention_dim)
+        added = None
+        if config.unet.pooled_text_dim is not None:
+            added = {"text_embeds": floats(dreams, config.unet.pooled_text_dim), "time_ids": ints(dreams, 6)}
+        add("unet", "denoise", latents, ints(dreams), context, added)
+        pixels = jax.ShapeDtypeStruct((dreams, side, side, 3), jnp.uint8)
+        add("vae", "encode_image", pixels)
+    return found
+
+
+def passes(config: DreamLLMConfig, stage: StageConfig) -> dict[str, int]:
+    """By tower: how often a step's arithmetic is that of its forward pass.
+
+    The gradients of its weights cost as much again, and so do those of its inputs, where they are needed:
+    towards dream queries and projectors through a frozen language model, and through the frozen U-Net.
+    """
+    trained = {path.split("/")[0] for path in partition(abstract_params(config), stage.trainable)[0]}
+    before = {"vision": set(), "vae": set(), "llama": {"vision", "vision_projector", "dream_queries"}}
+    before["unet"] = before["llama"] | {"llama", "condition_projector", "global_projector"}
+    return {tower: 3 if tower in trained else 2 if trained & names else 1 for tower, names in before.items()}
+
+
+def step_flops(config: DreamLLMConfig, stage: StageConfig) -> dict[str, float]:
+    """Model FLOPs of one step of a joint stage, by tower (none for the other objectives)."""
+    if stage.objective != "joint":
+        return {}
+    data = stage.data
+    dreams = data.rows * data.max_dreams if stage.loss.weight_vm else 0
+    forward = forward_flops(config, data.rows, data.length, data.rows * data.max_images, dreams)
+    times = passes(config, stage)
+    return {tower: times[tower] * n for tower, n in forward.items()}

@@ -1,0 +1,62 @@
+"""How fast a stage runs: tokens, pictures and model FLOPs a second, and how well rows are filled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from dreamllm_jax.train.flops import PEAKS
+from dreamllm_jax.types import Batch
+
+
+class Speedometer:
+    """Adds up what the steps since the last `read` did; of what compiling took, `restart` forgets.
+
+    Rates are of all devices together where they are per second, and per device where they say so. A tower's
+    `mfu` is its share of the devices' bfloat16 peak; they add up to `mfu`, which is known for devices in
+    `flops.PEAKS` only.
+    """
+
+    def __init__(self, flops: Mapping[str, float], devices: int, kind: str):
+        """`flops`: of one step, by tower; `devices` of this kind share it."""
+        self._flops, self._devices = dict(flops), devices
+        self._peak = PEAKS[kind] if kind in PEAKS else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins to measure anew."""
+        self._start, self._steps = time.perf_counter(), 0
+        self._slots = self._tokens = self._images = self._dreams = 0
+
+    def count(self, batch: Batch) -> None:
+        """Takes one more step's batch: this process's rows of it (numpy)."""
+        self._steps += 1
+        self._slots += batch.segment_ids.size
+        self._tokens += int((batch.segment_ids > 0).sum())
+        self._images += int(np.asarray(batch.image_mask).sum())
+        self._dreams += int(np.asarray(batch.dream_mask).sum())
+
+    def read(self) -> dict[str, float]:
+        """The rates since the last restart or reading; nothing where there was no step."""
+        seconds, steps = time.perf_counter() - self._start, self._steps
+        if not steps:
+            return {}
+        share = jax.process_count() / seconds
+        rates = {
+            "steps_per_second": steps / seconds,
+            "tokens_per_second": self._tokens * share,
+            "images_per_second": self._images * share,
+            "dreams_per_second": self._dreams * share,
+            "pad_share": 1 - self._tokens / self._slots,
+        }
+        for tower, flops in self._flops.items():
+            rates[f"tflops_per_device/{tower}"] = flops * steps / seconds / self._devices / 1e12
+        if self._peak is not None and self._flops:
+            for tower in self._flops:
+                rates[f"mfu/{tower}"] = rates[f"tflops_per_device/{tower}"] * 1e12 / self._peak
+            rates["mfu"] = sum(rates[f"mfu/{tower}"] for tower in self._flops)
+        self.restart()
+        return rates

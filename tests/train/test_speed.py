@@ -1,0 +1,56 @@
+"""Rates of training: what was counted, by the seconds it took."""
+
+import json
+import types
+
+import pytest
+
+from dreamllm_jax.train import speed
+from dreamllm_jax.train.metrics import MetricWriter
+from dreamllm_jax.train.speed import Speedometer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is set by hand."""
+    now = types.SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def test_rates(clock, batch):
+    meter = Speedometer({"llama": 3e12, "unet": 1e12}, devices=4, kind="TPU v5")
+    meter.count(batch)
+    clock.seconds += 1000  # compiling
+    meter.restart()
+    assert meter.read() == {}
+    for _ in range(2):
+        meter.count(batch)
+    clock.seconds += 4
+    rates = meter.read()
+    real = int((batch.segment_ids > 0).sum())
+    assert rates["steps_per_second"] == 0.5 and rates["tokens_per_second"] == real / 2
+    assert rates["images_per_second"] == batch.image_mask.sum() / 2
+    assert rates["dreams_per_second"] == batch.dream_mask.sum() / 2
+    assert rates["pad_share"] == pytest.approx(1 - real / batch.segment_ids.size)
+    assert rates["tflops_per_device/llama"] == pytest.approx(3 * 0.5 / 4)
+    assert rates["mfu/llama"] == pytest.approx(3e12 * 0.5 / 4 / 459e12)
+    assert rates["mfu"] == pytest.approx(4e12 * 0.5 / 4 / 459e12)
+    assert meter.read() == {}
+
+
+def test_an_unknown_device_has_no_peak(clock, batch):
+    meter = Speedometer({"llama": 1e12}, devices=1, kind="cpu")
+    meter.count(batch)
+    clock.seconds += 1
+    rates = meter.read()
+    assert rates["tflops_per_device/llama"] == 1 and not [name for name in rates if name.startswith("mfu")]
+
+
+def test_they_are_written(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer.write_speed(10, {"mfu": 0.5})
+    writer.write_speed(20, {"mfu": 0.6})
+    writer.close()
+    lines = (tmp_path / "speed.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 10, "mfu": 0.5}, {"step": 20, "mfu": 0.6}]
