@@ -177,3 +177,20 @@ def test_a_reference_without_some_gradients(copied, golden):
 
     with pytest.raises(ValueError, match="llama/layers/mlp/up_proj/kernel, layer 1"):
         compare_step(open_case(copied(tear)))
+
+
+# A rounding to bfloat16 errs by up to 2^-9. What a value goes through here is about a hundred of them, which
+# add up like a random walk: 10 * 2^-9, and the worst of thousands of values is three times as far. A gradient
+# goes through the network twice. A loss is a mean, in which most of it cancels.
+BFLOAT16 = {"loss": 2**-8, "out": 2**-4, "grad": 0.05}
+
+
+def test_in_bfloat16(folder):
+    """The same step computed in bfloat16 stays near the reference's float32 numbers, and is not float32."""
+    case = open_case(folder)
+    errors = compare_step(
+        dataclasses.replace(case, config=dataclasses.replace(case.config, dtype="bfloat16"))
+    )
+    assert errors.keys() == {n for n in errors_of(folder) if not n.startswith(("t2i.", "gen."))}
+    assert {n: e for n, e in errors.items() if not e <= BFLOAT16[n.split(".")[0]]} == {}
+    assert min(e for n, e in errors.items() if n.startswith("grad.")) > 1e-4
