@@ -11,6 +11,7 @@ import pytest
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, KNOWN_DIFFUSION
 from dreamllm_jax.train.__main__ import load_recipe
 from dreamllm_jax.train.state import abstract_params, partition
 
@@ -202,3 +203,11 @@ def test_a_pattern_that_trains_nothing_is_named():
     params = shapes(load("llava15").model)
     with pytest.raises(ValueError, match="'dream_queries' matches no parameter"):
         partition(params, ("llama", "dream_queries"))
+
+
+def test_the_towers_of_recipes_are_those_that_checkpoints_name():
+    """What a recipe spells out, and what is known of the hub's folder of that name, are the same network."""
+    for name, hub in (("base_7b", "stable-diffusion-2-1-base"), ("sdxl", "stable-diffusion-xl-base-1.0")):
+        model = load_recipe(str(CONFIGS / f"{name}.py")).model
+        assert (model.unet, model.vae, model.schedule) == KNOWN_DIFFUSION[f"stabilityai/{hub}"], name
+        assert model.vision == KNOWN_CLIP["openai/clip-vit-large-patch14"]

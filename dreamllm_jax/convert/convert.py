@@ -54,10 +54,8 @@ def convert_to_jax(
     """
     params, report = source.params()
     report.raise_if_faulty(str(source.path))
-    check_downloads(source.files)
+    _check_target(folder, [source.path, *source.files])
     model, tokenizer = source.model, None
-    if has_tokenizer(source.folder):
-        check_belongs(Tokenizer.load(source.folder, extend=True), model, source.folder)
     if source.fresh:  # put together to be trained: with all that training needs
         connectors = draw(model, source.fresh)
         params |= connectors
@@ -67,6 +65,8 @@ def convert_to_jax(
         if model.llama is not None and model.llama.vocab_size > rows:
             more = f"{rows} to {model.llama.vocab_size - 1}"
             report.made.append(f"rows {more} of the vocabulary, the mean of the others, for control tokens")
+    elif has_tokenizer(source.folder):
+        check_belongs(Tokenizer.load(source.folder, extend=True), model, source.folder)
     generation = GenerationConfig(template=source.template)
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -75,7 +75,7 @@ def convert_to_jax(
     }
     if source.loss is not None:
         content["loss"] = to_dict(source.loss)
-    _check_target(folder, [source.path, *source.files])
+    check_downloads(source.files)
     with new_folder(folder, overwrite) as beside:
         save_params(beside, params, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
         if tokenizer is None:

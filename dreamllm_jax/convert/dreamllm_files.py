@@ -83,22 +83,23 @@ _SDXL = dict(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
+_SCHEDULE = ScheduleConfig(set_alpha_to_one=False)  # as all of them publish it
 # Configs of the hub folders that published checkpoints name, for when they are not at hand.
 KNOWN_CLIP = {
     "openai/clip-vit-large-patch14": ClipVisionConfig(),
     "openai/clip-vit-large-patch14-336": ClipVisionConfig(image_size=336),
 }
 KNOWN_DIFFUSION = {
-    "stabilityai/stable-diffusion-2-1-base": (UNetConfig(**_SD_21), VaeConfig(), ScheduleConfig()),
+    "stabilityai/stable-diffusion-2-1-base": (UNetConfig(**_SD_21), VaeConfig(), _SCHEDULE),
     "stabilityai/stable-diffusion-2-1": (
         UNetConfig(**_SD_21, sample_size=96),
         VaeConfig(sample_size=768),
-        ScheduleConfig(prediction_type="v_prediction"),
+        dataclasses.replace(_SCHEDULE, prediction_type="v_prediction"),
     ),
     "stabilityai/stable-diffusion-xl-base-1.0": (
         UNetConfig(**_SDXL),
         VaeConfig(sample_size=1024, scaling_factor=0.13025),
-        ScheduleConfig(),
+        _SCHEDULE,
     ),
 }
 

@@ -30,9 +30,10 @@ from dreamllm_jax.convert.weights import (
     read_file,
     read_weights,
 )
-from dreamllm_jax.data.chat_templates import derive
+from dreamllm_jax.data.chat_templates import template_of
 from dreamllm_jax.data.templates import OWN
-from dreamllm_jax.data.tokenizer_files import read_chat_template
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.data.tokenizer_files import has_tokenizer, read_chat_template
 
 # The conversation template that DreamLLM and LLaVA-1.5 were trained with.
 VICUNA = "vicuna_v1.1"
@@ -85,10 +86,10 @@ def _open_dreamllm(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
 
 def _open_llama(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
     source = _mounted("LLaMA", folder, DreamLLMConfig(llama=LlamaConfig.from_hf(raw)), LLAMA_MOUNTS)
-    program, template = read_chat_template(folder), None
-    if program is not None:
+    template = None
+    if has_tokenizer(folder) and read_chat_template(folder) is not None:
         try:
-            derive(program)
+            template_of(OWN, Tokenizer.load(folder, extend=True))
             template = OWN
         except ValueError as error:
             source.report.differing.append(f"prompts are not put into the tokenizer's chat template: {error}")

@@ -185,3 +185,16 @@ def test_a_chat_model_answers_in_its_own_template(sources, tmp_path):
     for chat in (model, DreamLLM.from_pretrained(tmp_path / "saved")):
         text = chat.generate_text("hello", max_new_tokens=6)
         assert text == plain.generate_text("user hello assistant", max_new_tokens=6)
+
+
+def test_a_chat_template_that_cannot_be_used_is_said(sources, tmp_path):
+    """It writes a control token: prompts are continued as they are, and the conversion says why."""
+    folder = tmp_path / "chat"
+    shutil.copytree(sources["llm"], folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<im_start>' + m['content'] }}{% endfor %}"
+    )
+    source = open_source(folder)
+    assert source.template is None
+    (said,) = (line for line in source.params()[1].differing if "chat template" in line)
+    assert "writes <im_start>; of control tokens only <s> and </s> are supported" in said
