@@ -90,7 +90,7 @@ def model() -> dict:
         condition_projector=dict(kind="linear", bias=False),
         **stable_diffusion(),
         dtype="bfloat16",
-        remat="full",
+        remat=dict(llama="full", vision="full", unet="full"),
     )
 
 

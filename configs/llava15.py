@@ -22,7 +22,7 @@ def model() -> dict:
         vision_projector=dict(kind="mlp", depth=2),
         vision_select_layer=-2,
         dtype="bfloat16",
-        remat="full",
+        remat=dict(llama="full", vision="full"),
     )
 
 

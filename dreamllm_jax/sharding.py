@@ -3,10 +3,13 @@
 A parameter's path selects its logical axes (`PARAMETER_RULES`), a logical axis its mesh axes
 (`MESH_AXES`). The mesh axes are
 
-    data     whole copies of the model (across slices)
+    data     whole copies of the model; between slices, whose network is slow, this axis alone
     fsdp     rows of the batch, and slices of every weight, gathered where used
     tensor   heads, MLP width and vocabulary
     context  the length of the sequence
+
+The towers of pictures (CLIP, U-Net, VAE) have no long axis to split but many pictures: theirs are
+spread over all four axes, as far as their number divides.
 
 A parameter that no rule or more than one collection of axes fits, a rule that no parameter uses
 (checked by the tests), and a dimension that its mesh axes do not divide are errors: nothing is
@@ -17,10 +20,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dreamllm_jax.config.train import MeshConfig
@@ -31,6 +36,7 @@ BATCH_AXES = ("data", "fsdp")
 MESH_AXES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": BATCH_AXES,
+    "pictures": (*BATCH_AXES, "context", "tensor"),
     "length": ("context",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -99,24 +105,59 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"{len(devices)}, or one of them be -1."
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXIS_NAMES)
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXIS_NAMES, axis_types=axis_types)
+    return Mesh(_arranged(sizes, devices), MESH_AXIS_NAMES, axis_types=axis_types)
+
+
+def _arranged(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
+    """The devices as an array of the mesh's shape, neighbours in it near each other in the network.
+
+    Of TPU slices `data` takes the network between them, all else the links within one. Other devices
+    keep their order, in which those of one host follow each other.
+
+    Raises:
+      ValueError: `data` is not divisible by the number of slices.
+    """
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({device.slice_index for device in devices})
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data is {sizes[0]} on {slices} slices; between slices only whole copies of the model are "
+            f"kept: choose a multiple of {slices}."
+        )
+    inside = (sizes[0] // slices, *sizes[1:])
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    between = (slices, *(1,) * (len(sizes) - 1))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+
+
+def activation_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """The PartitionSpec of an activation by its logical axes.
+
+    A mesh axis is left out where an earlier dimension has taken it, or where its devices do not divide
+    what is left of the dimension.
+    """
+    taken: set[str] = set()
+    spec = []
+    for size, axis in zip(shape, axes, strict=True):
+        names = []
+        for name in MESH_AXES[axis] if axis is not None else ():
+            if mesh.shape[name] > 1 and name not in taken and size % mesh.shape[name] == 0:
+                names.append(name)
+                size //= mesh.shape[name]
+        taken.update(names)
+        spec.append(tuple(names) or None)
+    return PartitionSpec(*spec)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to its logical axes on the mesh set by `jax.set_mesh`; identity without one.
-
-    A hint to the compiler: an axis whose size its mesh axes do not divide stays unsplit.
-    """
+    """Pins an activation to its logical axes on the mesh set by `jax.set_mesh`; identity without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     assert len(axes) == x.ndim, f"{len(axes)} axes for an array of shape {x.shape}"
-    spec = []
-    for size, axis in zip(x.shape, axes, strict=True):
-        names = MESH_AXES[axis] if axis is not None else ()
-        split = math.prod(mesh.shape[n] for n in names)
-        spec.append(names if names and size % split == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return jax.lax.with_sharding_constraint(x, activation_spec(axes, x.shape, mesh))
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -140,8 +181,8 @@ def match_rule(path: str) -> tuple[str, tuple[str, ...]]:
     return rows[0]
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The PartitionSpec of one parameter.
+def parameter_spec(path: str, shape: Sequence[int], mesh: Any, gathered: bool = False) -> PartitionSpec:
+    """The PartitionSpec of one parameter; `gathered`: as a device computes with it, whole along fsdp.
 
     Raises:
       ValueError: no rule fits the path, or a dimension is not divisible by its mesh axes.
@@ -152,22 +193,28 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         return PartitionSpec()
     spec: list[tuple[str, ...] | None] = [None] * (len(shape) - len(axes))
     for size, axis in zip(shape[len(spec) :], axes, strict=True):
-        names = tuple(n for n in MESH_AXES[axis] if mesh.shape[n] > 1)
+        names = tuple(n for n in MESH_AXES[axis] if mesh.shape[n] > 1 and not (gathered and n == "fsdp"))
         split = math.prod(mesh.shape[n] for n in names)
         if size % split:
             raise ValueError(
-                f"Parameter {path!r} of shape {shape}: dimension {size} is not divisible by mesh axes "
-                f"{dict((n, mesh.shape[n]) for n in names)}; choose a mesh whose axes divide it."
+                f"Parameter {path!r} of shape {tuple(shape)}: dimension {size} is not divisible by mesh axes "
+                f"{dict((n, mesh.shape[n]) for n in names)}; choose a mesh whose axes divide it, or, for a "
+                "frozen tower, name it in mesh.whole."
             )
         spec.append(names or None)
     return PartitionSpec(*spec)
 
 
-def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a parameter tree (arrays or ShapeDtypeStructs), in the same structure."""
-    return jax.tree_util.tree_map_with_path(
-        lambda p, x: NamedSharding(mesh, parameter_spec(path_string(p), x.shape, mesh)), params
-    )
+def parameter_shardings(params: Any, mesh: Mesh, whole: Sequence[str] = ()) -> Any:
+    """NamedShardings for a parameter tree (arrays or ShapeDtypeStructs), in the same structure.
+
+    Of the parts of the model named in `whole` every group along fsdp holds a copy.
+    """
+
+    def one(path: str, shape: Sequence[int]) -> NamedSharding:
+        return NamedSharding(mesh, parameter_spec(path, shape, mesh, path.split("/")[0] in whole))
+
+    return jax.tree_util.tree_map_with_path(lambda p, x: one(path_string(p), x.shape), params)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -146,7 +146,11 @@ def test_published_settings(name):
     assert (optim.b1, optim.b2, optim.weight_decay, optim.warmup_ratio) == (0.9, 0.999, 0.0, 0.003)
     assert optim.schedule == "cosine" and stage.loss.snr_gamma is None and stage.loss.condition_dropout == 0
     model = load(name).model
-    assert model.dtype == "bfloat16" and model.remat == "full" and model.schedule.prediction_type == "epsilon"
+    assert (
+        model.dtype == "bfloat16"
+        and model.remat.llama == model.remat.unet == "full"
+        and model.schedule.prediction_type == "epsilon"
+    )
     assert (model.num_dream_queries, model.num_patches, model.vision_select_layer) == (64, 256, -2)
 
 

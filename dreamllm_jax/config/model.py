@@ -17,7 +17,16 @@ from dreamllm_jax.config.towers import (
     VaeConfig,
 )
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "minimal", "full", "offload"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RematConfig:
+    """By tower, what its backward pass computes again instead of keeping: see `models.layers.remat`."""
+
+    llama: Remat = "none"
+    vision: Remat = "none"
+    unet: Remat = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,7 @@ class DreamLLMConfig:
     contrastive: bool = False
     image_size: int = 512
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Remat = "none"
+    remat: RematConfig = dataclasses.field(default_factory=RematConfig)
 
     def __post_init__(self):
         check_sizes(self, "model", ("num_dream_queries", "image_size"))

@@ -17,12 +17,17 @@ def _require(holds: bool, config: Any, path: str, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all that are left."""
+    """Devices along each mesh axis; one of them may be -1: all that are left.
+
+    `whole` names frozen parts of the model ("unet", "vae", "vision", "llama") that are not sliced along
+    fsdp: they take more memory, and are never gathered.
+    """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     context: int = 1
+    whole: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,12 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW under warm-up and a cosine; `accumulation` micro-batches make one step."""
+    """AdamW under warm-up and a cosine; `accumulation` micro-batches make one step.
+
+    `gather` says when what fsdp has sliced is gathered: in every micro-batch, layer by layer ("layer",
+    least memory), or once a step, before the micro-batches ("step": all weights lie whole on each device
+    in the model's dtype, and only gradients travel in between).
+    """
 
     learning_rate: float = 2e-5
     warmup_ratio: float = 0.003
@@ -65,6 +75,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     accumulation: int = 1
+    gather: Literal["layer", "step"] = "layer"
     ema_decay: float = 0.0
 
     def __post_init__(self):

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dreamllm_jax.config.towers import ClipTextConfig, ClipVisionConfig
@@ -43,9 +44,10 @@ class ClipAttention(nn.Module):
         def split(name: str) -> Float[Array, "B L N H"]:
             out = Dense(width, dtype=self.dtype, name=name)(x)
             out = out.reshape(*out.shape[:-1], heads, width // heads)
-            return constrain(out, "batch", "length", "heads", "head_dim")
+            return constrain(out, "pictures", None, "heads", "head_dim")
 
         out = attention(split("q_proj"), split("k_proj"), split("v_proj"), mask)
+        out = checkpoint_name(out, "attended")
         return Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
 
 
@@ -58,7 +60,7 @@ class ClipMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
         hidden = Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        hidden = constrain(ACTIVATIONS[self.config.hidden_act](hidden), "batch", "length", "mlp")
+        hidden = constrain(ACTIVATIONS[self.config.hidden_act](hidden), "pictures", None, "mlp")
         return Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
 
 
@@ -78,9 +80,10 @@ class ClipLayer(nn.Module):
     def __call__(
         self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N L L"] | None
     ) -> tuple[Float[Array, "B L E"], None]:
+        x = checkpoint_name(x, "layer_input")
         x = x + self.self_attn(self.layer_norm1(x), mask)
         x = x + self.mlp(self.layer_norm2(x))
-        return constrain(x, "batch", "length", "embed"), None
+        return constrain(x, "pictures", None, "embed"), None
 
 
 class ClipEncoder(nn.Module):
@@ -173,7 +176,7 @@ class ClipVision(nn.Module):
         """
         stop = _hidden_state(select_layer, self.config.num_hidden_layers)
         x = self.pre_layrnorm(self.embeddings(pixels))
-        x = self.encoder(constrain(x, "batch", "length", "embed"), None, 0, stop)
+        x = self.encoder(constrain(x, "pictures", None, "embed"), None, 0, stop)
         if self.is_initializing():
             self.post_layernorm(x)
         return x
@@ -232,7 +235,7 @@ class ClipText(nn.Module):
         stop = _hidden_state(select_layer, depth)
         length = tokens.shape[1]
         mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        states = constrain(self.embeddings(tokens), "batch", "length", "embed")
+        states = constrain(self.embeddings(tokens), "pictures", None, "embed")
         states = self.encoder(states, mask, 0, stop)
         last = states if stop == depth else self.encoder(states, mask, stop, depth)
         last = self.final_layer_norm(last)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from dreamllm_jax.sharding import constrain
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-AXES = ("batch", "height", "width", "channels")
+AXES = ("pictures", "height", "width", "channels")
 
 
 class Conv(nn.Module):

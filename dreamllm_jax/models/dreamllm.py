@@ -30,9 +30,9 @@ class DreamLLMModule(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         if c.llama is not None:
-            self.llama = Llama(c.llama, dtype=dtype, remat=c.remat)
+            self.llama = Llama(c.llama, dtype=dtype, remat=c.remat.llama)
         if c.vision is not None:
-            self.vision = ClipVision(c.vision, dtype=dtype, remat=c.remat)
+            self.vision = ClipVision(c.vision, dtype=dtype, remat=c.remat.vision)
         if c.llama is not None and c.vision is not None:
             small = nn.initializers.normal(c.llama.initializer_range)
             self.vision_projector = Projector(
@@ -40,7 +40,7 @@ class DreamLLMModule(nn.Module):
             )
         if c.unet is not None:
             assert c.vae is not None
-            self.unet = UNet(c.unet, dtype=dtype, remat=c.remat)
+            self.unet = UNet(c.unet, dtype=dtype, remat=c.remat.unet)
             self.vae = Vae(c.vae, dtype=dtype)
         if c.llama is not None and c.unet is not None:
             self.dream_queries = DreamQueries(c.num_dream_queries, c.llama.hidden_size, dtype=dtype)
@@ -50,7 +50,7 @@ class DreamLLMModule(nn.Module):
             if c.unet.pooled_text_dim is not None:
                 self.global_projector = GlobalProjector(c.unet.pooled_text_dim, dtype=dtype)
         if c.text is not None:
-            self.text = ClipText(c.text, dtype=dtype, remat=c.remat)
+            self.text = ClipText(c.text, dtype=dtype, remat=c.remat.vision)
         if c.contrastive:
             assert c.text is not None
             self.contrastive = ContrastiveHead(c.text.projection_dim, dtype=dtype)

@@ -77,22 +77,47 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def remat(module: M, policy: str, scanned: bool = True) -> M:
-    """Wraps a module class so that its backward pass recomputes what `policy` does not save.
+def _weighted(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
+    """A policy that saves the results of matrix products with weights and of convolutions."""
+    if primitive is jax.lax.conv_general_dilated_p:
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **parameters)
 
-    "none" saves everything, "full" only the module's inputs, "dots" also the results of matrix
-    products with weights. `scanned` says that the module is the body of a scan, where XLA cannot
-    merge the recomputation with the forward pass and needs no barrier against it.
+
+POLICIES = {
+    "dots": _weighted,
+    "minimal": jax.checkpoint_policies.save_only_these_names("attended"),
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def remat(module: M, policy: str, scanned: bool = True) -> M:
+    """Wraps a layer's class so that its backward pass computes again what `policy` does not save.
+
+        none     everything is saved, nothing computed again
+        dots     the layer's input, results of matrix products with weights, results of convolutions
+        minimal  the input and what attention returns: attention is not computed again
+        full     the input alone
+        offload  the input alone, and it waits in the host's memory
+
+    The layer names its parts by `jax.ad_checkpoint.checkpoint_name`: "layer_input", "attended". `scanned`
+    says that it is the body of a scan, where XLA cannot merge the second computation with the first and
+    needs no barrier against it.
 
     Raises:
       ValueError: an unknown policy.
     """
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     if policy == "none":
         return module
-    if policy not in policies:
-        raise ValueError(f"remat policy {policy!r} is unknown; choose none, full or dots.")
-    return nn.remat(module, prevent_cse=not scanned, policy=policies[policy])
+    if policy not in POLICIES:
+        raise ValueError(f"remat policy {policy!r} is unknown; choose none, {', '.join(POLICIES)}.")
+    return nn.remat(module, prevent_cse=not scanned, policy=POLICIES[policy])
 
 
 def scan_layers(module: M, length: int, policy: str, inputs: int) -> M:

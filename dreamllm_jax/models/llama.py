@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamllm_jax.config.towers import LlamaConfig
@@ -96,7 +97,7 @@ class LlamaAttention(nn.Module):
             k = rotate(k, around.read_rotation)
         # A split length is gathered here: every query may look at the whole row.
         k, v = (constrain(y, "batch", None, "kv_heads", "head_dim") for y in (k, v))
-        out = attention(q, k, v, around.mask).reshape(*x.shape[:2], -1)
+        out = checkpoint_name(attention(q, k, v, around.mask), "attended").reshape(*x.shape[:2], -1)
         return linear(c.hidden_size, name="o_proj")(out), cache
 
 
@@ -124,6 +125,7 @@ class LlamaLayer(nn.Module):
     @nn.compact
     def __call__(self, carry: tuple[Any, KVCache | None, Any], around: Surroundings):
         x, cache, layer = carry
+        x = checkpoint_name(x, "layer_input")
         norm = partial(RMSNorm, epsilon=self.config.rms_norm_eps, dtype=self.dtype)
         attend = LlamaAttention(self.config, self.dtype, name="self_attn")
         seen, cache = attend(norm(name="input_layernorm")(x), around, cache, layer)

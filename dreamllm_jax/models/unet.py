@@ -140,7 +140,7 @@ class UpBlock(Block):
 
 
 class UNet(nn.Module):
-    """The denoiser; `remat` ("none", "full", "dots") applies to every resnet and transformer block."""
+    """The denoiser; `remat` (see `layers.remat`) applies to every resnet and transformer block."""
 
     config: UNetConfig
     dtype: Any = jnp.float32

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dreamllm_jax.models.attention import attention
@@ -65,6 +66,7 @@ class ResnetBlock(nn.Module):
         self, x: Float[Array, "B h w c"], time: Float[Array, "B M"] | None = None
     ) -> Float[Array, "B h w c2"]:
         norm = partial(GroupNorm, self.groups, self.epsilon, dtype=self.dtype)
+        x = checkpoint_name(x, "layer_input")
         y = Conv(self.width, dtype=self.dtype, name="conv1")(silu(norm(name="norm1")(x)))
         if time is not None:
             shift = Dense(self.width, dtype=self.dtype, name="time_emb_proj")(silu(time))
@@ -72,7 +74,7 @@ class ResnetBlock(nn.Module):
         y = Conv(self.width, dtype=self.dtype, name="conv2")(silu(norm(name="norm2")(y)))
         if x.shape[-1] != self.width:
             x = Conv(self.width, size=1, dtype=self.dtype, name="conv_shortcut")(x)
-        return constrain(x + y, "batch", "height", "width", "channels")
+        return constrain(x + y, "pictures", "height", "width", "channels")
 
 
 class Downsample(nn.Module):
@@ -129,9 +131,10 @@ class Attention(nn.Module):
         def split(source: Float[Array, "B S X"], name: str) -> Float[Array, "B S N H"]:
             y = Dense(width, self.qkv_bias, dtype=self.dtype, name=name)(source)
             y = y.reshape(*y.shape[:2], self.heads, width // self.heads)
-            return constrain(y, "batch", None, "heads", "head_dim")
+            return constrain(y, "pictures", None, "heads", "head_dim")
 
         out = attention(split(x, "to_q"), split(context, "to_k"), split(context, "to_v"))
+        out = checkpoint_name(out, "attended")
         return Dense(width, dtype=self.dtype, name="to_out_0")(out.reshape(x.shape))
 
 
@@ -144,7 +147,7 @@ class Geglu(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L F"]:
         hidden, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
-        return constrain(hidden * gelu(gate), "batch", None, "mlp")
+        return constrain(hidden * gelu(gate), "pictures", None, "mlp")
 
 
 class FeedForward(nn.Module):
@@ -168,13 +171,15 @@ class TransformerBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "B L C"], context: Float[Array, "B S X"]
     ) -> tuple[Float[Array, "B L C"], None]:
+        x = checkpoint_name(x, "layer_input")
+
         def normed(name: str) -> Float[Array, "B L C"]:
             return LayerNorm(1e-5, dtype=self.dtype, name=name)(x)
 
         x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(normed("norm1"))
         x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(normed("norm2"), context)
         x = x + FeedForward(dtype=self.dtype, name="ff")(normed("norm3"))
-        return constrain(x, "batch", None, "embed"), None
+        return constrain(x, "pictures", None, "embed"), None
 
 
 class SpatialTransformer(nn.Module):
@@ -200,7 +205,7 @@ class SpatialTransformer(nn.Module):
         stack = stack(self.heads, self.dtype, name="transformer_blocks")
         # Pinned where the scan begins, and so are the gradients that come out of it: left free, XLA's
         # partitioner is wrong when this scan runs within another one (JAX 0.10).
-        y = constrain(y.reshape(rows, height * width, channels), "batch", None, "embed")
-        y, _ = stack(y, constrain(context, "batch", None, "embed"))
+        y = constrain(y.reshape(rows, height * width, channels), "pictures", None, "embed")
+        y, _ = stack(y, constrain(context, "pictures", None, "embed"))
         y = project(channels, dtype=self.dtype, name="proj_out")(y.reshape(x.shape))
-        return constrain(x + y, "batch", "height", "width", "channels")
+        return constrain(x + y, "pictures", "height", "width", "channels")

@@ -33,10 +33,10 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
     """
     _check_generation(recipe, tokenizer)
     params = abstract_params(recipe.model)
-    parameter_shardings(params, mesh)
     for stage in stages:
         try:
             _check_stage(stage, recipe.model, params, mesh, tokenizer)
+            _check_places(stage, params, mesh, recipe.mesh.whole)
         except ValueError as error:
             raise ValueError(f"stage {stage.name!r}: {error}") from error
 
@@ -84,6 +84,24 @@ def _check_stage(
     _check_rows(stage, mesh)
     row_layout(stage.data, model, null_dream=stage.loss.condition_dropout > 0)
     check_source(stage.data, tokenizer)
+
+
+def _check_places(stage: StageConfig, params: Flat, mesh: Mesh, whole: Sequence[str]) -> None:
+    """Every parameter has its place on the mesh, and what is kept whole is frozen."""
+    trainable, frozen = partition(params, stage.trainable)
+    for name in whole:
+        if name in {path.split("/")[0] for path in trainable}:
+            raise ValueError(
+                f"mesh.whole names {name!r}, which this stage trains; only frozen parts can be kept whole: "
+                "take it out."
+            )
+        if name not in {path.split("/")[0] for path in frozen}:
+            raise ValueError(
+                f"mesh.whole names {name!r}, which the model has not; its frozen parts are "
+                f"{', '.join(sorted({path.split('/')[0] for path in frozen}))}."
+            )
+    parameter_shardings(trainable, mesh)
+    parameter_shardings(frozen, mesh, whole)
 
 
 def _check_loss(stage: StageConfig, model: DreamLLMConfig) -> None:

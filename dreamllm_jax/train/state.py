@@ -114,12 +114,14 @@ def partition(params: Flat, patterns: Sequence[str]) -> tuple[Flat, Flat]:
     return trainable, {k: v for k, v in params.items() if k not in trainable}
 
 
-def place(params: Flat, dtype: Any, mesh: Mesh) -> Flat:
+def place(params: Flat, dtype: Any, mesh: Mesh, whole: Sequence[str] = ()) -> Flat:
     """Copies of the parameters (arrays, or tensors in files) in `dtype`, each where its rule says.
+
+    The parts of the model named in `whole` are not sliced along fsdp.
 
     A host reads of files only what its own devices hold.
     """
-    shardings = parameter_shardings(params, mesh)
+    shardings = parameter_shardings(params, mesh, whole)
     return {k: to_device(v, shardings[k], dtype) for k, v in params.items()}
 
 
@@ -127,7 +129,7 @@ def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -
     """The state at the beginning of a stage, every array in its place on the mesh."""
     trainable, frozen = partition(params, stage.trainable)
     trainable = place(trainable, jnp.float32, mesh)
-    frozen = place(frozen, jnp.dtype(recipe.frozen_dtype), mesh)
+    frozen = place(frozen, jnp.dtype(recipe.frozen_dtype), mesh, recipe.mesh.whole)
     tx = make_optimizer(stage.optim)
     shardings = optimizer_shardings(tx, trainable, mesh)
     key = jax.random.fold_in(jax.random.key(recipe.seed), zlib.crc32(stage.name.encode()))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.sharding import match_rule, parameter_spec
 from dreamllm_jax.train.objectives import OBJECTIVES, Counts, count, draw
 from dreamllm_jax.train.optim import make_optimizer
 from dreamllm_jax.train.state import Flat, TrainState, nested
@@ -37,32 +38,63 @@ def loss_and_metrics(
     return OBJECTIVES[stage.objective](model, params, batch, draws, stage.loss, counts)
 
 
+def for_compute(params: Flat, model: DreamLLMModule, gathered: bool) -> Flat:
+    """What a step computes with: matrices in the model's dtype, and whole along fsdp where `gathered`.
+
+    Cast here, once, half the bytes travel when they are gathered. Vectors (norms, biases) stay as they are.
+    """
+    dtype, mesh = jnp.dtype(model.config.dtype), jax.sharding.get_abstract_mesh()
+
+    def one(path: str, x: Array) -> Array:
+        if not match_rule(path)[1]:
+            return x
+        x = x.astype(dtype)
+        if not gathered or mesh.empty:
+            return x
+        return jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh, gathered=True))
+
+    return {path: one(path, x) for path, x in params.items()}
+
+
 def gradients(
     trainable: Flat, frozen: Flat, batch: Batch, keys: Array, model: DreamLLMModule, stage: StageConfig
 ) -> tuple[Flat, dict[str, Array]]:
-    """Gradients and metrics of the whole batch, in `accumulation` micro-batches.
+    """Gradients (float32, laid out as the parameters) and metrics of the whole batch.
 
-    Micro-batch a takes rows a, a + A, a + 2A, ...: each device keeps its own rows.
+    It goes in `accumulation` micro-batches. Micro-batch a takes rows a, a + A, a + 2A, ...: each device
+    keeps its own rows.
     """
-    counts = count(batch)
-    grad = jax.grad(loss_and_metrics, has_aux=True)
-    parts = stage.optim.accumulation
+    counts, parts = count(batch), stage.optim.accumulation
+    gathered = stage.optim.gather == "step"
+    params, frozen = (for_compute(p, model, gathered) for p in (trainable, frozen))
+
+    def grad(batch: Batch, keys: Array) -> tuple[Flat, dict[str, Array]]:
+        grads, metrics = jax.grad(loss_and_metrics, has_aux=True)(
+            params, frozen, batch, keys, counts, model, stage
+        )
+        return {k: _as_parameter(k, g) for k, g in grads.items()}, metrics
+
     if parts == 1:
-        return grad(trainable, frozen, batch, keys, counts, model, stage)
+        return grad(batch, keys)
 
     def split(x: Array) -> Array:
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
     def body(carry, x):
-        result = grad(trainable, frozen, *x, counts, model, stage)
-        return jax.tree.map(jnp.add, carry, result), None
+        return jax.tree.map(jnp.add, carry, grad(*x)), None
 
     micro = jax.tree.map(split, (batch, keys))
-    first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(lambda t, x: grad(t, frozen, *x, counts, model, stage), trainable, first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(body, zeros, micro)
+    shapes = jax.eval_shape(lambda x: grad(*jax.tree.map(lambda y: y[0], x)), micro)
+    total, _ = jax.lax.scan(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), micro)
     return total
+
+
+def _as_parameter(path: str, gradient: Array) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        spec = parameter_spec(path, gradient.shape, mesh)
+        gradient = jax.lax.with_sharding_constraint(gradient, spec)
+    return gradient.astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stage"), donate_argnames="state")

@@ -132,7 +132,16 @@ def test_logits_equal_transformers(name, length):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name, remat", [("gqa", "full"), ("dynamic", "none"), ("tied, biased", "dots")])
+@pytest.mark.parametrize(
+    "name, remat",
+    [
+        ("gqa", "full"),
+        ("gqa", "minimal"),
+        ("gqa", "offload"),
+        ("dynamic", "none"),
+        ("tied, biased", "dots"),
+    ],
+)
 def test_gradients_equal_transformers(name, remat):
     config = VARIANTS[name]
     torch, reference = torch_model(config)
@@ -278,7 +287,7 @@ def test_parameters_are_stacked_and_named_as_hugging_face():
 
 
 def test_unknown_remat_policy_is_refused():
-    with pytest.raises(ValueError, match="choose none, full or dots"):
+    with pytest.raises(ValueError, match="choose none, dots, minimal, full, offload"):
         make(GQA, remat="some")
 
 

@@ -155,7 +155,7 @@ def test_published_parameter_counts(config, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.parametrize("policy", ["full", "dots"])
+@pytest.mark.parametrize("policy", ["dots", "minimal", "full", "offload"])
 def test_remat_changes_neither_parameters_nor_gradients(small, policy):
     module, params = small
     inputs = example(module.config)

@@ -13,24 +13,28 @@ from tests.train import tiny
 
 ALONE = MeshConfig(data=1, fsdp=1)
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
+LONG = MeshConfig(data=1, fsdp=2, tensor=2, context=2)
+TWO = dict(accumulation=2)
 CASES = {
-    "1 device": (ALONE, 1),
-    "8 data": (MeshConfig(data=8, fsdp=1), 1),
-    "8 fsdp": (MeshConfig(data=1, fsdp=8), 1),
-    "2x2x2": (CUBE, 1),
-    "8 tensor": (MeshConfig(data=1, fsdp=1, tensor=8), 1),
-    "2 fsdp, 4 context": (MeshConfig(data=1, fsdp=2, context=4), 1),
-    "1 device, 2 micro-batches": (ALONE, 2),
-    "2x2x2, 2 micro-batches": (CUBE, 2),
+    "1 device": (ALONE, {}),
+    "8 data": (MeshConfig(data=8, fsdp=1), {}),
+    "8 fsdp": (MeshConfig(data=1, fsdp=8), {}),
+    "2x2x2": (CUBE, {}),
+    "8 tensor": (MeshConfig(data=1, fsdp=1, tensor=8), {}),
+    "2 fsdp, 4 context": (MeshConfig(data=1, fsdp=2, context=4), {}),
+    "1 device, 2 micro-batches": (ALONE, TWO),
+    "2x2x2, 2 micro-batches": (CUBE, TWO),
+    "2x2x2, 2 micro-batches, gathered once": (CUBE, TWO | dict(gather="step")),
+    "2x2x2 with context, 2 micro-batches, gathered once": (LONG, TWO | dict(gather="step")),
 }
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), CASES.values(), ids=CASES)
-def test_loss_and_gradients(mesh, accumulation, devices, params, batch, keys, packed_result, same_gradients):
+@pytest.mark.parametrize(("mesh", "optim"), CASES.values(), ids=CASES)
+def test_loss_and_gradients(mesh, optim, devices, params, batch, keys, packed_result, same_gradients):
     mesh = make_mesh(mesh, devices if mesh != ALONE else devices[:1])
     shardings = parameter_shardings(params, mesh)
     placed = {k: jax.device_put(v, shardings[k]) for k, v in params.items()}
-    stage = tiny.stage(optim=dict(accumulation=accumulation))
+    stage = tiny.stage(optim=optim)
     run = jax.jit(functools.partial(gradients, model=tiny.model(), stage=stage))
     with jax.set_mesh(mesh):
         grads, metrics = run(placed, {}, shard_batch(batch, mesh), jax.device_put(keys, replicated(mesh)))
