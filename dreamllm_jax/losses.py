@@ -14,13 +14,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.sharding import activation_spec, mesh_axes
 
 
 def chunked_cross_entropy(
-    logits_fn: Callable[[Array], Array],
+    head: Float[Array, "D V"],
     hidden: Float[Array, "B L D"],
     targets: Int[Array, "B L"],
     weights: Float[Array, "B L"],
@@ -28,10 +30,45 @@ def chunked_cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sum of the next-token cross-entropy (nats), and of its correct predictions.
 
-    The logits exist only for `chunk` positions of every row at a time, in the forward pass and in
-    the backward pass: [B, L, V] is never held. `logits_fn` maps [B, l, D] to [B, l, V].
+    The logits `hidden @ head` (float32) exist only for `chunk` positions of every row at a time, in the
+    forward pass and in the backward pass: [B, L, V] is never held. On a mesh every device works on its own
+    rows and positions, and on its own part of the vocabulary (Megatron-LM, arXiv 1909.08053, section 3): what
+    travels is one number per position, and `head` itself, gathered along fsdp once, its gradient scattered
+    once.
     """
-    length = hidden.shape[1]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _cross_entropy(head, hidden, targets, weights, chunk)
+    rows = activation_spec(("batch", "length", None), hidden.shape, mesh)
+    columns = activation_spec((None, "vocab"), head.shape, mesh)
+    own = tuple(name for entry in rows for name in mesh_axes(entry))
+    sliced = "fsdp" in own and head.shape[0] % mesh.shape["fsdp"] == 0
+    parts = math.prod(mesh.shape[name] for name in mesh_axes(rows[1]))
+
+    def local(head: Array, *inputs: Array) -> tuple[Array, Array]:
+        if sliced:
+            head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
+        # Cast here, the gradient is summed over devices after the last chunk, not after each.
+        head = _apart(head, tuple(name for name in own if name != "fsdp" or not sliced))
+        sums = _cross_entropy(head, *inputs, -(-chunk // parts), "tensor" if columns[1] else None, own)
+        return jax.lax.psum(sums, own) if own else sums
+
+    places = (PartitionSpec("fsdp" if sliced else None, columns[1]), rows, *[PartitionSpec(*rows[:2])] * 2)
+    return jax.shard_map(local, in_specs=places, out_specs=PartitionSpec())(head, hidden, targets, weights)
+
+
+def _cross_entropy(
+    head: Array,
+    hidden: Array,
+    targets: Array,
+    weights: Array,
+    chunk: int,
+    split: str | None = None,
+    own: tuple[str, ...] = (),
+) -> tuple[Array, Array]:
+    """The sums of one device; `split` is the mesh axis of the vocabulary, `own` are those of the rows."""
+    dtype, length = head.dtype, hidden.shape[1]
+    head = head.astype(jnp.float32)  # so that its gradient is summed over chunks in float32
     chunk = min(chunk, length)
     pad = -length % chunk
     if pad:
@@ -41,24 +78,49 @@ def chunked_cross_entropy(
 
     @jax.checkpoint
     def one(hidden_c: Array, targets_c: Array, weights_c: Array) -> tuple[Array, Array]:
-        logits = logits_fn(hidden_c).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets_c)
-        right = logits.argmax(-1) == targets_c
-        return jnp.sum(losses * weights_c), jnp.sum(right * weights_c)
+        logits = jnp.matmul(hidden_c.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
+        losses, best = _token_losses(logits, targets_c, split)
+        return jnp.sum(losses * weights_c), jnp.sum((best == targets_c) * weights_c)
 
     if hidden.shape[1] == chunk:
         return one(hidden, targets, weights)
 
     def body(sums, x):
-        loss, right = one(*x)
-        return (sums[0] + loss, sums[1] + right), None
+        return jax.tree.map(jnp.add, sums, one(*x)), None
 
-    def split(x):
+    def chunks(x):
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     zero = jnp.zeros((), jnp.float32)
-    (loss, right), _ = jax.lax.scan(body, (zero, zero), (split(hidden), split(targets), split(weights)))
-    return loss, right
+    sums, _ = jax.lax.scan(
+        body, (_apart(zero, own), _apart(zero, own)), (chunks(hidden), chunks(targets), chunks(weights))
+    )
+    return sums
+
+
+def _apart(x: Array, axes: tuple[str, ...]) -> Array:
+    """x, equal on all devices of `axes`, as a thing of each: here its gradient is summed over them."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _token_losses(
+    logits: Float[Array, "B l v"], targets: Int[Array, "B l"], split: str | None
+) -> tuple[Float[Array, "B l"], Int[Array, "B l"]]:
+    """Cross-entropy, and the likeliest token; `logits` are this device's part of the vocabulary."""
+    size = logits.shape[-1]
+    first = 0 if split is None else size * jax.lax.axis_index(split)
+
+    def over(combine: Callable[..., Array], x: Array) -> Array:
+        return x if split is None else combine(x, split)
+
+    there = jax.lax.stop_gradient(logits)
+    mine = there.max(-1)
+    most = over(jax.lax.pmax, mine)
+    best = over(jax.lax.pmin, jnp.where(mine == most, first + there.argmax(-1), jnp.iinfo(jnp.int32).max))
+    total = over(jax.lax.psum, jnp.exp(logits - most[..., None]).sum(-1))
+    right = jnp.arange(size) == (targets - first)[..., None]  # a mask: gathers and scatters are slow on TPUs
+    chosen = over(jax.lax.psum, jnp.where(right, logits, 0.0).sum(-1))
+    return jnp.log(total) + most - chosen, best
 
 
 def distillation_errors(

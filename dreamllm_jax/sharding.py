@@ -119,7 +119,9 @@ def _arranged(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
     """
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
-    slices = len({device.slice_index for device in devices})
+    slices = len(
+        {getattr(device, "slice_index", 0) for device in devices}
+    )  # a described topology may lack it
     if sizes[0] % slices:
         raise ValueError(
             f"mesh.data is {sizes[0]} on {slices} slices; between slices only whole copies of the model are "
@@ -130,6 +132,14 @@ def _arranged(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
         return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     between = (slices, *(1,) * (len(sizes) - 1))
     return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+
+
+def platform() -> str:
+    """What programs are made for: "cpu", "gpu" or "tpu"; the mesh's devices may be described ones only."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend()
+    return mesh.abstract_device.platform
 
 
 def activation_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
@@ -149,6 +159,11 @@ def activation_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any)
         taken.update(names)
         spec.append(tuple(names) or None)
     return PartitionSpec(*spec)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension's entry in a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

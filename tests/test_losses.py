@@ -1,14 +1,16 @@
 """The losses against the plainest form of each."""
 
 import functools
+import re
 
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.config.train import LossConfig, MeshConfig
 from dreamllm_jax.losses import (
     chunked_cross_entropy,
     contrastive_loss,
@@ -16,6 +18,7 @@ from dreamllm_jax.losses import (
     kl_to_unit_gaussian,
     loss_scale,
 )
+from dreamllm_jax.sharding import activation_spec, make_mesh, parameter_spec
 
 B, L, D, V = 3, 10, 6, 7
 
@@ -30,7 +33,7 @@ def inputs():
 
 
 def chunked(hidden, kernel, targets, weights, chunk):
-    return chunked_cross_entropy(lambda h: h @ kernel, hidden, targets, weights, chunk)
+    return chunked_cross_entropy(kernel, hidden, targets, weights, chunk)
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +80,72 @@ def test_logits_of_a_whole_row_are_never_held(inputs, chunk):
     assert max(np.prod(shape) for shape in with_vocabulary) == B * chunk * V
 
 
-def test_low_precision_logits_are_summed_in_float32(inputs):
+def test_low_precision_matrices_give_float32_losses(inputs):
     hidden, kernel, targets, weights = inputs
-
-    def logits(h):
-        return (h @ kernel).astype(jnp.bfloat16)
-
-    loss, _ = chunked_cross_entropy(logits, *map(jnp.asarray, (hidden, targets, weights)), 4)
-    rounded = np.asarray(logits(hidden).astype(jnp.float32))
-    losses = np.log(np.exp(rounded).sum(-1)) - np.take_along_axis(rounded, targets[..., None], -1)[..., 0]
+    half = jnp.asarray(kernel, jnp.bfloat16)
+    loss, _ = chunked_cross_entropy(half, *map(jnp.asarray, (hidden, targets, weights)), 4)
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (hidden, kernel)]
+    logits = rounded[0] @ rounded[1]
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, (losses * weights).sum(), rtol=1e-5)
+
+
+MESHES = {
+    "8 fsdp": MeshConfig(1, 8),
+    "8 tensor": MeshConfig(1, 1, 8),
+    "2 data, 2 fsdp, 2 tensor": MeshConfig(2, 2, 2),
+    "2 fsdp, 2 tensor, 2 context": MeshConfig(1, 2, 2, 2),
+    "8 context": MeshConfig(1, 1, 1, 8),
+}
+
+
+def on_mesh(mesh, rows=8, length=16, width=24, vocabulary=112):
+    """The jitted value and gradients, and their arguments in their places."""
+    rng = np.random.default_rng(1)
+    hidden, kernel = rng.normal(size=(rows, length, width)), rng.normal(size=(width, vocabulary))
+    targets = rng.integers(0, vocabulary, (rows, length)).astype(np.int32)
+    targets[:, ::2] = (hidden @ kernel).argmax(-1)[:, ::2]  # half of them predicted
+    weights = rng.choice([0.0, 0.5, 1.0], (rows, length)).astype(np.float32)
+    arguments = kernel.astype(np.float32), hidden.astype(np.float32), targets, weights
+    if mesh is not None:
+        specs = [parameter_spec("llama/lm_head/kernel", kernel.shape, mesh)]
+        specs += [activation_spec(("batch", "length", None)[: x.ndim], x.shape, mesh) for x in arguments[1:]]
+        arguments = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arguments, specs, strict=True)]
+    run = jax.value_and_grad(lambda *x: chunked_cross_entropy(*x, 4), (0, 1), has_aux=True)
+    return jax.jit(run), arguments
+
+
+@pytest.mark.parametrize("rows", [8, 3])
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_meshes_change_neither_loss_nor_gradients(mesh, rows, devices):
+    run, arguments = on_mesh(None, rows)
+    (loss, right), grads = run(*arguments)
+    mesh = make_mesh(mesh, devices)
+    with jax.set_mesh(mesh):
+        run, arguments = on_mesh(mesh, rows)
+        (loss2, right2), grads2 = run(*arguments)
+    np.testing.assert_allclose(loss, loss2, rtol=1e-6)
+    assert 0 < right == right2
+    for one, other in zip(grads, grads2, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["8 fsdp", "2 data, 2 fsdp, 2 tensor", "2 fsdp, 2 tensor, 2 context"])
+def test_nothing_of_the_vocabulary_travels_but_its_matrix_once(mesh, devices):
+    """No collective in a loop touches it; outside, the matrix is gathered and its gradient summed."""
+    mesh = make_mesh(MESHES[mesh], devices)
+    with jax.set_mesh(mesh):
+        run, arguments = on_mesh(mesh)
+        text = run.lower(*arguments).compile().as_text()
+    part = 112 // mesh.shape["tensor"]
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= \(?\w+\[([\d,]*)\].* ({kinds})(?:-start)?\(.*op_name=\"([^\"]*)", text)
+    assert found
+    wide = [(kind, name) for shape, kind, name in found if str(part) in shape.split(",")]
+    assert wide and not [name for _, name in wide if "while" in name]
+    assert sum(kind == "all-gather" for kind, _ in wide) <= 1
+    assert sum(kind in ("all-reduce", "reduce-scatter") for kind, _ in wide) <= 2
 
 
 def test_distillation_errors():

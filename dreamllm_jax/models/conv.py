@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dreamllm_jax.sharding import constrain
+from dreamllm_jax.sharding import constrain, platform
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 AXES = ("pictures", "height", "width", "channels")
@@ -52,7 +52,7 @@ def convolve(
     x: Float[Array, "B h w c"], kernel: Float[Array, "k l c c2"], stride: int, padding: tuple[int, int]
 ) -> Float[Array, "B h2 w2 c2"]:
     """Cross-correlation (what deep learning calls convolution), in the form that suits the backend."""
-    form = canonical if jax.default_backend() == "cpu" else plain
+    form = canonical if platform() == "cpu" else plain
     return form(x, kernel, stride, padding)
 
 

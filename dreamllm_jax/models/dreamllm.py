@@ -99,6 +99,10 @@ class DreamLLMModule(nn.Module):
         """Reads on: appends the valid embeddings of each row to its cache."""
         return self.llama.extend(embeds, valid, cache)
 
+    def head(self) -> Float[Array, "D V"]:
+        """The matrix from hidden states to logits."""
+        return self.llama.head()
+
     def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Next-token logits."""
         return self.llama.logits(hidden)

@@ -147,13 +147,7 @@ class Llama(nn.Module):
         self.layers = scan_layers(LlamaLayer, c.num_hidden_layers, self.remat, inputs=1)(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
         if not c.tie_word_embeddings:
-            self.lm_head = Dense(
-                c.vocab_size,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=_normal(c),
-                dot_general=_dot_float32,
-            )
+            self.lm_head = Dense(c.vocab_size, use_bias=False, kernel_init=_normal(c))
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Embeddings of token ids; an id outside the vocabulary gives NaN."""
@@ -203,13 +197,17 @@ class Llama(nn.Module):
         assert cache is not None
         return hidden, cache.replace(lengths=lengths)
 
+    def head(self) -> Float[Array, "D V"]:
+        """The matrix from hidden states to logits, in `dtype`; transposed embeddings where they are tied."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.embedding.astype(self.dtype).T
+        return self.lm_head.get_variable("params", "kernel").astype(self.dtype)
+
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Scores of the next token, float32 whatever `dtype` is."""
-        if self.config.tie_word_embeddings:
-            weights = self.embed_tokens.embedding.astype(self.dtype).T
-            out = jnp.matmul(hidden.astype(self.dtype), weights, preferred_element_type=jnp.float32)
-        else:
-            out = self.lm_head(hidden)
+        if self.is_initializing() and not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        out = jnp.matmul(hidden.astype(self.dtype), self.head(), preferred_element_type=jnp.float32)
         return constrain(out, "batch", "length", "vocab") if out.ndim == 3 else out
 
     def _run(self, embeds: jax.Array, around: Surroundings, cache: KVCache | None):
@@ -262,7 +260,3 @@ def _dynamic(config: LlamaConfig) -> bool:
 
 def _normal(config: LlamaConfig) -> Any:
     return nn.initializers.normal(config.initializer_range)
-
-
-def _dot_float32(*args: Any, **kwargs: Any) -> jax.Array:
-    return jax.lax.dot_general(*args, **{**kwargs, "preferred_element_type": jnp.float32})

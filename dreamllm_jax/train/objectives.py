@@ -25,6 +25,7 @@ from dreamllm_jax.losses import (
 )
 from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
 from dreamllm_jax.models.vae import sample_latents
+from dreamllm_jax.sharding import constrain
 from dreamllm_jax.types import Batch
 
 
@@ -78,7 +79,7 @@ def draw(keys: Array, dreams: int, model: DreamLLMConfig, config: LossConfig) ->
             dropped=jax.random.bernoulli(k[5], config.condition_dropout, (dreams,)),
         )
 
-    return jax.vmap(row)(keys)
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), jax.vmap(row)(keys))
 
 
 def draw_timesteps(key: Array, number: int, steps: int, config: LossConfig) -> Int[Array, " n"]:
@@ -142,7 +143,7 @@ def joint(
     loss, metrics = jnp.zeros((), jnp.float32), {}
     if config.weight_lm:
         nll, right = chunked_cross_entropy(
-            lambda h: model.apply(variables, h, method="logits"),
+            model.apply(variables, method="head"),
             hidden,
             batch.targets,
             batch.loss_weights,

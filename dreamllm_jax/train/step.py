@@ -41,17 +41,18 @@ def loss_and_metrics(
 def for_compute(params: Flat, model: DreamLLMModule, gathered: bool) -> Flat:
     """What a step computes with: matrices in the model's dtype, and whole along fsdp where `gathered`.
 
-    Cast here, once, half the bytes travel when they are gathered. Vectors (norms, biases) stay as they are.
+    They are cast here, once, and before they travel: half the bytes. Vectors stay as they are.
     """
     dtype, mesh = jnp.dtype(model.config.dtype), jax.sharding.get_abstract_mesh()
 
     def one(path: str, x: Array) -> Array:
-        if not match_rule(path)[1]:
+        if not match_rule(path)[1] or (x.dtype == dtype and not gathered):
             return x
         x = x.astype(dtype)
-        if not gathered or mesh.empty:
+        if mesh.empty:
             return x
-        return jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh, gathered=True))
+        # Without this pin XLA gathers first and casts then.
+        return jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh, gathered))
 
     return {path: one(path, x) for path, x in params.items()}
 
