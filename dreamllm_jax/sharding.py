@@ -105,10 +105,10 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"{len(devices)}, or one of them be -1."
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXIS_NAMES)
-    return Mesh(_arranged(sizes, devices), MESH_AXIS_NAMES, axis_types=axis_types)
+    return Mesh(arranged(sizes, devices), MESH_AXIS_NAMES, axis_types=axis_types)
 
 
-def _arranged(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
+def arranged(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
     """The devices as an array of the mesh's shape, neighbours in it near each other in the network.
 
     Of TPU slices `data` takes the network between them, all else the links within one. Other devices

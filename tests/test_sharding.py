@@ -1,5 +1,6 @@
 """The rule tables: every parameter has one row, every row a use; meshes and places; what is refused."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from configs.handwriting import model as handwriting
 from dreamllm_jax.config.model import model_config
@@ -15,10 +16,14 @@ from dreamllm_jax.config.towers import UNetConfig
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.sharding import (
     BATCH_AXES,
+    MESH_AXIS_NAMES,
     PARAMETER_RULES,
+    activation_spec,
+    arranged,
     constrain,
     make_mesh,
     match_rule,
+    mesh_axes,
     parameter_shardings,
     parameter_spec,
     shard_batch,
@@ -191,6 +196,81 @@ def test_constrain(cube):
             constrain(x, "batch", "length")
     assert {shard.data.shape for shard in split.addressable_shards} == {(2, 6, 2)}
     assert {shard.data.shape for shard in odd.addressable_shards} == {(3, 6, 5)}  # over data, not fsdp
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("batch", "length", "mlp"), (8, 6, 4), (("data", "fsdp"), None, ("tensor",))),
+        (
+            ("pictures", "height", "width", "channels"),
+            (16, 3, 3, 4),
+            (("data", "fsdp", "tensor"),) + (None,) * 3,
+        ),
+        (("pictures", None, "heads", "head_dim"), (4, 9, 2, 8), (("data", "fsdp"), None, ("tensor",), None)),
+        (
+            ("pictures", None, "heads", "head_dim"),
+            (8, 9, 2, 8),
+            (("data", "fsdp", "tensor"), None, None, None),
+        ),
+        (("pictures", None), (6, 9), (("data",), None)),
+        (("pictures", None), (7, 9), (None, None)),
+    ],
+)
+def test_activations_take_the_axes_that_divide_them_once_each(axes, shape, expected, cube):
+    assert activation_spec(axes, shape, cube) == PartitionSpec(*expected)
+
+
+def test_frozen_towers_are_whole_by_choice(cube):
+    params = {k: v for k, v in params_of("7B with SD 2.1").items() if k.endswith("/kernel")}
+    sliced, whole = parameter_shardings(params, cube), parameter_shardings(params, cube, ("unet", "vae"))
+    for path, sharding in whole.items():
+        tower = path.split("/")[0] in ("unet", "vae")
+        axes = {name for entry in sharding.spec for name in mesh_axes(entry)}
+        assert "fsdp" not in axes if tower else sharding == sliced[path]
+    assert any("fsdp" in str(sliced[path].spec) for path in params if path.startswith("unet/"))
+
+
+def test_256_devices_divide_no_unet_but_hold_it_whole():
+    mesh = AbstractMesh((1, 256, 1, 1), MESH_AXIS_NAMES)
+    path, shape = "unet/down_blocks_0/resnets_0/conv1/kernel", (3, 3, 320, 320)
+    with pytest.raises(ValueError, match="not divisible by mesh axes {'fsdp': 256}.*name it in mesh.whole"):
+        parameter_spec(path, shape, mesh)
+    assert parameter_spec(path, shape, mesh, gathered=True) == PartitionSpec(None, None, None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What `make_mesh` looks at in a TPU."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+def chips(slices: int) -> list[Chip]:
+    """Slices of 2x2x2, out of order."""
+    made = [Chip(i, (i % 2, i // 2 % 2, i // 4 % 2), i // 8) for i in range(8 * slices)]
+    return made[::-1]
+
+
+def test_data_alone_goes_between_slices():
+    placed = arranged((4, 2, 2, 1), chips(2))
+    assert placed.shape == (4, 2, 2, 1)
+    for row, index in zip(placed, (0, 0, 1, 1), strict=True):
+        assert {chip.slice_index for chip in row.flat} == {index}
+    with pytest.raises(ValueError, match="mesh.data is 1 on 2 slices.*choose a multiple of 2"):
+        arranged((1, 16, 1, 1), chips(2))
+
+
+def test_neighbours_along_an_axis_are_neighbours_in_the_network():
+    placed = arranged((1, 4, 2, 1), chips(1))[0, :, :, 0]
+    for pair in placed:  # along tensor, one step in one direction
+        assert sum(abs(a - b) for a, b in zip(pair[0].coords, pair[1].coords, strict=True)) == 1
 
 
 def test_sdxl_pools_its_text():

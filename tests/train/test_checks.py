@@ -46,3 +46,21 @@ def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):
     model = dataclasses.replace(recipe.model, llama=dataclasses.replace(recipe.model.llama, vocab_size=256))
     with pytest.raises(ValueError, match="llama.vocab_size is 256, but the tokenizer has 274"):
         check_recipe(dataclasses.replace(recipe, model=model), recipe.stages, mesh, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("whole", "sentence"),
+    [
+        (("llama",), "mesh.whole names 'llama', which this stage trains; .*take it out"),
+        (
+            ("unet", "depth"),
+            "names 'depth', which the model has not; its frozen parts are unet, vae",
+        ),
+    ],
+)
+def test_only_frozen_parts_can_be_kept_whole(whole, sentence, devices, monkeypatch):
+    monkeypatch.setattr(checks, "check_source", lambda *_: None)
+    recipe = load_recipe(str(CONFIGS / "stage2.py"))
+    recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, whole=whole))
+    with pytest.raises(ValueError, match=sentence):
+        check_recipe(recipe, recipe.stages, make_mesh(MeshConfig(), devices), train_tokenizer(["one"], 300))

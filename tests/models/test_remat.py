@@ -1,0 +1,95 @@
+"""What each remat policy computes twice, counted in the traced gradient."""
+
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+
+from dreamllm_jax.config.towers import ClipVisionConfig, LlamaConfig, UNetConfig
+from dreamllm_jax.models.clip import ClipVision
+from dreamllm_jax.models.layers import POLICIES
+from dreamllm_jax.models.llama import Llama
+from dreamllm_jax.models.unet import UNet
+
+
+def product_flops(jaxpr) -> int:
+    """Of all matrix products and convolutions, those in loops as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (inside, _), _ = equation.params["dimension_numbers"]
+            length = math.prod(equation.invars[0].aval.shape[axis] for axis in inside)
+            total += 2 * equation.outvars[0].aval.size * length
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out = equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * equation.outvars[0].aval.size * math.prod(kernel) // kernel[out]
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(map(product_flops, jax.extend.core.jaxprs_in_params(equation.params)))
+    return total
+
+
+def llama(policy):
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
+    ints = jnp.zeros((1, 24), jnp.int32)
+    return Llama(config, remat=policy), (jnp.zeros((1, 24, 32)), ints, ints + 1)
+
+
+def vision(policy):
+    config = ClipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return ClipVision(config, remat=policy), (jnp.zeros((1, 32, 32, 3)), -1)
+
+
+def unet(policy):
+    config = UNetConfig(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=8,
+        attention_head_dim=(2, 4),
+    )
+    return UNet(config, remat=policy), (jnp.zeros((1, 8, 8, 4)), jnp.zeros((1,)), jnp.zeros((1, 4, 8)))
+
+
+def gradient_flops(make, policy) -> int:
+    module, inputs = make(policy)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
+    return product_flops(
+        jax.make_jaxpr(jax.grad(lambda p: module.apply(p, *inputs).astype(jnp.float32).sum()))(params).jaxpr
+    )
+
+
+@pytest.mark.parametrize("make", [llama, vision, unet])
+def test_policies_compute_again_what_they_say(make):
+    flops = {policy: gradient_flops(make, policy) for policy in ("none", *POLICIES)}
+    assert flops["none"] < flops["dots"] < flops["full"]
+    assert flops["none"] < flops["minimal"] < flops["full"]
+    assert flops["offload"] == flops["full"]
+    # A gradient is three passes; "full" adds a fourth of what lies in its layers.
+    assert 1.15 < flops["full"] / flops["none"] <= 4 / 3
+
+
+@pytest.mark.parametrize("make", [llama, vision, unet])
+def test_offload_sends_every_layers_input_to_the_host(make):
+    module, inputs = make("offload")
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: module.apply(p, *inputs).astype(jnp.float32).sum()))(params)
+    assert "pinned_host" in str(jaxpr) or "Host" in str(jaxpr)
