@@ -18,6 +18,7 @@ from dreamllm_jax.config.towers import (
 )
 
 Remat = Literal["none", "dots", "minimal", "full", "offload"]
+Attention = Literal["auto", "xla", "chunked", "splash", "cudnn", "lean"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,16 @@ class RematConfig:
     llama: Remat = "none"
     vision: Remat = "none"
     unet: Remat = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """By tower, which implementation its long attention runs on: see `models.attention.choice`."""
+
+    llama: Attention = "auto"
+    vision: Attention = "auto"
+    unet: Attention = "auto"
+    vae: Attention = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +65,7 @@ class DreamLLMConfig:
     image_size: int = 512
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: RematConfig = dataclasses.field(default_factory=RematConfig)
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
 
     def __post_init__(self):
         check_sizes(self, "model", ("num_dream_queries", "image_size"))

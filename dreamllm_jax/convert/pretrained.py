@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreamllm_jax.config.base import build, to_dict
-from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
+from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig, GenerationConfig, model_config
 from dreamllm_jax.convert.compose import with_control_tokens
 from dreamllm_jax.convert.shapes import expected_shapes
 from dreamllm_jax.convert.sources import open_source
@@ -49,6 +50,8 @@ def save_pretrained(
     with new_folder(folder, overwrite=True) as beside:
         save_params(beside, params)
         tokenizer.save(beside)
+        # Kernels belong to the machine that trains, not to the model.
+        config = dataclasses.replace(config, attention=AttentionConfig())
         content = {"format": FORMAT, "model": to_dict(config), "generation": to_dict(generation)}
         (beside / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 

@@ -9,10 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
+from dreamllm_jax.config.model import Attention
 from dreamllm_jax.config.towers import ClipTextConfig, ClipVisionConfig
 from dreamllm_jax.models.attention import attention
+from dreamllm_jax.models.attention.masks import Mask
 from dreamllm_jax.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, scan_layers
 from dreamllm_jax.sharding import constrain
 
@@ -34,11 +36,10 @@ class ClipAttention(nn.Module):
 
     config: ClipVisionConfig | ClipTextConfig
     dtype: Any = jnp.float32
+    attention: Attention = "auto"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N L L"] | None
-    ) -> Float[Array, "B L E"]:
+    def __call__(self, x: Float[Array, "B L E"], mask: Mask | None) -> Float[Array, "B L E"]:
         width, heads = self.config.hidden_size, self.config.num_attention_heads
 
         def split(name: str) -> Float[Array, "B L N H"]:
@@ -46,8 +47,9 @@ class ClipAttention(nn.Module):
             out = out.reshape(*out.shape[:-1], heads, width // heads)
             return constrain(out, "pictures", None, "heads", "head_dim")
 
-        out = attention(split("q_proj"), split("k_proj"), split("v_proj"), mask)
-        out = checkpoint_name(out, "attended")
+        out = attention(
+            *map(split, ("q_proj", "k_proj", "v_proj")), mask, implementation=self.attention, rows="pictures"
+        )
         return Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
 
 
@@ -69,17 +71,16 @@ class ClipLayer(nn.Module):
 
     config: ClipVisionConfig | ClipTextConfig
     dtype: Any = jnp.float32
+    attention: Attention = "auto"
 
     def setup(self):
         epsilon = self.config.layer_norm_eps
         self.layer_norm1 = LayerNorm(epsilon, dtype=self.dtype)
-        self.self_attn = ClipAttention(self.config, self.dtype)
+        self.self_attn = ClipAttention(self.config, self.dtype, self.attention)
         self.layer_norm2 = LayerNorm(epsilon, dtype=self.dtype)
         self.mlp = ClipMlp(self.config, self.dtype)
 
-    def __call__(
-        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N L L"] | None
-    ) -> tuple[Float[Array, "B L E"], None]:
+    def __call__(self, x: Float[Array, "B L E"], mask: Mask | None) -> tuple[Float[Array, "B L E"], None]:
         x = checkpoint_name(x, "layer_input")
         x = x + self.self_attn(self.layer_norm1(x), mask)
         x = x + self.mlp(self.layer_norm2(x))
@@ -92,10 +93,11 @@ class ClipEncoder(nn.Module):
     config: ClipVisionConfig | ClipTextConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: Attention = "auto"
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L E"], mask: Bool[Array, "#B #N L L"] | None, start: int, stop: int
+        self, x: Float[Array, "B L E"], mask: Mask | None, start: int, stop: int
     ) -> Float[Array, "B L E"]:
         """Runs layers `start` to `stop - 1`; initialization makes the parameters of all of them."""
         depth = self.config.num_hidden_layers
@@ -108,7 +110,7 @@ class ClipEncoder(nn.Module):
             stack = nn.map_variables(
                 stack, "params", lambda params: jax.tree.map(lambda leaf: leaf[start:stop], params)
             )
-        return stack(self.config, self.dtype, name="layers")(x, mask)[0]
+        return stack(self.config, self.dtype, self.attention, name="layers")(x, mask)[0]
 
 
 class VisionEmbeddings(nn.Module):
@@ -156,12 +158,13 @@ class ClipVision(nn.Module):
     config: ClipVisionConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: Attention = "auto"
 
     def setup(self):
         epsilon = self.config.layer_norm_eps
         self.embeddings = VisionEmbeddings(self.config, self.dtype)
         self.pre_layrnorm = LayerNorm(epsilon, dtype=self.dtype)  # Hugging Face's spelling
-        self.encoder = ClipEncoder(self.config, self.dtype, self.remat)
+        self.encoder = ClipEncoder(self.config, self.dtype, self.remat, self.attention)
         self.post_layernorm = LayerNorm(epsilon, dtype=self.dtype)
 
     def __call__(
@@ -233,8 +236,7 @@ class ClipText(nn.Module):
         """
         depth = self.config.num_hidden_layers
         stop = _hidden_state(select_layer, depth)
-        length = tokens.shape[1]
-        mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        mask = Mask(causal=True)
         states = constrain(self.embeddings(tokens), "pictures", None, "embed")
         states = self.encoder(states, mask, 0, stop)
         last = states if stop == depth else self.encoder(states, mask, stop, depth)

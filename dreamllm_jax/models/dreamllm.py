@@ -30,9 +30,9 @@ class DreamLLMModule(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         if c.llama is not None:
-            self.llama = Llama(c.llama, dtype=dtype, remat=c.remat.llama)
+            self.llama = Llama(c.llama, dtype, c.remat.llama, c.attention.llama)
         if c.vision is not None:
-            self.vision = ClipVision(c.vision, dtype=dtype, remat=c.remat.vision)
+            self.vision = ClipVision(c.vision, dtype, c.remat.vision, c.attention.vision)
         if c.llama is not None and c.vision is not None:
             small = nn.initializers.normal(c.llama.initializer_range)
             self.vision_projector = Projector(
@@ -40,8 +40,8 @@ class DreamLLMModule(nn.Module):
             )
         if c.unet is not None:
             assert c.vae is not None
-            self.unet = UNet(c.unet, dtype=dtype, remat=c.remat.unet)
-            self.vae = Vae(c.vae, dtype=dtype)
+            self.unet = UNet(c.unet, dtype, c.remat.unet, c.attention.unet)
+            self.vae = Vae(c.vae, dtype, c.attention.vae)
         if c.llama is not None and c.unet is not None:
             self.dream_queries = DreamQueries(c.num_dream_queries, c.llama.hidden_size, dtype=dtype)
             self.condition_projector = Projector(

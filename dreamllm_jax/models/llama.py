@@ -17,8 +17,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from dreamllm_jax.config.model import Attention
 from dreamllm_jax.config.towers import LlamaConfig
-from dreamllm_jax.models.attention import attention, cache_mask, causal_segment_mask
+from dreamllm_jax.models.attention import attention, masks
 from dreamllm_jax.models.layers import Dense, Embed, RMSNorm, scan_layers, silu
 from dreamllm_jax.sharding import constrain
 
@@ -58,7 +59,7 @@ class Surroundings:
     """
 
     rotation: tuple[Any, Any]
-    mask: Bool[Array, "B 1 L S"]
+    mask: masks.Mask
     slots: Int[Array, "B L"] | None = None
     read_rotation: tuple[Any, Any] | None = None
 
@@ -68,6 +69,7 @@ class LlamaAttention(nn.Module):
 
     config: LlamaConfig
     dtype: Any = jnp.float32
+    attention: Attention = "auto"
 
     @nn.compact
     def __call__(
@@ -97,8 +99,8 @@ class LlamaAttention(nn.Module):
             k = rotate(k, around.read_rotation)
         # A split length is gathered here: every query may look at the whole row.
         k, v = (constrain(y, "batch", None, "kv_heads", "head_dim") for y in (k, v))
-        out = checkpoint_name(attention(q, k, v, around.mask), "attended").reshape(*x.shape[:2], -1)
-        return linear(c.hidden_size, name="o_proj")(out), cache
+        out = attention(q, k, v, around.mask, implementation=self.attention)
+        return linear(c.hidden_size, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
 
 
 class LlamaMlp(nn.Module):
@@ -121,13 +123,14 @@ class LlamaLayer(nn.Module):
 
     config: LlamaConfig
     dtype: Any = jnp.float32
+    attention: Attention = "auto"
 
     @nn.compact
     def __call__(self, carry: tuple[Any, KVCache | None, Any], around: Surroundings):
         x, cache, layer = carry
         x = checkpoint_name(x, "layer_input")
         norm = partial(RMSNorm, epsilon=self.config.rms_norm_eps, dtype=self.dtype)
-        attend = LlamaAttention(self.config, self.dtype, name="self_attn")
+        attend = LlamaAttention(self.config, self.dtype, self.attention, name="self_attn")
         seen, cache = attend(norm(name="input_layernorm")(x), around, cache, layer)
         x = x + seen
         x = x + LlamaMlp(self.config, self.dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
@@ -140,11 +143,14 @@ class Llama(nn.Module):
     config: LlamaConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: Attention = "auto"
 
     def setup(self):
         c = self.config
         self.embed_tokens = Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=_normal(c))
-        self.layers = scan_layers(LlamaLayer, c.num_hidden_layers, self.remat, inputs=1)(c, self.dtype)
+        self.layers = scan_layers(LlamaLayer, c.num_hidden_layers, self.remat, inputs=1)(
+            c, self.dtype, self.attention
+        )
         self.norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
         if not c.tie_word_embeddings:
             self.lm_head = Dense(c.vocab_size, use_bias=False, kernel_init=_normal(c))
@@ -166,7 +172,7 @@ class Llama(nn.Module):
         `positions` restart at 0 in each segment; segment 0 is padding, whose states mean nothing.
         """
         lengths = _segment_lengths(positions, segment_ids)
-        around = Surroundings(rotations(self.config, positions, lengths), causal_segment_mask(segment_ids))
+        around = Surroundings(rotations(self.config, positions, lengths), masks.packed(segment_ids))
         return self._run(embeds, around, None)[0]
 
     def extend(
@@ -189,7 +195,7 @@ class Llama(nn.Module):
             read_rotation = rotations(self.config, entries, lengths[:, None])
         around = Surroundings(
             rotation=rotations(self.config, positions, lengths[:, None]),
-            mask=cache_mask(positions, valid, cache.capacity),
+            mask=masks.cached(positions, valid),
             slots=jnp.where(valid, positions, cache.capacity),
             read_rotation=read_rotation,
         )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
+from dreamllm_jax.config.model import Attention
 from dreamllm_jax.config.towers import UNetConfig
 from dreamllm_jax.models.conv import Conv
 from dreamllm_jax.models.layers import Dense, remat, silu
@@ -61,6 +62,7 @@ class Block(nn.Module):
     resamples: bool = False
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: Attention = "auto"
 
     def resnet(
         self, i: int, x: Float[Array, "B h w c"], time: Float[Array, "B M"]
@@ -83,6 +85,7 @@ class Block(nn.Module):
             use_linear_projection=config.use_linear_projection,
             dtype=self.dtype,
             remat=self.remat,
+            attention=self.attention,
             name=f"attentions_{i}",
         )(x, context)
 
@@ -145,6 +148,7 @@ class UNet(nn.Module):
     config: UNetConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: Attention = "auto"
 
     @nn.compact
     def __call__(
@@ -167,7 +171,7 @@ class UNet(nn.Module):
         config, coarsest = self.config, len(self.config.block_out_channels) - 1
         self._check(latents, context, added)
         time = self._time(timesteps, added)
-        options = {"dtype": self.dtype, "remat": self.remat}
+        options = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention}
         x = Conv(config.block_out_channels[0], dtype=self.dtype, name="conv_in")(latents)
         skips = [x]
         for i, kind in enumerate(config.down_block_types):

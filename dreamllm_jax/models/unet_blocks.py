@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from dreamllm_jax.config.model import Attention as AttentionName
 from dreamllm_jax.models.attention import attention
 from dreamllm_jax.models.conv import Conv
 from dreamllm_jax.models.layers import Dense, LayerNorm, gelu, scan_layers, silu
@@ -116,6 +117,7 @@ class Attention(nn.Module):
     qkv_bias: bool = False
     norm_groups: int | None = None
     dtype: Any = jnp.float32
+    attention: AttentionName = "auto"
 
     @nn.compact
     def __call__(
@@ -133,8 +135,8 @@ class Attention(nn.Module):
             y = y.reshape(*y.shape[:2], self.heads, width // self.heads)
             return constrain(y, "pictures", None, "heads", "head_dim")
 
-        out = attention(split(x, "to_q"), split(context, "to_k"), split(context, "to_v"))
-        out = checkpoint_name(out, "attended")
+        q, k, v = split(x, "to_q"), split(context, "to_k"), split(context, "to_v")
+        out = attention(q, k, v, implementation=self.attention, rows="pictures")
         return Dense(width, dtype=self.dtype, name="to_out_0")(out.reshape(x.shape))
 
 
@@ -166,6 +168,7 @@ class TransformerBlock(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
+    attention: AttentionName = "auto"
 
     @nn.compact
     def __call__(
@@ -176,8 +179,9 @@ class TransformerBlock(nn.Module):
         def normed(name: str) -> Float[Array, "B L C"]:
             return LayerNorm(1e-5, dtype=self.dtype, name=name)(x)
 
-        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(normed("norm1"))
-        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(normed("norm2"), context)
+        attend = partial(Attention, self.heads, dtype=self.dtype, attention=self.attention)
+        x = x + attend(name="attn1")(normed("norm1"))
+        x = x + attend(name="attn2")(normed("norm2"), context)
         x = x + FeedForward(dtype=self.dtype, name="ff")(normed("norm3"))
         return constrain(x, "pictures", None, "embed"), None
 
@@ -194,6 +198,7 @@ class SpatialTransformer(nn.Module):
     use_linear_projection: bool
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: AttentionName = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"], context: Float[Array, "B S X"]) -> Float[Array, "B h w c"]:
@@ -202,7 +207,7 @@ class SpatialTransformer(nn.Module):
         y = GroupNorm(self.groups, dtype=self.dtype, name="norm")(x)
         y = project(channels, dtype=self.dtype, name="proj_in")(y)
         stack = scan_layers(TransformerBlock, self.depth, self.remat, inputs=1)
-        stack = stack(self.heads, self.dtype, name="transformer_blocks")
+        stack = stack(self.heads, self.dtype, self.attention, name="transformer_blocks")
         # Pinned where the scan begins, and so are the gradients that come out of it: left free, XLA's
         # partitioner is wrong when this scan runs within another one (JAX 0.10).
         y = constrain(y.reshape(rows, height * width, channels), "pictures", None, "embed")

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from dreamllm_jax.config.model import Attention as AttentionName
 from dreamllm_jax.config.towers import VaeConfig
 from dreamllm_jax.models.conv import Conv
 from dreamllm_jax.models.layers import silu
@@ -66,12 +67,13 @@ class VaeMidBlock(nn.Module):
 
     config: VaeConfig
     dtype: Any = jnp.float32
+    attention: AttentionName = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
         config, width = self.config, x.shape[-1]
         x = _resnet(config, width, self.dtype, "resnets_0")(x)
-        attend = Attention(1, True, config.norm_num_groups, dtype=self.dtype, name="attentions_0")
+        attend = Attention(1, True, config.norm_num_groups, self.dtype, self.attention, name="attentions_0")
         x = x + attend(x.reshape(len(x), -1, width)).reshape(x.shape)
         return _resnet(config, width, self.dtype, "resnets_1")(x)
 
@@ -81,6 +83,7 @@ class Encoder(nn.Module):
 
     config: VaeConfig
     dtype: Any = jnp.float32
+    attention: AttentionName = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 c2"]:
@@ -90,7 +93,7 @@ class Encoder(nn.Module):
             step = "down" if i < last else None
             layers = config.layers_per_block
             x = VaeBlock(config, width, layers, step, self.dtype, name=f"down_blocks_{i}")(x)
-        x = VaeMidBlock(config, self.dtype, name="mid_block")(x)
+        x = VaeMidBlock(config, self.dtype, self.attention, name="mid_block")(x)
         return _head(config, 2 * config.latent_channels, self.dtype, x)
 
 
@@ -99,12 +102,13 @@ class Decoder(nn.Module):
 
     config: VaeConfig
     dtype: Any = jnp.float32
+    attention: AttentionName = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 c2"]:
         config, last = self.config, len(self.config.block_out_channels) - 1
         x = Conv(config.block_out_channels[-1], dtype=self.dtype, name="conv_in")(x)
-        x = VaeMidBlock(config, self.dtype, name="mid_block")(x)
+        x = VaeMidBlock(config, self.dtype, self.attention, name="mid_block")(x)
         for i, width in enumerate(reversed(config.block_out_channels)):
             step = "up" if i < last else None
             layers = config.layers_per_block + 1
@@ -117,13 +121,14 @@ class Vae(nn.Module):
 
     config: VaeConfig
     dtype: Any = jnp.float32
+    attention: AttentionName = "auto"
 
     def setup(self):
         channels = self.config.latent_channels
-        self.encoder = Encoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.attention)
         self.quant_conv = Conv(2 * channels, size=1, dtype=self.dtype)
         self.post_quant_conv = Conv(channels, size=1, dtype=self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype, self.attention)
 
     def __call__(self, pixels: Float[Array, "B h w c"]) -> Float[Array, "B h w c2"]:
         """The reconstruction from the posterior's mean."""

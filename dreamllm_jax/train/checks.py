@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from dreamllm_jax.data.chat_templates import template_of
 from dreamllm_jax.data.pipeline import check_source, row_layout
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
+from dreamllm_jax.models.attention.choice import LONG, chosen
 from dreamllm_jax.sharding import parameter_shardings
 from dreamllm_jax.train.state import Flat, abstract_params, partition
 
@@ -28,10 +30,12 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
     """Checks the stages that are about to run, all of them, on shapes alone.
 
     Raises:
-      ValueError: parameters or rows that the mesh does not divide; a stage whose trainable patterns,
-        data or objective do not fit the model; a vocabulary smaller than the tokenizer's.
+      ValueError: parameters or rows that the mesh does not divide; a kernel that its devices lack; a stage
+        whose trainable patterns, data or objective do not fit the model; a vocabulary smaller than the
+        tokenizer's.
     """
     _check_generation(recipe, tokenizer)
+    _check_attention(recipe.model, mesh)
     params = abstract_params(recipe.model)
     for stage in stages:
         try:
@@ -51,6 +55,13 @@ def _check_generation(recipe: Recipe, tokenizer: Tokenizer) -> None:
             template_of(settings.template, tokenizer)
     except ValueError as error:
         raise ValueError(f"generation: {error}") from error
+
+
+def _check_attention(model: DreamLLMConfig, mesh: Mesh) -> None:
+    """The kernels that the recipe asks for must exist on the mesh's devices."""
+    for field in dataclasses.fields(model.attention):
+        wanted = getattr(model.attention, field.name)
+        chosen(wanted, LONG, LONG, 64, model.dtype, None, mesh.devices.flat[0].platform)
 
 
 def _check_stage(

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.sharding import make_mesh
@@ -32,6 +33,16 @@ def test_the_real_recipes_pass(name, shape, devices, monkeypatch):
     monkeypatch.setattr(checks, "check_source", lambda *_: None)
     recipe = load_recipe(str(CONFIGS / f"{name}.py"))
     check_recipe(recipe, recipe.stages, make_mesh(shape, devices), train_tokenizer(["one"], 300))
+
+
+def test_a_kernel_that_the_devices_lack():
+    recipe = load_recipe(str(CONFIGS / "handwriting.py"))
+    recipe = dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, attention=AttentionConfig(unet="splash"))
+    )
+    mesh = make_mesh(recipe.mesh, jax.devices()[:1])
+    with pytest.raises(ValueError, match="asks for 'splash', a kernel of tpus; the program is for cpu"):
+        check_recipe(recipe, recipe.stages, mesh, prepare_tokenizer(recipe))
 
 
 def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):

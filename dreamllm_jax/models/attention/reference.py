@@ -1,0 +1,27 @@
+"""Softmax attention by its definition (arXiv 1706.03762, eq. 1): what all others must equal."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dreamllm_jax.models.attention.masks import Mask, table
+
+
+def reference(
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask | None = None,
+) -> Float[Array, "B L N H"]:
+    """`softmax(q k^T / sqrt(H)) v`, the softmax in float32; a query that sees nothing yields zeros.
+
+    K divides N: each key head serves N // K neighbouring query heads (arXiv 2305.13245). The scores
+    [B, N, L, S] are whole in memory, on TPU in float32.
+    """
+    seen = table(mask, q.shape[1], k.shape[1])
+    out = jax.nn.dot_product_attention(q, k, v, mask=seen)
+    if seen is None or mask is None or not mask.blinds():
+        return out
+    return jnp.where(seen.any(-1)[:, 0, :, None, None], out, 0)

@@ -1,0 +1,120 @@
+"""Implementations of attention against the reference: results and gradients, on one device and on meshes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.models.attention import AXES, masks
+from dreamllm_jax.models.attention.chunked import chunked
+from dreamllm_jax.models.attention.masks import Mask
+from dreamllm_jax.models.attention.reference import reference
+from dreamllm_jax.models.attention.splash import splash
+from dreamllm_jax.sharding import make_mesh
+
+
+def random_qkv(batch, length, keys, heads=4, kv_heads=2, width=64, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = (batch, length, heads, width), (batch, keys, kv_heads, width), (batch, keys, kv_heads, width)
+    return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+
+
+def segments(batch, length, seed=0):
+    """Documents of many lengths in a row, then padding; the last row is padding alone."""
+    rng = np.random.default_rng(seed)
+    ends = np.sort(rng.integers(1, length, (batch, 4)), axis=1)
+    ids = (np.arange(length)[None, :, None] >= ends[:, None]).sum(-1) + 1
+    ids[ids == 5] = 0
+    ids[-1] = 0
+    return jnp.asarray(ids, jnp.int32)
+
+
+def results(function, q, k, v, mask):
+    """The result, and the gradients of a function of it in which every entry counts."""
+
+    @jax.jit
+    def both(q, k, v, mask):
+        def loss(q, k, v):
+            out = function(q, k, v, mask).astype(jnp.float32)
+            return jnp.sum(jnp.sin(out + jnp.arange(out.shape[-1]))), out
+
+        grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return out, *grads
+
+    return both(q, k, v, mask)
+
+
+def assert_equals_reference(function, q, k, v, mask, tolerance=2e-5):
+    expected = results(reference, q, k, v, mask)
+    for name, a, b in zip("out dq dk dv".split(), results(function, q, k, v, mask), expected, strict=True):
+        scale = float(jnp.abs(b).max()) or 1.0
+        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=name)
+
+
+SMALL = partial(chunked, queries=16)
+INTERPRETED = partial(splash, interpret=True)
+MASKS = {
+    "none": lambda length: None,
+    "causal": lambda length: Mask(causal=True),
+    "packed": lambda length: masks.packed(segments(2, length)),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("length", [64, 37])
+def test_chunked(mask, length):
+    assert_equals_reference(SMALL, *random_qkv(2, length, length), MASKS[mask](length))
+
+
+def test_chunked_on_a_cache():
+    positions = jnp.array([[3], [20]]) + jnp.arange(40)
+    mask = masks.cached(positions, positions < 50)
+    assert_equals_reference(SMALL, *random_qkv(2, 40, 64), mask)
+    assert_equals_reference(SMALL, *random_qkv(2, 40, 64), Mask(key_lengths=jnp.array([[64], [9]])))
+
+
+def test_chunked_adds_gradients_of_keys_in_float32():
+    q, k, v = random_qkv(1, 256, 256, dtype=jnp.bfloat16)
+    wanted = results(reference, *(x.astype(jnp.float32) for x in (q, k, v)), None)
+    far = [
+        [float(jnp.linalg.norm(a.astype(jnp.float32) - b)) for a, b in zip(got[2:], wanted[2:], strict=True)]
+        for got in (results(SMALL, q, k, v, None), results(reference, q, k, v, None))
+    ]
+    assert all(a < 1.1 * b for a, b in zip(*far, strict=True)), far
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("length, width", [(256, 64), (200, 80)])
+def test_splash(mask, length, width):
+    """200 is padded to 256; a row of padding alone yields zeros, as the reference does."""
+    assert_equals_reference(INTERPRETED, *random_qkv(2, length, length, width=width), MASKS[mask](length))
+
+
+def test_splash_from_queries_to_more_keys():
+    assert_equals_reference(INTERPRETED, *random_qkv(2, 128, 200), None)
+
+
+@pytest.mark.parametrize("function", [SMALL, INTERPRETED], ids=["chunked", "splash"])
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads"),
+    [((2, 1, 2, 2), 2), ((1, 2, 1, 4), 2), ((1, 1, 4, 2), 2)],
+    ids=["data, tensor, context", "fsdp, context", "more devices than key heads"],
+)
+def test_packed_rows_on_a_mesh(devices, function, sizes, kv_heads):
+    mesh = make_mesh(MeshConfig(*sizes), devices)
+    arrays, mask = random_qkv(2, 512, 512, kv_heads=kv_heads), masks.packed(segments(2, 512))
+    with jax.set_mesh(mesh):
+        assert_equals_reference(function, *arrays, mask)
+
+
+@pytest.mark.parametrize("function", [SMALL, INTERPRETED], ids=["chunked", "splash"])
+@pytest.mark.parametrize("pictures", [8, 4])
+def test_pictures_on_a_mesh(devices, function, pictures):
+    """Eight pictures take all axes; of four, `tensor` is left to the heads."""
+    mesh = make_mesh(MeshConfig(1, 2, 2, 2), devices)
+    with jax.set_mesh(mesh):
+        arrays = random_qkv(pictures, 128, 128, kv_heads=4)
+        assert_equals_reference(partial(function, axes=AXES["pictures"]), *arrays, None)
