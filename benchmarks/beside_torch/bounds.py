@@ -1,0 +1,64 @@
+"""What the hardware would allow: arithmetic and traffic of our side by what the device can do."""
+
+from __future__ import annotations
+
+import jax
+
+from benchmarks.beside_torch.sizes import Size, Training
+from dreamllm_jax.train.flops import PEAKS, forward_flops, step_flops
+
+# Published memory bandwidths, byte/s.
+BANDWIDTHS = {
+    "NVIDIA A100-SXM4-80GB": 2.039e12,  # NVIDIA A100 data sheet
+    "NVIDIA H100 80GB HBM3": 3.35e12,  # NVIDIA H100 data sheet (SXM)
+    "NVIDIA H200": 4.8e12,  # NVIDIA H200 data sheet
+    "TPU v4": 1.2e12,  # cloud.google.com/tpu/docs/v4
+    "TPU v5 lite": 819e9,  # .../v5e
+    "TPU v5": 2765e9,  # .../v5p
+    "TPU v6 lite": 1640e9,  # .../v6e
+}
+
+
+def token_bytes(size: Size, rows: int) -> float:
+    """What decoding one token (in each of `rows`) has to read: weights once, keys and values of each row.
+
+    The cache is counted at the mean length that it has while `size.new_tokens` are written.
+    """
+    c = size.model.llama
+    assert c is not None and c.head_dim is not None and c.num_key_value_heads is not None
+    width, heads, groups = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads
+    attention = 2 * width * (heads + groups * c.head_dim)
+    weights = c.num_hidden_layers * (attention + 3 * width * c.intermediate_size) + width * c.vocab_size
+    length = size.prompt + (size.new_tokens + 1) / 2
+    cache = 2 * c.num_hidden_layers * rows * length * groups * c.head_dim
+    return (weights + cache) * (4 if size.model.dtype == "float32" else 2)
+
+
+def bandwidth_share(size: Size, rows: int, seconds: float) -> dict[str, float]:
+    """Of decoding `size.new_tokens` in `seconds`: byte/s, and their share of the device's where known."""
+    rate = token_bytes(size, rows) * size.new_tokens / seconds
+    kind = jax.devices()[0].device_kind
+    found = {"bytes_per_token": token_bytes(size, rows), "bytes_per_second": rate}
+    return found | ({"bandwidth_share": rate / BANDWIDTHS[kind]} if kind in BANDWIDTHS else {})
+
+
+def joint_flops(size: Size, training: Training) -> float:
+    """Model FLOPs of a train step."""
+    return sum(step_flops(size.model, size.stage(training)).values())
+
+
+def prefill_flops(size: Size, rows: int) -> float:
+    """Model FLOPs of reading prompts (with the scores of every position: a little too many)."""
+    return forward_flops(size.model, rows, size.prompt, 0, 0)["llama"]
+
+
+def drawing_flops(size: Size) -> float:
+    """Model FLOPs of the U-Net's guided steps; the VAE's decoder is not counted."""
+    return 2 * size.steps * forward_flops(size.model, 1, 1, 0, size.pictures)["unet"]
+
+
+def flop_rate(flops: float, seconds: float) -> dict[str, float]:
+    """FLOP/s, and their share of the device's bfloat16 peak (MFU) where it is known."""
+    kind = jax.devices()[0].device_kind
+    found = {"flops": flops, "flops_per_second": flops / seconds}
+    return found | ({"mfu": flops / seconds / PEAKS[kind]} if kind in PEAKS else {})

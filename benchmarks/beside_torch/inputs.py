@@ -1,0 +1,123 @@
+"""What both sides are given: random weights, a batch to train on, prompts, conditions. All numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from benchmarks.beside_torch.sizes import Size
+from dreamllm_jax.data.tokenizer import SpecialTokens
+from dreamllm_jax.train.state import abstract_params
+from dreamllm_jax.types import Batch
+
+SPECIAL = SpecialTokens(
+    bos=1,
+    eos=2,
+    unk=0,
+    pad=3,
+    im_start=4,
+    im_end=5,
+    im_patch=6,
+    dream_start=7,
+    dream_end=8,
+    image=9,
+    dream=10,
+)
+FIRST_WORD = 11
+
+
+def random_params(size: Size, seed: int = 0) -> dict[str, np.ndarray]:
+    """Float32 weights by path, scaled so that every layer keeps its input's variance."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        x = rng.standard_normal(shape, np.float32)
+        if path.endswith("/kernel"):
+            stacked = "/layers/" in path or "transformer_blocks" in path
+            x *= float(np.prod(shape[1:-1] if stacked else shape[:-1])) ** -0.5
+        elif path.endswith("/scale"):
+            x = 1 + 0.1 * x
+        else:
+            x *= 0.1
+        return x.astype(np.float32)
+
+    return {path: leaf(path, x.shape) for path, x in abstract_params(size.model).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The numbers of one size, drawn from a fixed seed."""
+
+    size: Size
+
+    @functools.cached_property
+    def params(self) -> dict[str, np.ndarray]:
+        return random_params(self.size)
+
+    def words(self, rows: int, length: int, seed: int) -> np.ndarray:
+        """Ordinary tokens, int32 [rows, length]."""
+        assert self.size.model.llama is not None
+        rng = np.random.default_rng(seed)
+        return rng.integers(FIRST_WORD, self.size.model.llama.vocab_size, (rows, length)).astype(np.int32)
+
+    def prompts(self, rows: int) -> Batch:
+        """Prompts of `size.prompt` tokens, one a row, without padding."""
+        tokens = self.words(rows, self.size.prompt, seed=1)
+        return _rows(tokens, np.full_like(tokens, -1), np.full_like(tokens, -1))
+
+    @functools.cached_property
+    def training_batch(self) -> Batch:
+        """Documents that fill their rows: a picture that is seen, text, a picture that is drawn, the end."""
+        size, model = self.size, self.size.model
+        assert model.vision is not None
+        rows, patches, queries = size.rows, model.num_patches, model.num_dream_queries
+        tokens = self.words(rows, size.length, seed=2)
+        images, dreams = np.full_like(tokens, -1), np.full_like(tokens, -1)
+        first, last = 2, size.length - queries - 2
+        assert first + patches + 1 < last, "the row is too short for its two pictures"
+        tokens[:, 0], tokens[:, 1], tokens[:, first + patches] = SPECIAL.bos, SPECIAL.im_start, SPECIAL.im_end
+        tokens[:, first : first + patches] = SPECIAL.im_patch
+        images[:, first : first + patches] = np.arange(patches)
+        tokens[:, last - 1], tokens[:, last : last + queries] = SPECIAL.dream_start, SPECIAL.dream
+        dreams[:, last : last + queries] = np.arange(queries)
+        tokens[:, -2], tokens[:, -1] = SPECIAL.dream_end, SPECIAL.eos
+        rng = np.random.default_rng(3)
+        seen, drawn = model.vision.image_size, model.image_size
+        return dataclasses.replace(
+            _rows(tokens, images, dreams),
+            images=rng.integers(0, 256, (rows, 1, seen, seen, 3)).astype(np.uint8),
+            dream_images=rng.integers(0, 256, (rows, 1, drawn, drawn, 3)).astype(np.uint8),
+            image_mask=np.ones((rows, 1), bool),
+            dream_mask=np.ones((rows, 1), bool),
+        )
+
+    def conditions(self, pictures: int) -> tuple[np.ndarray, np.ndarray]:
+        """The U-Net's contexts [pictures, Q, X], and the empty prompt's [1, Q, X]."""
+        model = self.size.model
+        assert model.unet is not None
+        shape = (model.num_dream_queries, model.unet.cross_attention_dim)
+        rng = np.random.default_rng(4)
+        return rng.standard_normal((pictures, *shape), np.float32), rng.standard_normal(
+            (1, *shape), np.float32
+        )
+
+
+def _rows(tokens: np.ndarray, image_slots: np.ndarray, dream_slots: np.ndarray) -> Batch:
+    """One document a row; what is supervised is text."""
+    rows, length = tokens.shape
+    targets = np.concatenate([tokens[:, 1:], np.full((rows, 1), -1, np.int32)], axis=1)
+    text = (targets >= FIRST_WORD) | (targets == SPECIAL.dream_start) | (targets == SPECIAL.eos)
+    return Batch(
+        tokens=tokens,
+        targets=np.where(text, targets, 0),
+        segment_ids=np.ones_like(tokens),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
+        loss_weights=text.astype(np.float32),
+        image_slots=image_slots,
+        dream_slots=dream_slots,
+        image_mask=np.zeros((rows, 1), bool),
+        dream_mask=np.zeros((rows, 1), bool),
+        null_dream=np.full((rows,), -1, np.int32),
+    )

@@ -1,0 +1,154 @@
+"""Our side: the library as its users run it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.beside_torch.inputs import FIRST_WORD, SPECIAL, Inputs
+from benchmarks.beside_torch.sizes import Size, Training
+from dreamllm_jax.config.train import MeshConfig, Recipe
+from dreamllm_jax.convert.storage import unflatten
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.diffusion.schedule import row_normal
+from dreamllm_jax.generate.decode import Reading, decode_text
+from dreamllm_jax.generate.documents import block_length, draw_and_look
+from dreamllm_jax.generate.engine import Engine, prompt_keys
+from dreamllm_jax.generate.images import draw_images
+from dreamllm_jax.generate.prompts import bucket
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.sharding import make_mesh, shard_batch
+from dreamllm_jax.train.objectives import Draws, draw
+from dreamllm_jax.train.state import create_state
+from dreamllm_jax.train.step import row_keys, train_step
+
+
+class Step:
+    """The train step of a joint stage."""
+
+    def __init__(self, inputs: Inputs, training: Training):
+        size = inputs.size
+        self.stage = size.stage(training)
+        frozen = "float32" if size.model.dtype == "float32" else "bfloat16"
+        recipe = Recipe(
+            "benchmark", size.model, (self.stage,), frozen_dtype=frozen, mesh=MeshConfig(data=1, fsdp=1)
+        )
+        self.mesh = make_mesh(recipe.mesh, jax.devices()[:1])
+        self.model = DreamLLMModule(size.model)
+        self.state = create_state(inputs.params, self.stage, recipe, self.mesh)
+        self.batch = shard_batch(inputs.training_batch, self.mesh)
+        self.rate = jnp.float32(self.stage.optim.learning_rate)
+
+    def draws(self) -> Draws:
+        """The noise and the time steps that the next step will draw."""
+        keys = row_keys(jax.random.wrap_key_data(self.state.key), self.state.step, len(self.batch.tokens))
+        return jax.device_get(draw(keys, 1, self.model.config, self.stage.loss))
+
+    def __call__(self) -> float:
+        """One step; its loss."""
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = train_step(
+                self.state, self.batch, self.rate, model=self.model, stage=self.stage.program()
+            )
+            jax.block_until_ready(self.state)
+        return float(metrics["loss"])
+
+
+class _Numbers(Tokenizer):
+    """What generation asks of a tokenizer where no text goes in or out."""
+
+    vocab_size = 0
+
+    def __init__(self, vocab_size: int):
+        self.special, self.vocab_size = SPECIAL, vocab_size
+
+
+class Generator:
+    """Text, pictures and documents out of `inputs`."""
+
+    def __init__(self, inputs: Inputs):
+        size = inputs.size
+        assert size.model.llama is not None
+        self.size, self.inputs = size, inputs
+        dtype = jnp.dtype(size.model.dtype)
+        params = unflatten({path: jnp.asarray(x, dtype) for path, x in inputs.params.items()})
+        self.engine = Engine(size.model, params, _Numbers(size.model.llama.vocab_size))
+
+    def read(self, rows: int, tokens_after: int) -> Reading:
+        """Reads the prompts into caches with room for so many tokens more."""
+        limit = self.size.model.context_length
+        capacity = bucket(self.size.prompt + tokens_after, limit)
+        return jax.block_until_ready(self.engine.read(self.inputs.prompts(rows), capacity))
+
+    def logits(self, reading: Reading) -> np.ndarray:
+        """Scores of the next token, float32 [rows, V]."""
+        return np.asarray(_logits(self.engine.params, reading.last, model=self.engine.module))
+
+    def write(self, reading: Reading, rows: int) -> tuple[Reading, np.ndarray]:
+        """`size.new_tokens` tokens a row, greedily; nothing ends them sooner."""
+        count = self.size.new_tokens
+        reading, tokens, _ = decode_text(
+            self.engine.params,
+            reading,
+            jnp.ones(rows, bool),
+            jnp.full(rows, count, jnp.int32),
+            prompt_keys(0, rows),
+            self.engine.control([], np.zeros(rows, bool), 0, self.size.generation),
+            model=self.engine.module,
+            max_new_tokens=count,
+        )
+        return reading, np.asarray(tokens)
+
+    def draw(self, pictures: int) -> np.ndarray:
+        """Pictures of given conditions, uint8 [pictures, h, w, 3]."""
+        contexts, null = self.inputs.conditions(pictures)
+        dtype = jnp.dtype(self.size.model.dtype)
+        condition = (jnp.asarray(contexts, dtype), None)
+        unconditional = (jnp.broadcast_to(jnp.asarray(null, dtype), contexts.shape), None)
+        images = draw_images(
+            self.engine.params,
+            condition,
+            unconditional,
+            prompt_keys(0, pictures),
+            self.size.generation,
+            self.engine.module,
+        )
+        return np.asarray(images)
+
+    def document(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(text, picture, text) after one prompt; the picture is seen before the second text."""
+        room = 2 * self.size.new_tokens + block_length(self.engine)
+        reading, first = self.write(self.read(1, room), 1)
+        null = (jnp.asarray(self.inputs.conditions(1)[1], self.size.model.dtype), None)
+        reading, pictures = draw_and_look(
+            self.engine, reading, np.ones(1, bool), prompt_keys(0, 1), self.size.generation, null
+        )
+        _, second = self.write(reading, 1)
+        return first, pictures[0], second
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(params: dict, states: jax.Array, *, model: DreamLLMModule) -> jax.Array:
+    return model.apply({"params": params}, states[:, None], method="logits")[:, 0]
+
+
+def first_noise(size: Size, rows: int, lengths: int | None = None) -> np.ndarray:
+    """The latents that drawing begins with: a function of each row's key (and what it has read before)."""
+    keys = prompt_keys(0, rows)
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    if lengths is not None:
+        keys = fold(keys, lengths)
+    assert size.model.unet is not None
+    shape = (size.model.latent_size, size.model.latent_size, size.model.unet.in_channels)
+    return np.asarray(row_normal(fold(keys, 0), shape))
+
+
+def forbidden(size: Size) -> np.ndarray:
+    """Tokens that text never holds, bool [V]: the control tokens, but for the end of a document."""
+    assert size.model.llama is not None
+    never = np.arange(size.model.llama.vocab_size) < FIRST_WORD
+    never[SPECIAL.eos] = False
+    return never

@@ -1,0 +1,87 @@
+"""What stands beside the figures, and the table of them in the README."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "diffusers")
+_TABLE = re.compile(r"(<!-- beside torch -->\n).*?(<!-- /beside torch -->)", re.DOTALL)
+
+
+def surroundings(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
+    """The command, the device, threads, load and versions that the figures were measured with."""
+    import jax
+    import torch
+
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.beside_torch", *sys.argv[1:]]),
+        "size": options.size,
+        "device": device_name(),
+        "threads": {
+            "cores": len(os.sched_getaffinity(0)),
+            "torch": torch.get_num_threads(),
+            "NPROC": os.environ["NPROC"] if "NPROC" in os.environ else None,
+        },
+        "load": os.getloadavg()[0],
+        "flags": os.environ["XLA_FLAGS"] if "XLA_FLAGS" in os.environ else "",
+        "torch_compile": compiled,
+        "devices": len(jax.devices()),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's with its cores."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cores = len(os.sched_getaffinity(0))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{cores} cores of {name}"
+
+
+def rows(found: dict[str, Any]) -> list[str]:
+    """The table's lines."""
+    lines = ["| | ours, s | PyTorch, s | ratio | quartiles |", "|---|---|---|---|---|"]
+    for name, r in found["results"].items():
+        spread = f"{r['ratio_low']:.2f} to {r['ratio_high']:.2f}"
+        lines.append(f"| {name} | {r['ours_s']:.3f} | {r['theirs_s']:.3f} | {r['ratio']:.2f} | {spread} |")
+    about = found["surroundings"]
+    versions = about["versions"]
+    lines += [
+        "",
+        f"`{about['command']}`: {about['device']}, JAX {versions['jax']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, diffusers {versions['diffusers']}; "
+        f"load {about['load']:.1f} when it began.",
+    ]
+    return lines
+
+
+def write_table(readme: Path, found: dict[str, Any]) -> None:
+    """Puts the table between the marks of a README.
+
+    Raises:
+      ValueError: it has none.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if not _TABLE.search(text):
+        raise ValueError(
+            f"{readme} has no <!-- beside torch --> and <!-- /beside torch --> to write between."
+        )
+    table = "\n".join(rows(found))
+    readme.write_text(_TABLE.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")

@@ -1,0 +1,110 @@
+"""The benchmark beside PyTorch: its order, its arithmetic, and that both sides compute the same."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.beside_torch import bounds, report, timing
+from benchmarks.beside_torch.__main__ import NAMES, parse, run
+from benchmarks.beside_torch.sizes import make_size
+from dreamllm_jax.train.state import abstract_params
+
+
+def test_sides_take_turns():
+    said = []
+    works = {
+        name: timing.Work(lambda n=name: said.append(n), lambda n=name: said.append(f"prepare {n}"))
+        for name in ("ours", "theirs")
+    }
+    found = timing.alternate(works["ours"], works["theirs"], pairs=3, rest=0.0)
+    first = [name for name in said if name in works]
+    assert first == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert said[::2] == [f"prepare {name}" for name in said[1::2]]
+    assert len(found.ours) == len(found.theirs) == 3
+
+
+def test_sides_that_do_not_fit_together_take_turns_in_blocks():
+    made = []
+
+    def make(name):
+        made.append(name)
+        return timing.Work(lambda: None)
+
+    found = timing.one_after_the_other(lambda: make("ours"), lambda: make("theirs"), pairs=3)
+    assert made == ["ours", "theirs", "theirs", "ours"]
+    assert len(found.ours) == len(found.theirs) == 4
+
+
+def test_a_ratio_is_of_neighbours():
+    found = timing.Timing(ours=(1.0, 2.0, 4.0), theirs=(3.0, 2.0, 8.0)).summary()
+    assert found == dict(ours_s=2.0, theirs_s=3.0, ratio=2.0, ratio_low=1.5, ratio_high=2.5, pairs=3)
+    assert timing.Timing((1.0,), (2.0,)).summary()["ratio_low"] == 2.0
+
+
+def test_what_a_token_reads():
+    """Every weight but the table of embeddings and the norms; keys and values at the mean length."""
+    size = make_size("smallest", "float32")
+    llama = {k: x for k, x in abstract_params(size.model).items() if k.startswith("llama/")}
+    kernels = sum(math.prod(x.shape) for k, x in llama.items() if k.endswith("/kernel"))
+    lengths = [size.prompt + written for written in range(1, size.new_tokens + 1)]
+    cache = 2 * 2 * 2 * 8 * np.mean(lengths)  # keys and values, layers, heads, width
+    assert bounds.token_bytes(size, 1) == 4 * (kernels + cache)
+    assert bounds.token_bytes(size, 3) == 4 * (kernels + 3 * cache)
+    assert 2 * bounds.token_bytes(make_size("smallest", "bfloat16"), 1) == bounds.token_bytes(size, 1)
+
+
+def test_the_command_line():
+    assert parse([]).cases == parse(["all"]).cases == list(NAMES)
+    assert parse(["decode", "--size=full"]).cases == ["decode"]
+    for wrong in (["decoding"], ["decode", "--readme=x"], ["--pairs=0"]):
+        with pytest.raises(SystemExit):
+            parse(wrong)
+
+
+@pytest.fixture(scope="module")
+def found():
+    pytest.importorskip("torch")
+    return run(parse(["--size=smallest", "--pairs=2"]))
+
+
+@pytest.mark.parity
+def test_all_cases_agree_and_are_timed(found):
+    assert json.loads(json.dumps(found)) == found
+    kinds = ["joint, stage2", "prefill, 1", "prefill, 2", "decode, 1", "decode, 2"]
+    kinds += ["text to image", "document"]
+    assert len(found["results"]) == len(kinds)
+    for kind, (name, result) in zip(kinds, found["results"].items(), strict=True):
+        assert name.startswith(kind)
+        assert result["pairs"] == 2 and result["ours_s"] > 0 and result["theirs_s"] > 0
+        assert result["errors"] and all(e >= 0 for e in result["errors"].values()), name
+    about = found["surroundings"]
+    assert about["threads"]["torch"] == about["threads"]["cores"] and about["versions"]["jax"]
+
+
+@pytest.mark.parity
+def test_sides_that_differ_are_not_timed():
+    pytest.importorskip("torch")
+    from benchmarks.beside_torch import cases
+    from benchmarks.beside_torch.inputs import Inputs
+
+    session = cases.Session(Inputs(make_size("smallest", "float32")), None, 1)
+    assert session.agree("x", {"loss": 9e-5}) == {"loss": 9e-5}
+    for wrong in ({"loss": 2e-4}, {"loss": float("nan")}, {"tokens": 0.1}):
+        with pytest.raises(timing.Disagreement, match="the two sides differ"):
+            session.agree("x", wrong)
+
+
+@pytest.mark.parity
+def test_the_table(found, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- beside torch -->\nold\n<!-- /beside torch -->\nafter\n")
+    report.write_table(readme, found)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
+    assert all(f"| {name} | " in text for name in found["results"])
+    assert found["surroundings"]["device"] in text
+    with pytest.raises(ValueError, match="has no <!-- beside torch -->"):
+        report.write_table(Path(__file__).with_name("conftest.py"), found)
