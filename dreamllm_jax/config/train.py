@@ -64,6 +64,11 @@ class OptimConfig:
     `gather` says when what fsdp has sliced is gathered: in every micro-batch, layer by layer ("layer",
     least memory), or once a step, before the micro-batches ("step": all weights lie whole on each device
     in the model's dtype, and only gradients travel in between).
+
+    To save memory, Adam's first moment may be held in bfloat16 (`mu_dtype`: 2 bytes a weight less), and its
+    second "factored": Adafactor's means over rows and columns (arXiv 1804.04235) in place of one number per
+    weight (4 bytes less). Adafactor brings its own decay and clipping of updates; `b2` and `eps` are not used
+    with it.
     """
 
     learning_rate: float = 2e-5
@@ -72,6 +77,8 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    second_moment: Literal["full", "factored"] = "full"
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     accumulation: int = 1

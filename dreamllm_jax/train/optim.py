@@ -13,6 +13,8 @@ import optax
 
 from dreamllm_jax.config.train import OptimConfig
 
+UPDATE_CLIP = 1.0  # root mean square of a factored update at most: arXiv 1804.04235, section 6
+
 
 def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
     """float32 [steps]: linear warm-up over `warmup_ratio` of them, then a cosine to zero (or a constant)."""
@@ -27,10 +29,18 @@ def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW at rate 1 (uphill); weight decay spares vectors (norms and biases)."""
+    """Global-norm clipping, then AdamW at rate 1 (uphill); weight decay spares vectors (norms and biases).
+
+    With a factored second moment it is Adafactor with momentum and without its scaling by parameters.
+    """
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    mu_dtype = jnp.dtype(config.mu_dtype)
+    if config.second_moment == "factored":
+        momentum = optax.ema(config.b1, debias=False, accumulator_dtype=mu_dtype)
+        parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(UPDATE_CLIP), momentum]
+    else:
+        parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=mu_dtype))
     parts += [
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(
             config.weight_decay,
             mask=lambda params: {k: not k.endswith(("/scale", "/bias", "logit_scale")) for k in params},

@@ -11,15 +11,16 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.convert.storage import to_device
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.sharding import parameter_shardings, replicated
+from dreamllm_jax.sharding import parameter_shardings, path_string, replicated
 from dreamllm_jax.train.optim import make_optimizer
 from dreamllm_jax.types import Batch
 
@@ -144,14 +145,33 @@ def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, trainable: Flat, mesh: Mesh) -> Any:
-    """Moments lie where their parameters lie; counters are replicated."""
-    return optax.tree_utils.tree_map_params(
-        tx,
-        lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, trainable),
-        parameter_shardings(trainable, mesh),
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    """Moments lie where their parameters lie, means over rows or columns as what is left of them.
+
+    Counters, and the place-holders of moments that a parameter has not, are replicated.
+    """
+    shardings = parameter_shardings(trainable, mesh)
+
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = path_string(path).split("/")
+        name = next((n for i in range(len(names)) if (n := "/".join(names[i:])) in shardings), None)
+        if name is None or not leaf.shape:
+            return replicated(mesh)
+        shape = trainable[name].shape
+        if leaf.shape == shape:
+            return shardings[name]
+        if leaf.shape == (1,):
+            return replicated(mesh)
+        axis = _averaged_axis(shape, rows="v_row" in names)
+        assert leaf.shape == shape[:axis] + shape[axis + 1 :], f"{'/'.join(names)} has shape {leaf.shape}"
+        spec = [*shardings[name].spec, *[None] * len(shape)][: len(shape)]
+        return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trainable))
+
+
+def _averaged_axis(shape: Sequence[int], rows: bool) -> int:
+    """The axis that `optax.scale_by_factored_rms` averages over: the longest (rows), or the next."""
+    return int(np.argsort(shape)[-1 if rows else -2])
 
 
 def final_params(state: TrainState, params: Flat) -> Flat:
