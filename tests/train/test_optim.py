@@ -140,8 +140,9 @@ def test_the_lean_ones_on_a_mesh(shape, devices):
     expected, alone = updates_of(tx, params)
     for seed, wanted in enumerate(expected, start=1):
         updates, state = update(jax.device_put(draw(seed), split), state, placed)
-        for path in SHAPES:  # bfloat16 may round otherwise
-            np.testing.assert_allclose(updates[path], wanted[path], rtol=1e-2, atol=1e-5, err_msg=path)
+        for path in SHAPES:  # now and then bfloat16 rounds otherwise
+            error = jnp.linalg.norm(updates[path] - wanted[path]) / jnp.linalg.norm(wanted[path])
+            assert error < 1e-3, path
     rows, columns = (optax.tree_utils.tree_get(state, name) for name in ("v_row", "v_col"))
     wide = "llama/layers/mlp/gate_proj/kernel"
     fsdp, tensor = ((n,) if mesh.shape[n] > 1 else None for n in ("fsdp", "tensor"))
