@@ -78,13 +78,14 @@ class LlamaAttention(nn.Module):
         c = self.config
         linear = partial(Dense, use_bias=c.attention_bias, dtype=self.dtype, kernel_init=_normal(c))
 
-        def heads(name: str, number: int) -> jax.Array:
-            return linear(number * c.head_dim, name=name)(x).reshape(*x.shape[:2], number, c.head_dim)
+        def heads(name: str, number: int, axis: str) -> jax.Array:
+            y = linear(number * c.head_dim, name=name)(x).reshape(*x.shape[:2], number, c.head_dim)
+            # Pinned here too, or XLA gathers x along its length, and multiplies the whole of it everywhere.
+            return constrain(y, "batch", "length", axis, "head_dim")
 
-        q = heads("q_proj", c.num_attention_heads)
-        k = heads("k_proj", c.num_key_value_heads)
-        v = heads("v_proj", c.num_key_value_heads)
-        q = rotate(constrain(q, "batch", "length", "heads", "head_dim"), around.rotation)
+        q = rotate(heads("q_proj", c.num_attention_heads, "heads"), around.rotation)
+        k = heads("k_proj", c.num_key_value_heads, "kv_heads")
+        v = heads("v_proj", c.num_key_value_heads, "kv_heads")
         if around.read_rotation is None:
             k = rotate(k, around.rotation)
         if cache is not None:

@@ -1,0 +1,101 @@
+"""Attention through the real TPU compiler, at published shapes, without a TPU."""
+
+import math
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from dreamllm_jax.config.towers import LlamaConfig
+from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.models.attention import AXES, attention, masks
+from dreamllm_jax.models.llama import Llama
+from dreamllm_jax.sharding import activation_spec, make_mesh
+
+# A compiler without its chips: it is told what it would ask them.
+DESCRIBED = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def chips():
+    """The four described chips of a `v5p:2x2x1`."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed (pip install libtpu)")
+    from jax.experimental.topologies import get_topology_desc
+
+    for name, value in DESCRIBED.items():
+        os.environ.setdefault(name, value)
+    return get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+
+
+def place(mesh, shape, dtype, *axes):
+    """An array that is not there, in its place."""
+    spec = activation_spec(axes, shape, mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def kernels(text, phase):
+    """How often a compiled program calls the splash kernel of this phase."""
+    return len(re.findall(rf"%splash_mha_{phase}\S* = .*custom-call\(", text))
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "sizes", "held"),
+    [
+        # LLaMA-7B, the length in two parts; Stable Diffusion 2.1's finest level; the VAE's single head.
+        ("batch", (2, 2048, 32, 128), MeshConfig(1, 1, 2, 2), 64),
+        ("pictures", (8, 4096, 5, 64), MeshConfig(1, 4, 1, 1), 128),
+        ("pictures", (4, 4096, 1, 512), MeshConfig(1, 4, 1, 1), 64),
+    ],
+    ids=["llama", "unet", "vae"],
+)
+def test_splash_compiles_for_tpus(chips, rows, shape, sizes, held):
+    """Forward and backward; nothing in float32 is as large as the scores, and `held` MiB more suffice."""
+    mesh = make_mesh(sizes, chips)
+
+    def loss(q, k, v, ids):
+        mask = masks.packed(ids) if rows == "batch" else None
+        out = attention(q, k, v, mask, implementation="splash", rows=rows)
+        return out.astype(jnp.float32).sum()
+
+    x = place(mesh, shape, jnp.bfloat16, *AXES[rows], "heads", "head_dim")
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.grad(loss, (0, 1, 2)))
+        compiled = run.lower(x, x, x, place(mesh, shape[:2], jnp.int32, *AXES[rows])).compile()
+    text = compiled.as_text()
+    assert [kernels(text, phase) for phase in ("fwd", "dq", "dkv")] == [1, 1, 1]
+    scores = math.prod(shape[:3]) * shape[1] // mesh.size
+    found = [math.prod(map(int, size.split(","))) for size in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert found and max(found) <= scores // 4
+    assert compiled.memory_analysis().temp_size_in_bytes < held << 20
+
+
+@pytest.mark.parametrize(("remat", "times"), [("minimal", 1), ("full", 2)])
+def test_llama_with_splash_and_a_split_length(chips, remat, times):
+    """Under `minimal` the backward pass does not run the kernel again. What is gathered along the length
+    are keys and values alone: the states, from which they are made, stay where they are."""
+    mesh = make_mesh(MeshConfig(1, 1, 2, 2), chips)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+    )
+    model, short = Llama(config, jnp.bfloat16, remat, "splash"), jnp.ones((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 512)), short, short)
+
+    def loss(params, x, positions, segment_ids):
+        return model.apply(params, x, positions, segment_ids).astype(jnp.float32).sum()
+
+    x = place(mesh, (2, 512, 512), jnp.bfloat16, "batch", "length", None)
+    ids = place(mesh, (2, 512), jnp.int32, "batch", "length")
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, ids, ids).compile().as_text()
+    assert kernels(text, "fwd") == times
+    gathered = re.findall(r"= \(?\w+\[([\d,]*)\].* all-gather(?:-start)?\(", text)
+    assert "2,512,2,128" in gathered  # the heads of one device
+    assert not [shape for shape in gathered if shape.endswith("512,512")]
