@@ -42,6 +42,12 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        if x.dtype == jnp.float32:
+            return self._normalize(x, scale, bias)
+        # A scan would keep float32 copies of x for its gradient; so it keeps x alone, which is half as large.
+        return jax.checkpoint(self._normalize, prevent_cse=False)(x, scale, bias)
+
+    def _normalize(self, x: Array, scale: Array, bias: Array) -> Array:
         x = x.astype(jnp.float32)
         x = x - self._mean(x)
         x = x * (jax.lax.rsqrt(self._mean(x * x) + self.epsilon) * scale) + bias

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.models.layers import ACTIVATIONS
+from dreamllm_jax.models.unet_blocks import GroupNorm
 
 VALUES = jnp.asarray(np.random.default_rng(0).normal(size=4096) * 3, jnp.bfloat16)
 
@@ -28,3 +29,14 @@ def test_of_an_activation_only_its_input_is_kept(name):
     _, pull = jax.vjp(ACTIVATIONS[name], VALUES)
     kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "size", 0) == VALUES.size]
     assert kept and all(leaf.dtype == jnp.bfloat16 for leaf in kept)
+
+
+def test_a_scanned_group_norm_keeps_no_float32_copy_of_its_input():
+    norm = GroupNorm(2, dtype=jnp.bfloat16)
+    params = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 8)))
+
+    def three(x):
+        return jax.lax.scan(lambda y, _: (norm.apply(params, y), None), x, length=3)[0].sum()
+
+    program = str(jax.make_jaxpr(jax.grad(three))(jnp.ones((2, 4, 4, 8), jnp.bfloat16)))
+    assert "bf16[3,2,4,4,8]" in program and "f32[3,2,4,4,8]" not in program
