@@ -32,21 +32,24 @@ class KVCache:
 
     Under dynamic rotary scaling the keys are stored unrotated, since their angles change as the row
     grows. A length past the capacity S says that tokens were dropped: the caller gave too little.
+
+    Each head's entries lie together, as the products of attention read them: nothing is turned around for
+    every new token.
     """
 
-    k: Float[Array, "layers B S K H"]
-    v: Float[Array, "layers B S K H"]
+    k: Float[Array, "layers B K S H"]
+    v: Float[Array, "layers B K S H"]
     lengths: Int[Array, "B"]
 
     @property
     def capacity(self) -> int:
         """S: the tokens a row has room for."""
-        return self.k.shape[2]
+        return self.k.shape[3]
 
 
 def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> KVCache:
     """An empty cache of `batch` rows with room for `capacity` tokens each."""
-    shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
 
@@ -90,12 +93,12 @@ class LlamaAttention(nn.Module):
             k = rotate(k, around.rotation)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
-            place = (layer, rows, around.slots)
+            place = (layer, rows, slice(None), around.slots)
             cache = cache.replace(
                 k=cache.k.at[place].set(k.astype(cache.k.dtype), mode="drop"),
                 v=cache.v.at[place].set(v.astype(cache.v.dtype), mode="drop"),
             )
-            k, v = cache.k[layer], cache.v[layer]
+            k, v = (jnp.swapaxes(y[layer], 1, 2) for y in (cache.k, cache.v))
         if around.read_rotation is not None:
             k = rotate(k, around.read_rotation)
         # A split length is gathered here: every query may look at the whole row.

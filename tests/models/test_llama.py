@@ -248,8 +248,8 @@ def test_overflow_never_touches_what_is_there():
     tokens, ones = tokens_of(GQA, 2, 6), jnp.ones((2, 6), bool)
     _, full = extend(model, params, tokens, ones, init_cache(GQA, 2, 8))
     _, after = extend(model, params, tokens, ones, full)
-    np.testing.assert_array_equal(after.k[:, :, :6], full.k[:, :, :6])
-    np.testing.assert_array_equal(after.v[:, :, :6], full.v[:, :, :6])
+    np.testing.assert_array_equal(after.k[:, :, :, :6], full.k[:, :, :, :6])
+    np.testing.assert_array_equal(after.v[:, :, :, :6], full.v[:, :, :, :6])
     assert (after.lengths == 12).all() and after.capacity == 8
 
 
