@@ -91,6 +91,9 @@ def model() -> dict:
         **stable_diffusion(),
         dtype="bfloat16",
         remat=dict(llama="full", vision="full", unet="full"),
+        # For its memory: XLA holds the scores of whole rows and pictures, in float32 on TPUs. See
+        # `python -m benchmarks.kernels --size=full --topology=v5e:2x2`.
+        attention=dict(llama="lean", unet="lean", vae="lean"),
     )
 
 

@@ -1,12 +1,15 @@
 """Folders as models: our own, PyTorch's, and those of the hub."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from dreamllm_jax import DreamLLM
+from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.convert.convert import convert_to_jax
-from dreamllm_jax.convert.pretrained import open_pretrained
+from dreamllm_jax.convert.pretrained import open_pretrained, save_pretrained
 from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.storage import flatten
 from dreamllm_jax.sharding import make_mesh
@@ -49,6 +52,15 @@ def test_dtype_and_unread_tensors(golden):
     assert {str(t.dtype) for t in opened.params.values()} == {"bfloat16"}
     model = DreamLLM.from_pretrained(golden / "dreamllm-a" / "checkpoint", dtype="bfloat16")
     assert str(model.params["llama"]["norm"]["scale"].dtype) == model.config.dtype == "bfloat16"
+
+
+def test_kernels_stay_where_the_model_was_trained(converted, tmp_path):
+    """A model trained with a TPU's kernel is saved without it: it runs everywhere."""
+    opened = open_pretrained(converted)
+    trained = dataclasses.replace(opened.config, attention=AttentionConfig(llama="splash"))
+    params = {path: tensor.read() for path, tensor in opened.params.items()}
+    save_pretrained(tmp_path / "saved", params, trained, opened.tokenizer, opened.generation)
+    assert open_pretrained(tmp_path / "saved").config == opened.config
 
 
 def test_what_cannot_be_loaded(golden, tmp_path):
