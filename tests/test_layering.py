@@ -21,11 +21,12 @@ ORDER = (
     ("losses", "diffusion.sampling"),
     ("train", "generate"),
     ("evaluate", "convert.verify"),
+    ("compile",),
 )
 # Rooms beside that order: what each stands on.
 BESIDE = {"data": ("types", "config"), "convert": ("config", "models", "data")}
 # The rooms that may use those beside.
-USERS_OF_BESIDE = ("train", "generate", "evaluate", "convert.verify")
+USERS_OF_BESIDE = ("train", "generate", "evaluate", "convert.verify", "compile")
 # The package's front door shows a few names of these rooms; nobody inside enters by it.
 FRONT_DOOR = ("types", "generate")
 
