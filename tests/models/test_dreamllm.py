@@ -1,10 +1,14 @@
 """The composition: what stands in which slot, what each tower adds, and towers that are absent."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamllm_jax.config.model import AttentionConfig
+from dreamllm_jax.models.attention import choice
 from dreamllm_jax.models.clip import normalize_pixels
 from dreamllm_jax.models.dreamllm import DreamLLMModule, fill_slots, query_states
 from dreamllm_jax.models.vae import diffusion_pixels
@@ -51,6 +55,30 @@ def test_every_slot_holds_what_it_should(apply, params, batch, embeds):
             kinds.add(kind)
             np.testing.assert_allclose(embeds[b, position], expected, rtol=1e-5, atol=1e-6)
     assert kinds == {"image", "dream", "text"}
+
+
+@pytest.mark.parametrize("tower", ["llama", "vision", "unet", "vae"])
+def test_each_tower_attends_as_chosen_for_it(params, batch, tower, monkeypatch):
+    """Told by who refuses, on a CPU, a kernel of TPUs."""
+    monkeypatch.setattr(choice, "LONG", 1)
+    model, pictures = tiny.config(), batch.dream_images[:, 0]
+    latents = jnp.zeros((1, model.latent_size, model.latent_size, model.vae.latent_channels))
+    context = jnp.zeros((1, 2, model.unet.cross_attention_dim))
+    calls = {
+        "llama": ("read", batch.replace(images=None)),
+        "vision": ("see", batch.images),
+        "unet": ("denoise", latents, jnp.zeros(1), context),
+        "vae": ("encode_image", pictures),
+    }
+
+    def run(wanted):
+        module = DreamLLMModule(dataclasses.replace(model, attention=AttentionConfig(**wanted)))
+        method, *arguments = calls[tower]
+        jax.eval_shape(lambda *x: module.apply({"params": nested(params)}, *x, method=method), *arguments)
+
+    run({name: "splash" for name in calls if name != tower})
+    with pytest.raises(ValueError, match="asks for 'splash'"):
+        run({tower: "splash"})
 
 
 def test_pictures_as_bytes_or_normalized(apply, batch):

@@ -5,7 +5,8 @@
     splash   a Pallas kernel for TPUs
     cudnn    a kernel for GPUs
 
-Which one runs is said by the config (`model.attention`) and `choice.chosen`.
+Which one runs is said by the config (`model.attention`) and `choice.chosen`. Not among them: tokamax, whose
+0.0.17 needs Python 3.12 and JAX 0.11.1, newer than the oldest that this project runs on.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 The kernel is JAX's (`jax.experimental.pallas.ops.tpu.splash_attention`; flash attention, arXiv 2307.08691,
 that leaves out blocks in which nobody sees anybody). XLA cannot split a kernel, so that each device is
-given its rows, its heads and, where the length is split, its queries with all keys.
+given its rows, its heads and, where the length is split, its queries with all keys. (Under a causal mask the
+devices with the last queries then have the most to do.)
 """
 
 from __future__ import annotations
