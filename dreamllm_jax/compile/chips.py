@@ -34,10 +34,10 @@ class Chip:
 
 
 # HBM: what libtpu's compiler (0.0.42) says is available when a program asks for more; the published sizes are
-# 32, 16, 95 and 32 GiB. All else of TPUs: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, read in
-# 2025, which give ICI as the sum of a chip's links, in one direction (Gbps) or both (GBps, "bidirectional"),
-# and DCN by chip (v5p: 50 Gbps) or by pod of 256 (v5e: 6.4 Tbps, v6e: 25.6 Tbps). That of v4 is not published:
-# it is taken to be v5e's. Where links close: jax-ml.github.io/scaling-book/tpus, "TPU networking".
+# 32, 16, 95 and 32 GiB. All else of TPUs: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, which give
+# ICI as the sum of a chip's links, in one direction (Gbps) or both (GBps, "bidirectional"), and DCN by chip
+# (v5p: 50 Gbps) or by pod of 256 (v5e: 6.4 Tbps, v6e: 25.6 Tbps). That of v4 is not published: it is taken to
+# be v5e's. Where links close: jax-ml.github.io/scaling-book/tpus, on networking.
 CHIPS = {
     "v4": Chip("TPU v4", 30.75 * GIB, 1.228e12, 50e9, 3, 4, 3.125e9),  # 2,400 Gbps over 6 links
     "v5e": Chip("TPU v5 lite", 15.75 * GIB, 819e9, 50e9, 2, 16, 3.125e9),  # 1,600 Gbps over 4 links
