@@ -192,7 +192,7 @@ def pack_rows(
 
 def assemble(rows: Items[Items[Sequence]], layout: RowLayout, special: SpecialTokens) -> Batch:
     """Writes rows of sequences (which fit) into the arrays of a Batch, pictures at the towers' sizes."""
-    batch = _blank(len(rows), layout, special)
+    batch = blank(len(rows), layout, special.pad)
     null = _null_sequence(layout.num_queries, special)
     for b, row in enumerate(rows):
         at = images = dreams = 0
@@ -215,12 +215,13 @@ def assemble(rows: Items[Items[Sequence]], layout: RowLayout, special: SpecialTo
     return batch
 
 
-def _blank(rows: int, layout: RowLayout, special: SpecialTokens) -> Batch:
+def blank(rows: int, layout: RowLayout, pad: int) -> Batch:
+    """Rows (numpy) in which nothing stands."""
     shape = (rows, layout.length)
     i, j, h, h2 = layout.max_images, layout.max_dreams, layout.image_size, layout.dream_size
     return Batch(
-        tokens=np.full(shape, special.pad, np.int32),
-        targets=np.full(shape, special.pad, np.int32),
+        tokens=np.full(shape, pad, np.int32),
+        targets=np.full(shape, pad, np.int32),
         segment_ids=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32),
         loss_weights=np.zeros(shape, np.float32),

@@ -35,12 +35,12 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
         tokenizer's.
     """
     _check_generation(recipe, tokenizer)
-    _check_attention(recipe.model, mesh)
+    check_attention(recipe.model, mesh)
     params = abstract_params(recipe.model)
     for stage in stages:
         try:
             _check_stage(stage, recipe.model, params, mesh, tokenizer)
-            _check_places(stage, params, mesh, recipe.mesh.whole)
+            check_places(stage, params, mesh, recipe.mesh.whole)
         except ValueError as error:
             raise ValueError(f"stage {stage.name!r}: {error}") from error
 
@@ -57,7 +57,7 @@ def _check_generation(recipe: Recipe, tokenizer: Tokenizer) -> None:
         raise ValueError(f"generation: {error}") from error
 
 
-def _check_attention(model: DreamLLMConfig, mesh: Mesh) -> None:
+def check_attention(model: DreamLLMConfig, mesh: Mesh) -> None:
     """The kernels that the recipe asks for must exist on the mesh's devices."""
     for field in dataclasses.fields(model.attention):
         wanted = getattr(model.attention, field.name)
@@ -92,12 +92,12 @@ def _check_stage(
             f"{model.text.max_position_embeddings} tokens."
         )
     _check_loss(stage, model)
-    _check_rows(stage, mesh)
+    check_rows(stage, mesh)
     row_layout(stage.data, model, null_dream=stage.loss.condition_dropout > 0)
     check_source(stage.data, tokenizer)
 
 
-def _check_places(stage: StageConfig, params: Flat, mesh: Mesh, whole: Sequence[str]) -> None:
+def check_places(stage: StageConfig, params: Flat, mesh: Mesh, whole: Sequence[str]) -> None:
     """Every parameter has its place on the mesh, and what is kept whole is frozen."""
     trainable, frozen = partition(params, stage.trainable)
     for name in whole:
@@ -133,7 +133,8 @@ def _check_loss(stage: StageConfig, model: DreamLLMConfig) -> None:
         )
 
 
-def _check_rows(stage: StageConfig, mesh: Mesh) -> None:
+def check_rows(stage: StageConfig, mesh: Mesh) -> None:
+    """The devices and micro-batches divide the rows of a step."""
     rows, parts = stage.data.rows, stage.optim.accumulation
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (split * parts):

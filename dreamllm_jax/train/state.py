@@ -115,31 +115,54 @@ def partition(params: Flat, patterns: Sequence[str]) -> tuple[Flat, Flat]:
     return trainable, {k: v for k, v in params.items() if k not in trainable}
 
 
-def place(params: Flat, dtype: Any, mesh: Mesh, whole: Sequence[str] = ()) -> Flat:
-    """Copies of the parameters (arrays, or tensors in files) in `dtype`, each where its rule says.
+def described_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and places of a stage's state; of `params` only the shapes matter.
 
-    The parts of the model named in `whole` are not sliced along fsdp.
-
-    A host reads of files only what its own devices hold.
+    The parts of the model that `recipe.mesh.whole` names are not sliced along fsdp.
     """
-    shardings = parameter_shardings(params, mesh, whole)
-    return {k: to_device(v, shardings[k], dtype) for k, v in params.items()}
+    trainable, frozen = partition(params, stage.trainable)
+    trainable = _described(trainable, parameter_shardings(trainable, mesh), "float32")
+    shardings = parameter_shardings(frozen, mesh, recipe.mesh.whole)
+    tx = make_optimizer(stage.optim)
+    moments = jax.eval_shape(tx.init, trainable)
+    everywhere = replicated(mesh)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
+        trainable=trainable,
+        frozen=_described(frozen, shardings, recipe.frozen_dtype),
+        opt_state=_described(moments, optimizer_shardings(tx, trainable, mesh)),
+        ema=trainable if stage.optim.ema_decay else {},
+    )
+
+
+def _described(tree: Any, shardings: Any, dtype: str | None = None) -> Any:
+    def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype if dtype is None else jnp.dtype(dtype), sharding=sharding
+        )
+
+    return jax.tree.map(one, tree, shardings)
 
 
 def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """The state at the beginning of a stage, every array in its place on the mesh."""
-    trainable, frozen = partition(params, stage.trainable)
-    trainable = place(trainable, jnp.float32, mesh)
-    frozen = place(frozen, jnp.dtype(recipe.frozen_dtype), mesh, recipe.mesh.whole)
-    tx = make_optimizer(stage.optim)
-    shardings = optimizer_shardings(tx, trainable, mesh)
+    """The state at the beginning of a stage, every array in its place on the mesh.
+
+    Parameters (arrays, or tensors in files) are copied. A host reads of files only what its own devices hold.
+    """
+    shape = described_state(params, stage, recipe, mesh)
+    trainable, frozen = (
+        {k: to_device(params[k], s.sharding, s.dtype) for k, s in part.items()}
+        for part in (shape.trainable, shape.frozen)
+    )
+    shardings = jax.tree.map(lambda s: s.sharding, shape.opt_state)
     key = jax.random.fold_in(jax.random.key(recipe.seed), zlib.crc32(stage.name.encode()))
     return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)),
-        key=jax.device_put(jax.random.key_data(key), replicated(mesh)),
+        step=jax.device_put(jnp.zeros((), shape.step.dtype), shape.step.sharding),
+        key=jax.device_put(jax.random.key_data(key), shape.key.sharding),
         trainable=trainable,
         frozen=frozen,
-        opt_state=jax.jit(tx.init, out_shardings=shardings)(trainable),
+        opt_state=jax.jit(make_optimizer(stage.optim).init, out_shardings=shardings)(trainable),
         ema=jax.tree.map(jnp.copy, trainable) if stage.optim.ema_decay else {},
     )
 
