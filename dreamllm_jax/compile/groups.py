@@ -56,7 +56,7 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _of_mesh(text: str, devices: int) -> np.ndarray:
-    """The named axes vary within a group. `'a':(2)4`: of axis a, 4 that follow each other 2 apart."""
+    """The named axes vary within a group. `'a':(2)4`: of axis a, cut into 2 and each into 4, these 4."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text)}
     ids = re.search(r"device_ids=\(([^{]*)\) \{", text)
     numbers = _iota(ids.group(1)) if ids else np.arange(devices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -65,25 +66,31 @@ def described_devices(topology: str) -> list[Any]:
     return list(described.devices)
 
 
-def links(mesh: Mesh, axis: str, chip: Chip) -> int:
-    """ICI links of a chip that a collective along a mesh axis can use at once.
+def links(mesh: Mesh, axes: Sequence[str], chip: Chip) -> int:
+    """ICI links of a chip that a collective along these mesh axes can use at once.
 
-    The axis may lie along several dimensions of the network. One that it fills and that closes to a ring
-    gives two links, any other one: at the ends of a line everything passes through one link.
+    They may lie along several dimensions of the network. One that they fill and that closes to a ring gives
+    two links, any other one: at the ends of a line everything passes through one link.
     """
-    lines = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])
-    line = [device for device in lines[0] if _slice(device) == _slice(lines[0][0])]
-    if not hasattr(line[0], "coords"):
+    group = _group(mesh, axes)
+    group = [device for device in group if _slice(device) == _slice(group[0])]
+    if not hasattr(group[0], "coords"):
         return 2 * chip.dimensions
     extent = np.max([device.coords for device in mesh.devices.flat], axis=0) + 1
-    filled = [len({device.coords[i] for device in line}) for i in range(len(extent))]
+    filled = [len({device.coords[i] for device in group}) for i in range(len(extent))]
     rings = [n == length and length % chip.wraps_at == 0 for n, length in zip(filled, extent, strict=True)]
     return sum(2 if ring else 1 for n, ring in zip(filled, rings, strict=True) if n > 1) or 1
 
 
-def slices_of(mesh: Mesh) -> int:
-    """How many slices the mesh's devices are of."""
-    return len({_slice(device) for device in mesh.devices.flat})
+def slices_of(mesh: Mesh, axes: Sequence[str] | None = None) -> int:
+    """How many slices the devices along these mesh axes (default: all) are of."""
+    return len({_slice(device) for device in _group(mesh, mesh.axis_names if axes is None else axes)})
+
+
+def _group(mesh: Mesh, axes: Sequence[str]) -> list[Any]:
+    """The devices along these axes that are first along all others."""
+    place = tuple(slice(None) if name in axes else slice(1) for name in mesh.axis_names)
+    return list(mesh.devices[place].flat)
 
 
 def _slice(device: Any) -> int:
