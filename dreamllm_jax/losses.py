@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.models.layers import linear
 from dreamllm_jax.sharding import activation_spec, mesh_axes
 
 
@@ -68,6 +69,7 @@ def _cross_entropy(
 ) -> tuple[Array, Array]:
     """The sums of one device; `split` is the mesh axis of the vocabulary, `own` are those of the rows."""
     dtype, length = head.dtype, hidden.shape[1]
+    times = jnp.matmul if own or split else linear  # on a mesh, gradients are summed over its devices
     head = head.astype(jnp.float32)  # so that its gradient is summed over chunks in float32
     chunk = min(chunk, length)
     pad = -length % chunk
@@ -76,17 +78,16 @@ def _cross_entropy(
             jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, targets, weights)
         )
 
-    @jax.checkpoint
     def one(hidden_c: Array, targets_c: Array, weights_c: Array) -> tuple[Array, Array]:
-        logits = jnp.matmul(hidden_c.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
-        losses, best = _token_losses(logits, targets_c, split)
-        return jnp.sum(losses * weights_c), jnp.sum((best == targets_c) * weights_c)
+        logits = times(hidden_c.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
+        losses, right = _token_losses(logits, targets_c, split)
+        return jnp.sum(losses * weights_c), jnp.sum(right * weights_c)
 
-    if hidden.shape[1] == chunk:
+    if hidden.shape[1] == chunk:  # they are in memory at once in any case: not computed again
         return one(hidden, targets, weights)
 
     def body(sums, x):
-        return jax.tree.map(jnp.add, sums, one(*x)), None
+        return jax.tree.map(jnp.add, sums, jax.checkpoint(one)(*x)), None
 
     def chunks(x):
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
@@ -105,22 +106,19 @@ def _apart(x: Array, axes: tuple[str, ...]) -> Array:
 
 def _token_losses(
     logits: Float[Array, "B l v"], targets: Int[Array, "B l"], split: str | None
-) -> tuple[Float[Array, "B l"], Int[Array, "B l"]]:
-    """Cross-entropy, and the likeliest token; `logits` are this device's part of the vocabulary."""
+) -> tuple[Float[Array, "B l"], Bool[Array, "B l"]]:
+    """Cross-entropy, and whether no other token is likelier; `logits` are of this device's vocabulary."""
     size = logits.shape[-1]
     first = 0 if split is None else size * jax.lax.axis_index(split)
 
     def over(combine: Callable[..., Array], x: Array) -> Array:
         return x if split is None else combine(x, split)
 
-    there = jax.lax.stop_gradient(logits)
-    mine = there.max(-1)
-    most = over(jax.lax.pmax, mine)
-    best = over(jax.lax.pmin, jnp.where(mine == most, first + there.argmax(-1), jnp.iinfo(jnp.int32).max))
+    most = over(jax.lax.pmax, jax.lax.stop_gradient(logits).max(-1))
     total = over(jax.lax.psum, jnp.exp(logits - most[..., None]).sum(-1))
-    right = jnp.arange(size) == (targets - first)[..., None]  # a mask: gathers and scatters are slow on TPUs
-    chosen = over(jax.lax.psum, jnp.where(right, logits, 0.0).sum(-1))
-    return jnp.log(total) + most - chosen, best
+    target = jnp.arange(size) == (targets - first)[..., None]  # a mask: gathers and scatters are slow on TPUs
+    chosen = over(jax.lax.psum, jnp.where(target, logits, 0.0).sum(-1))
+    return jnp.log(total) + most - chosen, chosen == most
 
 
 def distillation_errors(

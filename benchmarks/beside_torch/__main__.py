@@ -58,6 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures; {"surroundings": ..., "results": {name: measurement}}."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu" if options.device == "cpu" else "cuda")
+    if options.size == "full":  # what one side has freed the other can have
+        os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     import jax
     import torch
 

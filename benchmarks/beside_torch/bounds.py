@@ -5,18 +5,10 @@ from __future__ import annotations
 import jax
 
 from benchmarks.beside_torch.sizes import Size, Training
+from dreamllm_jax.compile.chips import CHIPS
 from dreamllm_jax.train.flops import PEAKS, forward_flops, step_flops
 
-# Published memory bandwidths, byte/s.
-BANDWIDTHS = {
-    "NVIDIA A100-SXM4-80GB": 2.039e12,  # NVIDIA A100 data sheet
-    "NVIDIA H100 80GB HBM3": 3.35e12,  # NVIDIA H100 data sheet (SXM)
-    "NVIDIA H200": 4.8e12,  # NVIDIA H200 data sheet
-    "TPU v4": 1.2e12,  # cloud.google.com/tpu/docs/v4
-    "TPU v5 lite": 819e9,  # .../v5e
-    "TPU v5": 2765e9,  # .../v5p
-    "TPU v6 lite": 1640e9,  # .../v6e
-}
+BANDWIDTHS = {chip.kind: chip.hbm_bandwidth for chip in CHIPS.values()}
 
 
 def token_bytes(size: Size, rows: int) -> float:

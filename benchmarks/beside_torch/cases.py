@@ -69,7 +69,7 @@ def joint(session: Session) -> dict[str, dict[str, Any]]:
             return theirs.Step(session.inputs, training, session.place)
 
         name = f"joint, {training}"
-        found[name] = _joint(session, name, make_ours, make_theirs)
+        found[name] = _joint(session, name, make_ours, make_theirs, training in session.size.apart)
         flops = bounds.joint_flops(session.size, training)
         tokens = session.size.rows * session.size.length
         seconds = found[name]["ours_s"]
@@ -77,20 +77,23 @@ def joint(session: Session) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _joint(session: Session, name: str, make_ours: Callable, make_theirs: Callable) -> dict[str, Any]:
+def _joint(
+    session: Session, name: str, make_ours: Callable, make_theirs: Callable, apart: bool
+) -> dict[str, Any]:
     step = make_ours()
     draws, mine = [], []
     for _ in range(STEPS_COMPARED):
         draws.append(step.draws())
         mine.append(step())
-    if not session.size.alternates:
+    if apart:
         del step
+        free()
     other = make_theirs()
     for drawn, loss in zip(draws, mine, strict=True):
         other.set_draws(drawn)
         error = abs(other() - loss) / abs(loss)
         errors = session.agree(name, {"loss": error})
-    if session.size.alternates:
+    if not apart:
         timing = alternate(Work(step), Work(other), session.pairs)
     else:
         del other

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ENVIRONMENT = ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LD_PRELOAD")
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "diffusers")
 _TABLE = re.compile(r"(<!-- beside torch -->\n).*?(<!-- /beside torch -->)", re.DOTALL)
 
@@ -22,7 +23,7 @@ def surroundings(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
     import torch
 
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.beside_torch", *sys.argv[1:]]),
+        "command": _command(),
         "size": options.size,
         "device": device_name(),
         "threads": {
@@ -31,12 +32,18 @@ def surroundings(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
             "NPROC": os.environ["NPROC"] if "NPROC" in os.environ else None,
         },
         "load": os.getloadavg()[0],
-        "flags": os.environ["XLA_FLAGS"] if "XLA_FLAGS" in os.environ else "",
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "torch_compile": compiled,
         "devices": len(jax.devices()),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _command() -> str:
+    """As it was typed, with what of the environment changes speed."""
+    command = shlex.join(["python", "-m", "benchmarks.beside_torch", *sys.argv[1:]])
+    return " ".join([*(f"{n}={shlex.quote(os.environ[n])}" for n in ENVIRONMENT if n in os.environ), command])
 
 
 def device_name() -> str:

@@ -20,8 +20,8 @@ class Size:
     A joint step reads `rows` documents of `length` tokens, each with one picture seen and one drawn. Prompts
     have `prompt` tokens, `new_tokens` are written after them, alone and in a batch of `batch`; `pictures` are
     drawn at once in `steps` steps. `training` names the joint steps that are timed; where the states of the
-    two sides do not fit the device together, `alternates` is False: one is made, timed and freed after the
-    other.
+    two sides do not fit the device together, it is named in `apart` too: one is made, timed and freed after
+    the other.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Size:
     steps: int
     training: tuple[Training, ...] = ("stage2",)
     optim: OptimConfig = OptimConfig()
-    alternates: bool = True
+    apart: tuple[Training, ...] = ()
 
     def stage(self, training: Training) -> StageConfig:
         """The joint stage: connectors alone are trained (I), or the language model with them (II)."""
@@ -104,7 +104,9 @@ def _full(dtype: str) -> Size:
         dtype=dtype,
         remat=dict(llama="dots"),
     )
-    return Size("full", model_config(model), 4, 2048, 1024, 128, 8, 4, 25, ("stage1", "stage2"))
+    optim = OptimConfig(mu_dtype="bfloat16", second_moment="factored")
+    stages = dict(training=("stage1", "stage2"), apart=("stage2",), optim=optim)
+    return Size("full", model_config(model), 4, 2048, 1024, 128, 8, 4, 25, **stages)
 
 
 def _smallest(dtype: str) -> Size:

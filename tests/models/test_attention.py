@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.models.attention import attention, masks
+from dreamllm_jax.models.attention.by_heads import by_heads
 from dreamllm_jax.models.attention.choice import LONG, chosen
 from dreamllm_jax.models.attention.masks import Mask, table
 
@@ -48,6 +49,24 @@ def test_attention_is_its_definition(kv_heads, mask):
         if mask is not None and mask.key_lengths is not None:
             seen[b, i, j] &= j < LENGTHS[b, i]
     np.testing.assert_allclose(attention(q, k, v, mask), by_definition(q, k, v, seen), atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("mask", [None, Mask(IDS, THEIR_IDS)], ids=["none", "segments"])
+def test_the_form_for_cpu_has_the_gradients_that_autodiff_derives(kv_heads, mask):
+    q, k, v = random_qkv(kv_heads=kv_heads)
+    seen = table(mask, 5, 7)
+    pull = jax.random.normal(jax.random.key(1), q.shape)
+    if seen is not None:
+        pull *= seen.any(-1)[:, 0, :, None, None]
+
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=seen)
+
+    (ours, back), (theirs, other) = (jax.vjp(f, q, k, v) for f in (lambda *x: by_heads(*x, seen), plain))
+    np.testing.assert_allclose(ours * (pull != 0), theirs * (pull != 0), atol=1e-6)
+    for mine, wanted in zip(back(pull), other(pull), strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_query_that_sees_nothing_is_zero_with_finite_gradients():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamllm_jax.models.layers import ACTIVATIONS
+from dreamllm_jax.models.layers import ACTIVATIONS, Dense, product
 from dreamllm_jax.models.unet_blocks import GroupNorm
 
 VALUES = jnp.asarray(np.random.default_rng(0).normal(size=4096) * 3, jnp.bfloat16)
@@ -40,3 +40,18 @@ def test_a_scanned_group_norm_keeps_no_float32_copy_of_its_input():
 
     program = str(jax.make_jaxpr(jax.grad(three))(jnp.ones((2, 4, 4, 8), jnp.bfloat16)))
     assert "bf16[3,2,4,4,8]" in program and "f32[3,2,4,4,8]" not in program
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_product_for_cpu_has_the_gradients_that_autodiff_derives(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, 5, 3), (3, 4), (2, 5, 4))
+    x, kernel, pull = (jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+    (ours, back), (theirs, other) = (jax.vjp(f, x, kernel) for f in (product, jnp.matmul))
+    assert ours.dtype == dtype
+    for mine, wanted in zip((ours, *back(pull)), (theirs, *other(pull)), strict=True):
+        assert mine.dtype == wanted.dtype
+        np.testing.assert_allclose(*(y.astype(jnp.float32) for y in (mine, wanted)), rtol=1e-2, atol=1e-6)
+    dense = Dense(4, dtype=dtype)
+    applied = dense.apply({"params": {"kernel": kernel, "bias": jnp.ones(4)}}, x)
+    np.testing.assert_array_equal(applied, ours + jnp.ones(4, dtype))

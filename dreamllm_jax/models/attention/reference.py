@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dreamllm_jax.models.attention.by_heads import by_heads
 from dreamllm_jax.models.attention.masks import Mask, table
+from dreamllm_jax.sharding import platform
 
 
 def reference(
@@ -21,7 +23,10 @@ def reference(
     [B, N, L, S] are whole in memory, on TPU in float32.
     """
     seen = table(mask, q.shape[1], k.shape[1])
-    out = jax.nn.dot_product_attention(q, k, v, mask=seen)
+    if platform() == "cpu" and q.dtype == jnp.float32:
+        out = by_heads(q, k, v, seen)
+    else:
+        out = jax.nn.dot_product_attention(q, k, v, mask=seen)
     if seen is None or mask is None or not mask.blinds():
         return out
     return jnp.where(seen.any(-1)[:, 0, :, None, None], out, 0)
