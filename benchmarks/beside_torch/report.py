@@ -41,8 +41,9 @@ def surroundings(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """As it was typed, with what of the environment changes speed."""
-    command = shlex.join(["python", "-m", "benchmarks.beside_torch", *sys.argv[1:]])
+    """What was typed that changes figures, and what of the environment does."""
+    typed = [word for word in sys.argv[1:] if not word.startswith(("--json", "--readme"))]
+    command = shlex.join(["python", "-m", "benchmarks.beside_torch", *typed])
     return " ".join([*(f"{n}={shlex.quote(os.environ[n])}" for n in ENVIRONMENT if n in os.environ), command])
 
 

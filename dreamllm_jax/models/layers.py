@@ -59,9 +59,10 @@ def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[
 
 def _product_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
+    first, last = tuple(range(x.ndim - 1)), tuple(range(1, x.ndim))
+    turned = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))  # apart: within the product it is slower
     d_x = jax.lax.dot_general(d_out, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    return d_x, jax.lax.dot_general(x, d_out, ((rows, rows), ((), ())))
+    return d_x, jax.lax.dot_general(turned, d_out, ((last, first), ((), ())))
 
 
 product.defvjp(_product_forward, _product_backward)
