@@ -77,5 +77,8 @@ def too_large(error: Exception) -> str | None:
 
 
 def gib(n: float) -> str:
-    """`12.34 GiB`; smaller amounts in MiB."""
-    return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n * 1024 / GIB:.1f} MiB"
+    """`12.34 GiB`; smaller amounts in MiB or KiB."""
+    for unit, size in (("GiB", GIB), ("MiB", GIB / 1024)):
+        if n >= size / 10:
+            return f"{n / size:.2f} {unit}"
+    return f"{n * 1024**2 / GIB:.2f} KiB"

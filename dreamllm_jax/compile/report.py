@@ -151,9 +151,9 @@ def _flops_row(title: str, model: Mapping[str, float], compiled: Mapping[str, fl
 def _transfers(census: Census) -> list[str]:
     if not census.collectives:
         return ["no collectives"]
-    lines = [f"{'collectives':<20}{'mesh axes':<20}{'times':>8}{'a chip takes in':>18}"]
+    lines = [f"{'collectives':<22}{'mesh axes':<20}{'times':>8}{'a chip takes in':>18}"]
     for (kind, axes), (times, received) in by_kind(census).items():
-        lines.append(f"  {kind:<18}{'+'.join(axes):<20}{times:>8.0f}{gib(received):>18}")
+        lines.append(f"  {kind:<20}{'+'.join(axes):<20}{times:>8.0f}{gib(received):>18}")
     lines.append("the largest:")
     for c in largest(census):
         shapes = ", ".join(f"{s.dtype}[{','.join(map(str, s.dims))}]" for s in c.shapes[:2])

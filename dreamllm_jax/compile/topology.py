@@ -16,14 +16,12 @@ from jax.sharding import Mesh
 from dreamllm_jax.compile.chips import CHIPS, Chip
 
 # A compiler without its chips is told what it would ask them and their cloud; the type is any that it knows,
-# since the topology is named in the call. TF_CPP_MIN_LOG_LEVEL keeps its warnings about that off the screen.
+# since the topology is named in the call.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-    "JAX_PLATFORMS": "cpu",
 }
 # Where JAX sees two devices a chip unless it is told to join its cores, as TPU machines do.
 JOINED_CORES = {"v4": {"chip_config_name": "megacore"}}
@@ -52,6 +50,8 @@ def described_devices(topology: str) -> list[Any]:
         )
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")  # libtpu is for its compiler only: no TPU is looked for
     more = JOINED_CORES[name] if name in JOINED_CORES else {}
     if slices is not None:
         more = more | {"num_slices": int(slices)}

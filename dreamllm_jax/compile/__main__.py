@@ -1,0 +1,122 @@
+"""`python -m dreamllm_jax.compile --config=configs/stage2.py --topology=v5p:4x4x4`: compiles without chips.
+
+The TPU's own compiler (libtpu, which needs no TPU) makes a recipe's exact train step, or a program of its
+generation, for a described topology. Printed, and written to --out, are the memory of a chip by kind, model
+and compiled FLOPs, collectives, and how fast the program can be at most. Any setting of the recipe can be
+changed behind it: `--config.mesh.fsdp=16`, `--config.stages.stage2.optim.accumulation=4`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dreamllm_jax.compile.census import take
+from dreamllm_jax.compile.chips import chip_of
+from dreamllm_jax.compile.hlo import parse
+from dreamllm_jax.compile.memory import FREE, gib, measure, too_large
+from dreamllm_jax.compile.picture import draw
+from dreamllm_jax.compile.program import (
+    EFFORTS,
+    GENERATION,
+    Described,
+    compile_program,
+    generation_program,
+    train_program,
+)
+from dreamllm_jax.compile.report import Finding, numbers, table
+from dreamllm_jax.compile.roofline import roofline
+from dreamllm_jax.compile.topology import described_devices
+from dreamllm_jax.config.train import Recipe
+from dreamllm_jax.train.__main__ import load_recipe
+
+
+def find(recipe: Recipe, program: Described, topology: str, effort: str) -> tuple[Finding, str]:
+    """Compiles a program: what it found, and the compiled text.
+
+    Raises:
+      ValueError: it needs more memory than a chip has, so that there is no program.
+    """
+    chip, begin = chip_of(program.mesh.devices.flat[0].device_kind), time.perf_counter()
+    try:
+        compiled = compile_program(program, effort)
+    except Exception as error:
+        if (said := too_large(error)) is None:
+            raise
+        raise ValueError(
+            f"{recipe.name}, {program.name} does not fit on {topology}: {said}; take more chips, more "
+            "optim.accumulation, or let --search look."
+        ) from error
+    seconds, text = time.perf_counter() - begin, compiled.as_text()
+    census = take(parse(text), program.mesh.shape)
+    roof = roofline(census, sum(program.model_flops.values()), program.mesh, chip)
+    memory = measure(program.arguments, compiled, chip)
+    found = Finding(recipe.name, topology, effort, program, chip, memory, census, roof, seconds)
+    return found, text
+
+
+def main() -> None:
+    """Parses the command line and compiles; the exit code is 1 where that is impossible or does not fit."""
+    options, overrides = _parser().parse_known_args()
+    try:
+        _run(options, overrides)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # a folder that cannot be written
+        sys.exit(f"error: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dreamllm_jax.compile", description=__doc__)
+    add = parser.add_argument
+    add("--config", required=True, help="recipe file, e.g. configs/stage2.py[:ARG]")
+    add("--topology", required=True, help="e.g. v5p:4x4x4, v5e:16x16, or v5p:4x4x4*2 for two slices")
+    add("--stage", help="the recipe's stage of this name (default: its first)")
+    add("--program", choices=("train", *GENERATION), default="train")
+    add("--rows", type=int, default=8, help="prompts or pictures at once, for programs of generation")
+    add(
+        "--effort",
+        choices=tuple(EFFORTS),
+        default="low",
+        help="full: as a run compiles; takes 8 times as long",
+    )
+    add("--out", type=Path, help="folder for compile.json, compile.png and program.hlo.txt")
+    return parser
+
+
+def _run(options: Any, overrides: list[str]) -> None:
+    recipe = load_recipe(options.config, overrides)
+    stage = recipe.stages[0] if options.stage is None else recipe.stage(options.stage)
+    if options.rows < 1:
+        raise ValueError(f"--rows={options.rows}: give at least 1.")
+    devices = described_devices(options.topology)
+    if options.program == "train":
+        program = train_program(recipe, stage, devices)
+    else:
+        program = generation_program(recipe, options.program, options.rows, devices)
+    found, text = find(recipe, program, options.topology, options.effort)
+    print(table(found), flush=True)
+    if options.out is not None:
+        write(found, text, options.out)
+    if not found.memory.fits:
+        raise ValueError(
+            f"{recipe.name}, {program.name} does not fit on {options.topology}: of {gib(found.memory.hbm)} a "
+            f"chip {found.memory.free:.1%} stay free, and {FREE:.0%} must."
+        )
+
+
+def write(found: Finding, text: str, folder: Path) -> None:
+    """Leaves the numbers, the picture and the compiled text in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compile.json").write_text(json.dumps(numbers(found), indent=1) + "\n", encoding="utf-8")
+    (folder / "program.hlo.txt").write_text(text, encoding="utf-8")
+    draw(found).save(folder / "compile.png")
+
+
+if __name__ == "__main__":
+    main()
