@@ -15,6 +15,9 @@ from dreamllm_jax.compile.hlo import Instruction, Shape
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+# Scores and their sum of values; with gradients of queries, or of keys and values, the scores are made again.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _ESTIMATE = re.compile(r'"cost_estimate":(\{[^}]*\})')
 
 
@@ -27,7 +30,7 @@ def flops(instruction: Instruction, operands: list[Shape]) -> float:
         contracted = [int(i) for i in found.group(1).split(",") if i] if found else []
         return 2.0 * instruction.results[0].elements * math.prod(operands[0].dims[i] for i in contracted)
     if instruction.opcode == "custom-call":
-        return float(estimate(instruction)["flops"])
+        return float(estimate(instruction)["flops"]) or _splash(instruction, operands)
     return 0.0
 
 
@@ -37,6 +40,18 @@ def estimate(instruction: Instruction) -> Mapping[str, float]:
     if found := _ESTIMATE.search(instruction.attributes):
         said |= {k: float(v) for k, v in json.loads(found.group(1)).items() if k in said}
     return said
+
+
+def _splash(instruction: Instruction, operands: list[Shape]) -> float:
+    """JAX's splash attention, which says nothing of itself: its products, as if nobody were hidden.
+
+    Queries [..., N, L, H] and keys [..., K, S, H] are its first operands of floats. 0 for other kernels.
+    """
+    found = _SPLASH.match(instruction.name)
+    if found is None:
+        return 0.0
+    queries, keys = [s for s in operands if len(s.dims) >= 3 and "f" in s.dtype][:2]
+    return 2.0 * _SPLASH_PRODUCTS[found.group(1)] * queries.elements * keys.dims[-2]
 
 
 def _convolution(instruction: Instruction, operands: list[Shape]) -> float:

@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(")
 _INSTRUCTION = re.compile(r"  (ROOT )?%?([\w.\-]+) = ")
+_END = re.compile(r"\}(?:, execution_thread=.*)?$")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -99,33 +101,42 @@ def parse(text: str) -> Program:
     """The program of an HLO module's text.
 
     Raises:
-      ValueError: the text has no entry computation.
+      ValueError: the text has no entry computation, or an instruction that cannot be read.
     """
     computations: dict[str, Computation] = {}
     entry, current = None, None
-    for line in text.splitlines():
-        if line.startswith("  ") and current is not None:
-            if (instruction := _instruction(line)) is not None:
-                current.instructions[instruction.name] = instruction
+    for line in _logical_lines(text):
+        if current is not None and (head := _INSTRUCTION.match(line)):
+            instruction = _instruction(line, head)
+            current.instructions[instruction.name] = instruction
         elif (header := _HEADER.match(line)) and line.endswith("{"):
             current = Computation(header.group(2), {})
             computations[current.name] = current
             entry = current.name if header.group(1) else entry
-        elif line.startswith("}"):
-            current = None
     if entry is None:
         raise ValueError("the text has no ENTRY computation; give what compiled.as_text() returns.")
     return Program(computations, entry)
 
 
-def _instruction(line: str) -> Instruction | None:
-    head = _INSTRUCTION.match(line)
-    if head is None:
-        return None
+def _logical_lines(text: str) -> Iterator[str]:
+    """The lines that begin something, each with those behind it that go on with it.
+
+    Attributes of kernels have line breaks, behind which anything may stand.
+    """
+    parts: list[str] = []
+    for line in text.splitlines():
+        if _INSTRUCTION.match(line) or _HEADER.match(line) or _END.match(line):
+            yield "".join(parts)
+            parts = []
+        parts.append(line)
+    yield "".join(parts)
+
+
+def _instruction(line: str, head: re.Match[str]) -> Instruction:
     begin = _closing(line, head.end()) if line[head.end()] == "(" else line.index(" ", head.end())
     opcode = _OPCODE.match(line, begin)
     if opcode is None:
-        return None
+        raise ValueError(f"the compiled program has an instruction that cannot be read: {line[:200]}")
     end = _closing(line, opcode.end() - 1)
     argument = line[opcode.end() : end - 1]
     return Instruction(

@@ -137,6 +137,10 @@ def _work(finding: Finding) -> list[str]:
         lines.append(_flops_row("  " + part, model, compiled, part))
     totals = {"all": sum(model.values())}, {"all": sum(compiled.values())}
     lines.append(_flops_row("  all", *totals, "all"))
+    if finding.compiled_flops < 0.8 * sum(model.values()):
+        lines.append(
+            "  less than the model's work: products of few rows are not on the matrix unit, not counted"
+        )
     if finding.census.endless:
         lines.append("  a loop that ends by what it computes is counted as one turn")
     return lines
