@@ -60,9 +60,12 @@ def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[
 def _product_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     first, last = tuple(range(x.ndim - 1)), tuple(range(1, x.ndim))
-    turned = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))  # apart: within the product it is slower
     d_x = jax.lax.dot_general(d_out, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    return d_x, jax.lax.dot_general(turned, d_out, ((last, first), ((), ())))
+    # The smaller one is turned, and apart: left to itself XLA merges what follows into slower forms.
+    small, large = (x, d_out) if x.shape[-1] <= d_out.shape[-1] else (d_out, x)
+    turned = jax.lax.optimization_barrier(jnp.moveaxis(small, -1, 0))
+    d_kernel = jax.lax.dot_general(turned, large, ((last, first), ((), ())))
+    return d_x, d_kernel if small is x else jax.lax.optimization_barrier(d_kernel).T
 
 
 product.defvjp(_product_forward, _product_backward)
