@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from dreamllm_jax.compile.arithmetic import flops
 from dreamllm_jax.compile.groups import axes_of, replica_groups
@@ -125,7 +125,7 @@ class _Taker:
         times = trips(self._program, loop, within)
         if times is None:
             found.endless.append(loop.name)
-        found.add(self.of(body, scheduled), 1 if times is None else times)
+        found.add(self.of(body, scheduled), 1.0 if times is None else float(times))
 
     def _collective(
         self, found: Census, within: Computation, instruction: Instruction, kind: str, attributes: str
@@ -137,11 +137,7 @@ class _Taker:
         axes = axes_of(groups, self._mesh)
         if not axes:
             return  # each device with itself
-        results: Sequence[Shape] = instruction.results
-        if instruction.opcode == "all-gather-start":
-            results = results[len(results) // 2 :]  # operands, then results
-        elif instruction.opcode == "collective-permute-start":
-            results = results[1:2]
+        results = instruction.made
         operands = self._operands(within, instruction)
         found.collectives.append(
             Collective(

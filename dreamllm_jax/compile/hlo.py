@@ -55,6 +55,13 @@ class Instruction:
         return found.group(1) if found else None
 
     @property
+    def made(self) -> tuple[Shape, ...]:
+        """Its results, without the operands that the beginning of a collective names beside them."""
+        if self.opcode == "all-gather-start":
+            return self.results[len(self.results) // 2 :]
+        return self.results[1:2] if self.opcode == "collective-permute-start" else self.results
+
+    @property
     def called(self) -> tuple[str, ...]:
         """The computations that it names, branches last."""
         branches = _BRANCHES.search(self.attributes)

@@ -37,7 +37,7 @@ def hbm_bytes(program: Program, within: Computation, instruction: Instruction) -
     if opcode in ("copy-start", "slice-start"):
         return sum(s.bytes for s in instruction.results[:2] if s.in_hbm)
     read = sum(_held(within.instructions[name].results) for name in instruction.operands)
-    return read + _held(instruction.results)
+    return read + _held(instruction.made)
 
 
 def _held(results: tuple[Shape, ...]) -> float:
