@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dreamllm_jax.compile.census import take
 from dreamllm_jax.compile.chips import chip_of
@@ -53,7 +56,7 @@ def find(recipe: Recipe, program: Described, topology: str, effort: str) -> tupl
         ) from error
     seconds, text = time.perf_counter() - begin, compiled.as_text()
     census = take(parse(text), program.mesh.shape)
-    roof = roofline(census, sum(program.model_flops.values()), program.mesh, chip)
+    roof = roofline(census, math.fsum(program.model_flops.values()), program.mesh, chip)
     memory = measure(program.arguments, compiled, chip)
     found = Finding(recipe.name, topology, effort, program, chip, memory, census, roof, seconds)
     return found, text
@@ -119,4 +122,5 @@ def write(found: Finding, text: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)  # without its device no program can be loaded
     main()

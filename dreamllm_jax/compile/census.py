@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 
@@ -72,7 +73,7 @@ class Census:
 
     @property
     def total_flops(self) -> float:
-        return sum(self.flops.values())
+        return math.fsum(self.flops.values())
 
 
 def take(program: Program, mesh: Mapping[str, int]) -> Census:
@@ -130,10 +131,7 @@ class _Taker:
     def _collective(
         self, found: Census, within: Computation, instruction: Instruction, kind: str, attributes: str
     ) -> None:
-        size = 1
-        for length in self._mesh.values():
-            size *= length
-        groups = replica_groups(attributes, size)
+        groups = replica_groups(attributes, math.prod(self._mesh.values()))
         axes = axes_of(groups, self._mesh)
         if not axes:
             return  # each device with itself
@@ -144,8 +142,8 @@ class _Taker:
                 kind=kind,
                 axes=axes,
                 group=groups.shape[1] if kind != "collective-permute" else 2,
-                operand=sum(s.bytes for s in operands),
-                result=sum(s.bytes for s in results),
+                operand=math.fsum(s.bytes for s in operands),
+                result=math.fsum(s.bytes for s in results),
                 shapes=tuple(results if kind != "reduce-scatter" else operands),
                 source=instruction.attribute(r'op_name="([^"]*)"') or "",
             )

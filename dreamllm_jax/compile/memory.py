@@ -25,7 +25,7 @@ class Memory:
 
     @property
     def used(self) -> float:
-        return sum(self.kinds.values())
+        return math.fsum(self.kinds.values())
 
     @property
     def free(self) -> float:
@@ -59,9 +59,9 @@ def bytes_held(tree: Any) -> float:
 
     def one(x: Any) -> float:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        return math.prod(shape) * x.dtype.itemsize
+        return float(math.prod(shape) * x.dtype.itemsize)
 
-    return float(sum(one(x) for x in jax.tree.leaves(tree)))
+    return math.fsum(one(x) for x in jax.tree.leaves(tree))
 
 
 def too_large(error: Exception) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,22 +130,44 @@ def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ..
 def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config, new = recipe.model, recipe.generation.max_new_tokens
     read, inputs = _prefill(recipe, params, rows)
+    read, reading_of = _flat(read)
     # The cache lies where reading the prompts leaves it.
-    places = read.lower(params, *inputs).compile(compiler_options=EFFORTS["low"]).output_shardings
+    compiled = jax.jit(read).lower(params, *inputs).compile(compiler_options=EFFORTS["low"])
     shapes = jax.eval_shape(read, params, *inputs)
-    reading = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    reading = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        for x, place in zip(shapes, compiled.output_shardings, strict=True)
+    ]
 
-    def others():
+    def others() -> tuple[Any, ...]:
         keys = jax.random.split(jax.random.key(0), rows)
         ints, flags = jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool)
         forbidden, number = jnp.zeros(config.llama.vocab_size, bool), jnp.int32(0)
         temperature, top_p = jnp.float32(0), jnp.float32(1)
-        control = Control(forbidden, ints[:1], number, flags, number, temperature, top_p)
-        return flags, ints, keys, control
+        return flags, ints, keys, Control(forbidden, ints[:1], number, flags, number, temperature, top_p)
 
-    model = DreamLLMModule(config)
-    run = functools.partial(decode_text, model=model, max_new_tokens=new)
-    return jax.jit(run, donate_argnums=1), (reading, *jax.eval_shape(others))
+    others, others_of = _flat(others)
+
+    def run(params: Any, reading: list[Any], others: list[Any]) -> Any:
+        model = DreamLLMModule(config)
+        return decode_text(params, reading_of(reading), *others_of(others), model=model, max_new_tokens=new)
+
+    return jax.jit(run, donate_argnums=1), (reading, jax.eval_shape(others))
+
+
+def _flat(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], Callable[[list[Any]], Any]]:
+    """A function with its result as a list of arrays, and what makes the result of such a list.
+
+    Containers whose fields are checked to be arrays cannot hold shapes.
+    """
+    structures = []
+
+    def leaves(*inputs: Any) -> list[Any]:
+        result = function(*inputs)
+        structures.append(jax.tree.structure(result))
+        return jax.tree.leaves(result)
+
+    return leaves, lambda values: jax.tree.unflatten(structures[0], values)
 
 
 def _denoise(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from jax.sharding import Mesh
 
@@ -32,7 +33,7 @@ class Roofline:
     @property
     def serial(self) -> float:
         """Seconds where one resource waits for another all the time."""
-        return sum(self.seconds.values())
+        return math.fsum(self.seconds.values())
 
     def mfu(self, seconds: float) -> float:
         """The share of the chips' bfloat16 peak that the model's own work is, in a run of so long."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dreamllm_jax.compile.arithmetic import estimate
 from dreamllm_jax.compile.hlo import Computation, Instruction, Program, Shape
 
@@ -35,13 +37,13 @@ def hbm_bytes(program: Program, within: Computation, instruction: Instruction) -
     if opcode in _PARTS:
         return 2 * _held(instruction.results)
     if opcode in ("copy-start", "slice-start"):
-        return sum(s.bytes for s in instruction.results[:2] if s.in_hbm)
-    read = sum(_held(within.instructions[name].results) for name in instruction.operands)
+        return math.fsum(s.bytes for s in instruction.results[:2] if s.in_hbm)
+    read = math.fsum(_held(within.instructions[name].results) for name in instruction.operands)
     return read + _held(instruction.made)
 
 
 def _held(results: tuple[Shape, ...]) -> float:
-    return sum(s.bytes for s in results if s.in_hbm)
+    return math.fsum(s.bytes for s in results if s.in_hbm)
 
 
 def _fusion(program: Program, within: Computation, instruction: Instruction) -> float:
@@ -69,7 +71,7 @@ def _source(fused: Computation, instruction: Instruction) -> Instruction:
 
 def _written(program: Program, fused: Computation, part: Instruction, result: Shape) -> float:
     if part.opcode == "dynamic-update-slice":
-        return sum(s.bytes for s in fused.instructions[part.operands[1]].results)
+        return math.fsum(s.bytes for s in fused.instructions[part.operands[1]].results)
     if part.opcode == "fusion":
         inner = program.computations[part.called[0]]
         return _written(program, inner, _source(inner, inner.root), result)
@@ -78,16 +80,16 @@ def _written(program: Program, fused: Computation, part: Instruction, result: Sh
 
 def _read(program: Program, fused: Computation, value: Instruction) -> float:
     """Bytes of a parameter that a fusion reads."""
-    whole = sum(s.bytes for s in value.results)
+    whole = math.fsum(s.bytes for s in value.results)
     total = 0.0
     for user in fused.users[value.name] if value.name in fused.users else ():
         if user.opcode == "bitcast":
             total += _read(program, fused, user)
         elif user.opcode in _PARTS and user.operands[0] == value.name:
-            total += sum(s.bytes for s in user.results)
+            total += math.fsum(s.bytes for s in user.results)
         elif user.opcode == "fusion":
             inner = program.computations[user.called[0]]
-            total += sum(
+            total += math.fsum(
                 _read(program, inner, parameter)
                 for name, parameter in zip(user.operands, inner.parameters, strict=True)
                 if name == value.name
