@@ -34,7 +34,7 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        return self.free >= FREE
+        return self.used <= (1 - FREE) * self.hbm
 
 
 def measure(arguments: dict[str, Any], compiled: jax.stages.Compiled, chip: Chip) -> Memory:
