@@ -1,0 +1,99 @@
+# shellcheck shell=bash
+# What the scripts for clusters share: --dry-run, --env FILE, and sentences for what is missing.
+#
+# Sourced after python.sh, whose say and fail it uses. `run` prints each command before it runs it; with dry=1 it
+# prints only. `load_env FILE` prints and keeps the settings of a file of launch/env in env_settings.
+
+dry=0
+env_settings=() # NAME=VALUE, one per variable
+
+# quoted WORD... : the words as a shell would read them.
+quoted() {
+  local word line=
+  for word; do line="$line${line:+ }$(printf '%q' "$word")"; done
+  printf '%s' "$line"
+}
+
+# run COMMAND...: prints the command on standard error, and runs it unless this is a dry run (then: on standard
+# output, so that it can be kept).
+run() {
+  if [ "$dry" = 1 ]; then
+    say "$(quoted "$@")"
+  else
+    say "+ $(quoted "$@")" >&2
+    "$@"
+  fi
+}
+
+# need TOOL HOW: the tool is on the PATH, or the script ends with how to get it. A dry run needs no tool.
+need() {
+  [ "$dry" = 1 ] || command -v "$1" >/dev/null || fail "$1 is not installed: $2; --dry-run shows the commands without it."
+}
+
+# given NAME VALUE: an argument that must be there.
+given() {
+  [ -n "$2" ] || fail "$1 is missing; give it, or see ${0##*/} --help."
+}
+
+# with_value NAME COUNT: an option that is followed by its value.
+with_value() {
+  [ "$2" -gt 1 ] || fail "$1 has no value; give one after it, or see ${0##*/} --help."
+}
+
+# usage FILE: the comment at a script's head, which is its --help.
+usage() {
+  local line
+  while IFS= read -r line; do
+    case $line in
+      '#!'* | '# shellcheck'*) ;;
+      '#'*)
+        line=${line#'#'}
+        say "${line# }"
+        ;;
+      *) return 0 ;;
+    esac
+  done <"$1"
+}
+
+# add_setting NAME VALUE: joins the flags of XLA_FLAGS and LIBTPU_INIT_ARGS; others stand alone.
+add_setting() {
+  local i
+  for i in "${!env_settings[@]}"; do
+    case ${env_settings[i]} in
+      "$1="*)
+        case $1 in
+          XLA_FLAGS | LIBTPU_INIT_ARGS) env_settings[i]="${env_settings[i]} $2" ;;
+          *) fail "--env sets $1 twice; only XLA_FLAGS and LIBTPU_INIT_ARGS may be given in several lines." ;;
+        esac
+        return
+        ;;
+    esac
+  done
+  env_settings+=("$1=$2")
+}
+
+# load_env FILE: reads a file of launch/env and prints what will be set where the
+# command runs; variables of the machine that launches do not travel.
+load_env() {
+  local line name number=0 setting
+  [ -r "$1" ] || fail "--env $1 cannot be read; give a file such as launch/env/tpu_v5p.env."
+  while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    case $line in
+      '' | '#'*) continue ;;
+      [A-Z]*=?*) name=${line%%=*} ;;
+      *) fail "$1, line $number, is not NAME=VALUE: $line." ;;
+    esac
+    case $name in *[!A-Z0-9_]*) fail "$1, line $number: $name is no name of a variable (A-Z, 0-9, _)." ;; esac
+    add_setting "$name" "${line#*=}"
+  done <"$1"
+  say "Set by --env $1:" >&2
+  for setting in "${env_settings[@]}"; do say "  $setting" >&2; done
+}
+
+# remote_command WORD...: one line for a remote shell: the settings, then the command.
+remote_command() {
+  local words=()
+  if [ ${#env_settings[@]} -gt 0 ]; then words=(env "${env_settings[@]}"); fi
+  quoted "${words[@]}" "$@"
+}
