@@ -10,7 +10,10 @@ env_settings=() # NAME=VALUE, one per variable
 # quoted WORD... : the words as a shell would read them.
 quoted() {
   local word line=
-  for word; do line="$line${line:+ }$(printf '%q' "$word")"; done
+  for word; do
+    case $word in '' | *[!A-Za-z0-9_@%+=:,./-]*) word=${word@Q} ;; esac
+    line="$line${line:+ }$word"
+  done
   printf '%s' "$line"
 }
 
@@ -35,9 +38,10 @@ given() {
   [ -n "$2" ] || fail "$1 is missing; give it, or see ${0##*/} --help."
 }
 
-# with_value NAME COUNT: an option that is followed by its value.
+# with_value NAME WORDS...: NAME is an option that is followed by its value.
 with_value() {
-  [ "$2" -gt 1 ] || fail "$1 has no value; give one after it, or see ${0##*/} --help."
+  case ${2---} in --*) ;; *) return 0 ;; esac
+  fail "$1 has no value; give one after it, or see ${0##*/} --help."
 }
 
 # usage FILE: the comment at a script's head, which is its --help.
@@ -96,4 +100,19 @@ remote_command() {
   local words=()
   if [ ${#env_settings[@]} -gt 0 ]; then words=(env "${env_settings[@]}"); fi
   quoted "${words[@]}" "$@"
+}
+
+# check_workdir WORD...: no --workdir of a training is the address of a bucket, which would be taken for a folder.
+check_workdir() {
+  local word previous=
+  for word; do
+    case $previous$word in
+      --workdir=*://* | --workdir*://*)
+        fail "$word is the address of a bucket, but the training takes folders; mount the bucket on every host" \
+          "(gcsfuse), and give the folder."
+        ;;
+    esac
+    previous=
+    [ "$word" != --workdir ] || previous=$word
+  done
 }

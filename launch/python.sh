@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Finds a suitable Python and keeps the repository's .venv in order.
 #
-# Sourced by quickstart.sh, test.sh and .ci/run. After `prepare_python runtime` or
-# `prepare_python test`, $python is the interpreter of an up-to-date .venv. $PYTHON, if set, names the
-# Python to use; otherwise `python3` is preferred, so that a machine's own choice holds.
+# Sourced by quickstart.sh, test.sh, install.sh and .ci/run. After `prepare_python runtime` (or test, tpu, cuda),
+# $python is the interpreter of an up-to-date .venv. $PYTHON, if set, names the Python to use; otherwise
+# `python3` is preferred, so that a machine's own choice holds.
 # Until a Python is found, only the shell's own commands are used.
 
 suitable="Python 3.11, 3.12 or 3.13"
@@ -121,6 +121,7 @@ install_packages() {
   local extras=
   say "Installing the packages into $venv (some minutes the first time)."
   rm -f "$venv"/installed-* "$venv/install.log"
+  case $2 in tpu | cuda) extras=$2 ;; esac
   if [ "$2" = test ]; then
     extras="test"
     if torch_wanted "$1"; then
@@ -133,7 +134,7 @@ install_packages() {
   pip_install --constraint "launch/constraints/py$1.txt" --editable ".${extras:+[$extras]}" || install_failed
 }
 
-# prepare_python runtime|test : makes or updates .venv, and sets python to its interpreter.
+# prepare_python runtime|test|tpu|cuda : makes or updates .venv, and sets python to its interpreter.
 prepare_python() {
   local purpose=$1 version stamp wanted
   python=$venv/bin/python
