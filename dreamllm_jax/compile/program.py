@@ -27,8 +27,9 @@ from dreamllm_jax.train.step import train_step
 
 GENERATION = ("prefill", "decode", "denoise")
 # By effort: what the compiler is told. At low effort a 7B step compiles in about an eighth of the time; FLOPs
-# and memory are the same to a few percent.
-EFFORTS: dict[str, dict[str, float]] = {"low": {"exec_time_optimization_effort": -1.0}, "full": {}}
+# and memory are the same to a few percent. 9 is XLA's EFFORT_O0: "exec_time_optimization_effort" -1 before,
+# which libtpu 0.0.50 refuses. 0 would be no choice at all, that is full effort.
+EFFORTS: dict[str, dict[str, int]] = {"low": {"optimization_level": 9}, "full": {}}
 
 
 @dataclasses.dataclass(frozen=True)
