@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Brings the repository to every host of TPU slices, and runs a command on all of them at once:
 # launch/tpu_vm_run.sh run SLICE --zone ZONE [options] -- COMMAND...
-# launch/tpu_vm_run.sh setup|logs|status|stop|preflight SLICE --zone ZONE [options]
+# launch/tpu_vm_run.sh preflight SLICE --zone ZONE [options] [-- OPTIONS OF preflight.sh]
+# launch/tpu_vm_run.sh setup|logs|status|stop SLICE --zone ZONE [options]
 #
 #   setup      copies the repository (what git would add) to ~/dreamllm_jax, installs it with its pinned versions
-#   preflight  setup must have run; launch/preflight.sh --platform tpu on every host, before anything is started
+#   preflight  after setup: launch/preflight.sh --platform tpu on every host at once, before anything is started
 #   start      begins the command on every host; it outlives the connection (launch/job.sh)
 #   logs       follows the log of one host until the job ends; its exit code is this script's
 #   run        setup, start, logs. After a preemption: recreate the slice, run the same command; training goes on
@@ -67,6 +68,7 @@ case $action in
     [ ${#command[@]} -gt 0 ] || fail "The command is missing; give it after -- (see ${0##*/} --help)."
     check_workdir "${command[@]}"
     ;;
+  preflight) ;;
   *) [ ${#command[@]} = 0 ] || fail "$action takes no command; run and start do." ;;
 esac
 [ -z "$env" ] || load_env "$env"
@@ -152,6 +154,6 @@ case $action in
   start) start ;;
   logs) logs ;;
   run) setup && start && logs ;;
-  preflight) everywhere 'cd dreamllm_jax && launch/preflight.sh --platform tpu' ;;
+  preflight) everywhere "cd dreamllm_jax && $(quoted launch/preflight.sh --platform tpu "${command[@]}")" ;;
   status | stop) everywhere "$(job "$action")" ;;
 esac

@@ -97,7 +97,16 @@ def test_gcloud_is_missing(cluster):
     assert "gcloud is not installed" in sentence and "--dry-run" in sentence
 
 
-@pytest.mark.parametrize("script", [QUEUED, RUN, "job.sh", "install.sh"])
+@pytest.mark.parametrize("script", [QUEUED, RUN, "job.sh", "install.sh", "preflight.sh"])
 def test_help(cluster, script):
     result = cluster.launch(script, "--help")
     assert result.returncode == 0 and f"launch/{script}" in result.stdout and not result.stderr
+
+
+def test_preflight_on_every_host(cluster):
+    cluster.add("gcloud")
+    words = ("--", "--workdir", "/mnt/my runs")
+    assert cluster.launch(RUN, "preflight", "dream", "--zone", "z", *words).returncode == 0
+    (asked,) = cluster.asked()
+    line = "cd dreamllm_jax && launch/preflight.sh --platform tpu --workdir '/mnt/my runs'"
+    assert asked[5:] == ["dream", "--zone=z", "--worker=all", f"--command={line}"]
