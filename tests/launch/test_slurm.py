@@ -1,4 +1,4 @@
-"""slurm.sbatch with stand-ins for srun, scancel and scontrol; as under SLURM, a copy in another folder runs."""
+"""slurm.sbatch, with stand-ins for srun, scancel and scontrol; a copy of the file is run, as SLURM does."""
 
 import re
 import shutil
