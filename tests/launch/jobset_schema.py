@@ -2,8 +2,8 @@
 
 JobSet: config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml of github.com/kubernetes-sigs/jobset at
 08dfbdfd (August 2026), which contains Kubernetes' own schema of Jobs and Pods. Values of enumerations that
-stand there as text only (completionMode, restartPolicy) are those of the Kubernetes API reference, batch/v1 and
-core/v1.
+stand there as text only (completionMode, restartPolicy) are those of the Kubernetes API reference, batch/v1
+and core/v1.
 Every field that is not written here is refused, so a new one is looked up first.
 """
 
