@@ -4,6 +4,9 @@
 # Sourced after python.sh, whose say and fail it uses. `run` prints each command before it runs it; with dry=1 it
 # prints only. `load_env FILE` prints and keeps the settings of a file of launch/env in env_settings.
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  fail "bash is $BASH_VERSION, and 4.4 or later is needed; macOS brings 3.2: brew install bash."
+
 dry=0
 env_settings=() # NAME=VALUE, one per variable
 
@@ -30,7 +33,8 @@ run() {
 
 # need TOOL HOW: the tool is on the PATH, or the script ends with how to get it. A dry run needs no tool.
 need() {
-  [ "$dry" = 1 ] || command -v "$1" >/dev/null || fail "$1 is not installed: $2; --dry-run shows the commands without it."
+  [ "$dry" = 1 ] || command -v "$1" >/dev/null ||
+    fail "$1 is not installed: $2; --dry-run shows the commands without it."
 }
 
 # given NAME VALUE: an argument that must be there.

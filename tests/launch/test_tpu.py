@@ -97,7 +97,9 @@ def test_gcloud_is_missing(cluster):
     assert "gcloud is not installed" in sentence and "--dry-run" in sentence
 
 
-@pytest.mark.parametrize("script", [QUEUED, RUN, "job.sh", "install.sh", "preflight.sh"])
+@pytest.mark.parametrize(
+    "script", [QUEUED, RUN, "job.sh", "install.sh", "preflight.sh", "xpk.sh", "slurm.sbatch"]
+)
 def test_help(cluster, script):
     result = cluster.launch(script, "--help")
     assert result.returncode == 0 and f"launch/{script}" in result.stdout and not result.stderr
