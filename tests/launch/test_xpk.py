@@ -1,4 +1,4 @@
-"""xpk.sh: what xpk is asked to do, as its parsers (src/xpk/parser of github.com/AI-Hypercomputer/xpk) take it."""
+"""xpk.sh: what xpk is asked to do, as its parsers take it (src/xpk/parser of its repository)."""
 
 import shlex
 
