@@ -1,0 +1,243 @@
+"""Runs a command on every host of a TPU slice that belongs to a Ray cluster, once on each:
+
+python launch/ray_tpu.py --type v5p-128 [options] -- python -m dreamllm_jax.train --config=... --workdir=...
+
+Ray marks the first host of a slice with the resource TPU-v5p-128-head, and each of its hosts with the
+slice's name (ray._private.accelerators.tpu). An actor on the first takes the slice and tells its name and
+the number of its hosts; then each host gets one task that asks for the name and all chips. When a command
+fails the others are ended, and its exit code is this script's. Several slices as one program are for
+tpu_vm_run.sh, xpk.sh or GKE.
+
+Every host needs the repository, at the same place, and a `python` that has its packages (the image of
+launch/Dockerfile.tpu, with ray). ray is no dependency of this project: pip install ray, or be on a Ray node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+JOINED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # may stand in several lines of a file of launch/env
+SECONDS_TO_END = 60
+
+
+class SliceHead:
+    """The actor that holds a slice's head; methods run on its first host."""
+
+    def describe(self) -> tuple[str | None, int | None, int]:
+        """The slice's name, the number of its hosts, and the chips on each."""
+        from ray.util.accelerators import tpu
+
+        chips = tpu.get_num_tpu_chips_on_node()
+        return tpu.get_current_pod_name(), tpu.get_current_pod_worker_count(), chips
+
+
+def run_on_host(command: list[str], settings: dict[str, str], folder: str) -> int:
+    """Runs the command on this host, hands its output on, and returns its exit code.
+
+    Ray's cancel comes as a KeyboardInterrupt: the command and what it started are asked to end, then made to.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **settings},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:  # no such command or folder on this host
+        print(f"{command[0]} cannot be started in {folder}: {error.strerror}.", flush=True)
+        return 127
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+        code = process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return code if code >= 0 else 128 - code
+
+
+def read_settings(path: str) -> dict[str, str]:
+    """The settings of a file of launch/env, printed before anybody uses them.
+
+    Raises:
+      ValueError: the file cannot be read, or a line is no NAME=VALUE, or sets what is set already.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"--env {path} cannot be read ({error.strerror}); see launch/env.") from error
+    settings: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line or line.startswith("#"):
+            continue
+        found = re.fullmatch(r"([A-Z][A-Z0-9_]*)=(.+)", line)
+        if found is None:
+            raise ValueError(f"{path}, line {number}, is not NAME=VALUE: {line}.")
+        name, value = found.groups()
+        if name in settings and name not in JOINED:
+            raise ValueError(f"{path}, line {number}, sets {name} again; only {' and '.join(JOINED)} may be.")
+        settings[name] = f"{settings[name]} {value}" if name in settings else value
+    print(f"Set by --env {path}:", *(f"  {name}={value}" for name, value in settings.items()), sep="\n")
+    return settings
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The options, with `command` as a list of words.
+
+    Raises:
+      ValueError: the command is missing, the type is none, or the workdir is a bucket's address.
+    """
+    own, command = (words, []) if "--" not in words else split_at(words, words.index("--"))
+    parser = argparse.ArgumentParser(
+        prog="launch/ray_tpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--type", required=True, help="v5p-128 is v5p:4x4x4; as Ray names it: TPU-v5p-128-head"
+    )
+    parser.add_argument("--address", default="auto", help="the Ray cluster (default: the one of this host)")
+    parser.add_argument(
+        "--env", help="settings for the command, such as launch/env/tpu_v5p.env; printed first"
+    )
+    parser.add_argument(
+        "--folder", default=os.getcwd(), help="the repository on the hosts (default: as here)"
+    )
+    parser.add_argument(
+        "--wait", type=int, default=600, help="seconds to wait for a free slice (default 600)"
+    )
+    parser.add_argument("--restarts", type=int, default=0, help="so often, where a host was lost (default 0)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be asked of Ray")
+    parser.error = complain  # type: ignore[method-assign]
+    options = parser.parse_args(own)
+    if not command:
+        raise ValueError("The command is missing; give it after --, see launch/ray_tpu.py --help.")
+    if not re.fullmatch(r"v\d+[a-z]*-\d+", options.type):
+        raise ValueError(f"--type is '{options.type}'; give one such as v5p-128, v5litepod-256 or v6e-256.")
+    if options.wait < 1 or options.restarts < 0:
+        raise ValueError("--wait must be 1 or more and --restarts 0 or more.")
+    for before, word in zip(["", *command], command, strict=False):
+        if word.startswith("--workdir=") or before == "--workdir":
+            if "://" in word:
+                raise ValueError(
+                    f"{word} is a bucket's address; mount it on every host, and give the folder."
+                )
+    options.command = command
+    return options
+
+
+def split_at(words: list[str], index: int) -> tuple[list[str], list[str]]:
+    return words[:index], words[index + 1 :]
+
+
+def complain(message: str) -> None:
+    """What argparse finds wrong, as our mistakes are told."""
+    raise ValueError(f"{message[0].upper()}{message[1:]}; see launch/ray_tpu.py --help.")
+
+
+def take_slice(ray: Any, options: argparse.Namespace) -> tuple[Any, str, int, int]:
+    """The actor that holds a slice, its name, hosts, and chips a host.
+
+    Raises:
+      ValueError: no slice of the type is free in time, or Ray does not know what it is.
+    """
+    resource = f"TPU-{options.type}-head"
+    head = ray.remote(SliceHead).options(num_cpus=0, resources={resource: 1}).remote()
+    description = head.describe.remote()
+    ready, _ = ray.wait([description], timeout=options.wait)
+    if not ready:
+        ray.kill(head)
+        known = sorted(name for name in ray.cluster_resources() if re.fullmatch("TPU-.*-head", name))
+        raise ValueError(
+            f"No slice with {resource} was free within {options.wait} s; the cluster has "
+            f"{', '.join(known) or 'no slices'}; wait longer with --wait, or add one."
+        )
+    name, hosts, chips = ray.get(description)
+    if not name or not hosts or not chips:
+        ray.kill(head)
+        raise ValueError(
+            f"Ray does not know the slice behind {resource} (name {name}, {hosts} hosts, {chips} chips)."
+        )
+    return head, name, hosts, chips
+
+
+def run_once(ray: Any, options: argparse.Namespace, settings: dict[str, str]) -> int:
+    """Runs the command on all hosts of a free slice; its exit code, the first that is not 0.
+
+    Raises:
+      ray.exceptions.RayError: a host was lost.
+    """
+    head, name, hosts, chips = take_slice(ray, options)
+    print(f"{name}: {hosts} hosts of {chips} chips run {shlex.join(options.command)}", flush=True)
+    try:
+        # Each host has the slice's name once and all its chips once: no host gets two tasks.
+        on_host = ray.remote(run_on_host).options(
+            num_cpus=0, max_retries=0, resources={"TPU": chips, name: 1}
+        )
+        running = [on_host.remote(options.command, settings, options.folder) for _ in range(hosts)]
+        code = 0
+        try:
+            while running and code == 0:
+                (done,), running = ray.wait(running, num_returns=1)
+                code = ray.get(done)
+        finally:  # a command failed, a host was lost, or Ctrl-C
+            for task in running:
+                ray.cancel(task)
+            if running:
+                ray.wait(running, num_returns=len(running), timeout=SECONDS_TO_END + 10)
+        return code
+    finally:
+        ray.kill(head)
+
+
+def main() -> int:
+    try:
+        options = parse(sys.argv[1:])
+        settings = {} if options.env is None else read_settings(options.env)
+        if options.dry_run:
+            print(f"An actor with TPU-{options.type}-head: 1, then on each host, in {options.folder}:")
+            print(shlex.join([*(f"{name}={value}" for name, value in settings.items()), *options.command]))
+            return 0
+        try:
+            import ray
+        except ImportError:
+            raise ValueError(
+                "ray is not installed; pip install 'ray[default]', or run this on a Ray node."
+            ) from None
+        try:
+            ray.init(address=options.address)
+        except ConnectionError as error:
+            raise ValueError(f"There is no Ray cluster at --address {options.address} ({error}).") from error
+        for left in range(options.restarts, -1, -1):
+            try:
+                return run_once(ray, options, settings)
+            except ray.exceptions.RayError as error:
+                print(
+                    f"A host was lost ({str(error).splitlines()[0]}); restarts left: {left}.",
+                    file=sys.stderr,
+                )
+        raise ValueError("A host was lost; the same command goes on from the training's workdir.")
+    except ValueError as error:
+        print(f"ray_tpu.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
