@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package with its pinned versions into .venv of the repository: launch/install.sh runtime|tpu|cuda
+# Installs the package with its pinned versions into .venv of the repository: launch/install.sh runtime|tpu|cuda [--dry-run]
 #
 # `tpu` adds libtpu, `cuda` adds CUDA 12's libraries. Run again, it does nothing unless a version has changed.
 # TPU VMs may bring a Python that is too old; `apt-get install python3.11-venv` adds one, and this script finds it.
@@ -10,7 +10,22 @@ here=${BASH_SOURCE[0]%/*}
 . "$here/python.sh"
 
 case ${1:-} in
-  runtime | tpu | cuda) prepare_python "$1" ;;
-  -h | --help) say "Usage: launch/install.sh runtime|tpu|cuda" ;;
+  runtime | tpu | cuda) ;;
+  -h | --help)
+    say "Usage: launch/install.sh runtime|tpu|cuda [--dry-run]"
+    exit 0
+    ;;
   *) fail "'${1:-}' is nothing that can be installed; give runtime, tpu or cuda." ;;
+esac
+case ${2:-} in
+  '') prepare_python "$1" ;;
+  --dry-run)
+    extras=
+    [ "$1" = runtime ] || extras="[$1]"
+    find_python
+    version=$(python_version "$base_python")
+    say "$base_python -m venv $venv # unless it is there, with Python ${version%??}.${version#?}"
+    say "$venv/bin/python -m pip install --constraint launch/constraints/py$version.txt --editable '.$extras'"
+    ;;
+  *) fail "'$2' is unknown; after $1 give nothing or --dry-run." ;;
 esac

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Runs a command on this host so that it outlives the connection, keeps its log, and tells how it ended:
-# launch/job.sh start NAME [--env FILE] -- COMMAND...
+# launch/job.sh start NAME [--env FILE] [--dry-run] -- COMMAND...
 # launch/job.sh logs|status|stop NAME
 #
 #   start   begins the command in the background; refused while a job of that name runs. Run again after it has
 #           ended, it starts anew and the log grows: a training goes on from its workdir
 #   logs    prints the log as it grows, until the job ends; the job's exit code is this script's
 #   status  one line: running, ended with an exit code, or lost (the host was restarted)
-#   stop    asks the job and all it started to end, and after 60 seconds makes them
+#   stop    asks the job and all it started to end (SIGTERM), and after 5 minutes makes them
 #
 # Jobs are kept in ~/.dreamllm_jax/NAME (log, pid, exit code). tpu_vm_run.sh calls this on every host.
 set -euo pipefail
@@ -48,16 +48,29 @@ state() {
 boot() { cat /proc/sys/kernel/random/boot_id 2>/dev/null || say unknown; }
 
 start() {
-  if [ "${1:-}" = --env ]; then
-    with_value "$@"
-    load_env "$2"
-    shift 2
-  fi
+  while :; do
+    case ${1:-} in
+      --env)
+        with_value "$@"
+        load_env "$2"
+        shift 2
+        ;;
+      --dry-run)
+        dry=1
+        shift
+        ;;
+      *) break ;;
+    esac
+  done
   [ "${1:-}" = -- ] || fail "Before the command -- is missing (see ${0##*/} --help)."
   shift
   [ $# -gt 0 ] || fail "After -- the command is missing (see ${0##*/} --help)."
   [ "$(state)" != running ] || fail "The job $name runs already on $(hostname); stop it first, or follow its logs."
   check_workdir "$@"
+  if [ "$dry" = 1 ]; then
+    say "cd $(quoted "$root") && $(remote_command "$@") >>$(quoted "$folder/log") 2>&1 &"
+    return
+  fi
   mkdir -p "$folder"
   rm -f "$folder/exit" "$folder/pid"
   boot >"$folder/boot"
@@ -92,11 +105,11 @@ stop() {
   [ "$(state)" = running ] || { status; return; }
   pid=$(cat "$folder/pid")
   kill -TERM -- "-$pid"
-  for _ in {1..600}; do
+  for _ in {1..3000}; do
     kill -0 -- "-$pid" 2>/dev/null || break
     sleep 0.1
   done
-  if kill -KILL -- "-$pid" 2>/dev/null; then say "$(hostname): $name did not end within 60 s and was killed." >&2; fi
+  if kill -KILL -- "-$pid" 2>/dev/null; then say "$(hostname): $name did not end within 5 minutes and was killed." >&2; fi
   [ -f "$folder/exit" ] || say 143 >"$folder/exit"
   status
 }

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 JOINED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # may stand in several lines of a file of launch/env
-SECONDS_TO_END = 60
+SECONDS_TO_END = 300  # a checkpoint may be written
 
 
 class SliceHead:

@@ -117,7 +117,7 @@ case $action in
     for setting in "${env_settings[@]}"; do settings+=("--env=$setting"); done
     # What JAX ends with where another host was lost is, for xpk, a failure of the user's code.
     run xpk workload create "${where[@]}" "${slice[@]}" "--workload=$name" "--docker-image=$image" \
-      "--max-restarts=$restarts" --restart-on-user-code-failure "${settings[@]}" \
-      "--command=cd /opt/dreamllm_jax && $(quoted "${command[@]}")"
+      "--max-restarts=$restarts" --restart-on-user-code-failure --termination-grace-period-seconds=300 \
+      "${settings[@]}" "--command=cd /opt/dreamllm_jax && $(quoted "${command[@]}")"
     ;;
 esac

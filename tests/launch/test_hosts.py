@@ -112,3 +112,25 @@ def test_dry_run_touches_nothing(pod, tmp_path):
     assert [line.split()[4] for line in lines] == ["scp", "scp", "ssh", "ssh", "ssh", "ssh", "ssh"]
     assert lines[-1].split()[5] == "pair-0" and "--worker=0" in lines[-1]
     assert not any((tmp_path / "hosts" / "pair-0.0").iterdir())
+
+
+def test_job_dry_run(cluster):
+    """what would be started, as a line of shell; nothing is."""
+    (cluster.home / "a.env").write_text("X=two words\n")
+    words = ("start", "nap", "--env", "a.env", "--dry-run", "--", "echo", "it's")
+    result = cluster.launch("job.sh", *words)
+    assert result.returncode == 0 and not (cluster.home / ".dreamllm_jax").exists()
+    assert result.stdout.endswith(
+        """&& env 'X=two words' echo 'it'\\''s' >>%s 2>&1 &\n"""
+        % (cluster.home / ".dreamllm_jax" / "nap" / "log")
+    )
+
+
+def test_install_dry_run(cluster):
+    """The pins are those of the Python that would be used."""
+    cluster.add("python3", "if 'version_info' in sys.argv[-1]: print('312')")
+    result = cluster.launch("install.sh", "cuda", "--dry-run")
+    assert result.returncode == 0
+    assert "install --constraint launch/constraints/py312.txt --editable '.[cuda]'" in result.stdout
+    assert "after tpu give nothing or --dry-run" in cluster.refused("install.sh", "tpu", "--now")
+    assert "give runtime, tpu or cuda" in cluster.refused("install.sh", "gpu")

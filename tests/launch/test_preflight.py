@@ -128,11 +128,11 @@ def test_versions(host):
     host.pins.write_text(pins.replace("libtpu==1.2", "libtpu==1.3"))
     assert "libtpu is 1.2, not 1.3; launch/install.sh tpu" in host.fails("versions")
     host.pins.write_text(pins)
-    (host.site / "libtpu-1.2.dist-info").rename(host.site / "other.dist-info")
-    (host.site / "other.dist-info" / "METADATA").write_text("Name: other\nVersion: 1\n")
-    found = host.look(PYTHONPATH=str(host.site))["versions"]
-    if not any(one.metadata["Name"] == "libtpu" for one in metadata.distributions()):
-        assert found[0] == "FAILED" and "libtpu is missing" in found[1]
+    project = host.cluster.root / "pyproject.toml"
+    described = project.read_text()
+    project.write_text(described.replace('"absl-py"', '"absl-py", "not-here>=1"'))
+    assert "not-here is missing; launch/install.sh tpu" in host.fails("versions")
+    project.write_text(described)
     host.pins.unlink()
     assert "has no versions" in host.fails("versions")
 

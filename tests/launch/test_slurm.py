@@ -10,7 +10,7 @@ import pytest
 
 from tests.launch.conftest import ROOT, Cluster
 
-# srun runs the command once, as the tasks would; scancel ends it as SLURM would.
+# srun runs the command once, as the tasks would; scancel asks it to end, and being queued again ends it.
 SRUN = """
 import subprocess, pathlib
 words = sys.argv[1:]
@@ -20,9 +20,10 @@ child = subprocess.Popen(words)
 pathlib.Path({pid!r}).write_text(str(child.pid))
 sys.exit(child.wait() % 256)
 """
-SCANCEL = """
-import signal
-os.kill(int(open({pid!r}).read()), signal.SIGTERM)
+KILL = """
+import contextlib, signal
+with contextlib.suppress(ProcessLookupError):
+    os.kill(int(open({pid!r}).read()), signal.{name})
 """
 
 
@@ -37,8 +38,8 @@ def slurm(cluster: Cluster, tmp_path) -> Cluster:
     shutil.copy(ROOT / "launch" / "slurm.sbatch", cluster.root / "launch")
     pid = str(tmp_path / "pid")
     cluster.add("srun", SRUN.format(pid=pid))
-    cluster.add("scancel", SCANCEL.format(pid=pid))
-    cluster.add("scontrol")
+    cluster.add("scancel", KILL.format(pid=pid, name="SIGTERM"))
+    cluster.add("scontrol", KILL.format(pid=pid, name="SIGKILL"))
     return cluster
 
 
@@ -54,15 +55,15 @@ def test_runs_the_command_on_all_tasks(slurm, job, tmp_path):
     assert result.returncode == 9 and result.stdout == f"--a=1 --b=2 in {tmp_path / 'clone'}\n"
     assert "Set by --env gpu.env:\n  XLA_FLAGS=--a=1 --b=2\n" in result.stderr
     (asked,) = slurm.asked()
-    assert asked[:3] == ["srun", "--kill-on-bad-exit=1", "--gpu-bind=none"]
-    assert asked[3:] == ["env", "XLA_FLAGS=--a=1 --b=2", "bash", "-c", line]
+    assert asked[:4] == ["srun", "--kill-on-bad-exit=1", "--gpu-bind=none", "--cpu-bind=none"]
+    assert asked[4:] == ["env", "XLA_FLAGS=--a=1 --b=2", "bash", "-c", line]
 
 
-@pytest.mark.parametrize(("ends", "again"), [("exit 143", True), ("exit 0", False)])
+@pytest.mark.parametrize(("ends", "again"), [("exit 143", True), ("exit 0", False), ("", True)])
 def test_queued_again_when_its_time_is_over(slurm, job, ends, again, tmp_path):
-    """Unless the training was done: it may end well between the notice and the end."""
+    """Unless the training was done after the notice; one that does not listen is not awaited for ever."""
     line = f"trap '{ends}' TERM; echo begun; while :; do sleep 0.1; done"
-    script = [str(slurm.root / "launch" / "slurm.sbatch"), "--", "bash", "-c", line]
+    script = [str(slurm.root / "launch" / "slurm.sbatch"), "--grace", "2", "--", "bash", "-c", line]
     path = {"PATH": f"{slurm.bin}:/usr/bin:/bin", "HOME": str(slurm.home)}
     with subprocess.Popen(
         ["bash", *script], env={**path, **job}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -81,7 +82,9 @@ def test_dry_run_needs_no_slurm(slurm, tmp_path):
     result = slurm.launch("slurm.sbatch", "--dry-run", "--", "python", "-m", "a module", **variables)
     python = tmp_path / "clone" / ".venv" / "bin" / "python"
     assert result.returncode == 0
-    assert result.stdout == f"srun --kill-on-bad-exit=1 --gpu-bind=none {python} -m 'a module'\n"
+    assert (
+        result.stdout == f"srun --kill-on-bad-exit=1 --gpu-bind=none --cpu-bind=none {python} -m 'a module'\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,7 @@ def test_dry_run_needs_no_slurm(slurm, tmp_path):
     [
         ("", "The command is missing"),
         ("python x.py", "'python' is unknown"),
+        ("--grace long -- true", "--grace is 'long'"),
         ("--env no.env -- python", "--env no.env cannot be read"),
         ("-- python", ".venv/bin/python; launch/install.sh cuda makes it"),
         ("-- true --workdir=gs://b/run", "mount the bucket"),
@@ -113,5 +117,5 @@ def test_what_sbatch_is_told():
     found = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", head, re.M))
     assert len(found) == text.count("#SBATCH --") >= 9
     assert not {"account", "partition", "qos", "time", "nodelist", "mail-user"} & set(found)
-    assert found["gpus-per-node"] == found["ntasks-per-node"] and found["signal"] == "B:USR1@120"
+    assert found["gpus-per-node"] == found["ntasks-per-node"] and found["signal"] == "B:USR1@300"
     assert "requeue" in found and found["open-mode"] == "append"

@@ -50,6 +50,7 @@ def test_run(cluster):
         *(ASKED.split()),
         *("--tpu-type=v5p-128", "--num-slices=1", "--workload=dream", "--docker-image=r/i:1"),
         *("--max-restarts=50", "--restart-on-user-code-failure"),
+        "--termination-grace-period-seconds=300",
         *("--env=LIBTPU_INIT_ARGS=--a=1 --b=2", "--env=X=3"),
     ]
     folder, command = asked[-1].removeprefix("--command=").split(" && ")
