@@ -111,6 +111,14 @@ def test_packed_rows_on_a_mesh(devices, function, sizes, kv_heads):
 
 
 @pytest.mark.parametrize("function", [SMALL, INTERPRETED], ids=["chunked", "splash"])
+@pytest.mark.parametrize("mask", [None, Mask(segments(2, 384))], ids=["none", "segments"])
+def test_a_split_length_without_causality(devices, function, mask):
+    """384 queries in four parts: padded, to 512 by the kernel."""
+    with jax.set_mesh(make_mesh(MeshConfig(1, 2, 1, 4), devices)):
+        assert_equals_reference(function, *random_qkv(2, 384, 384), mask)
+
+
+@pytest.mark.parametrize("function", [SMALL, INTERPRETED], ids=["chunked", "splash"])
 @pytest.mark.parametrize("pictures", [8, 4])
 def test_pictures_on_a_mesh(devices, function, pictures):
     """Eight pictures take all axes; of four, `tensor` is left to the heads."""

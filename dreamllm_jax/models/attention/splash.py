@@ -52,7 +52,8 @@ def splash(
     # [B, N, L, H]. The kernel does not scale: the queries are, and rounded.
     q = _padded((q * (q.shape[-1] ** -0.5)).astype(q.dtype), multiple).swapaxes(1, 2)
     k, v = (_padded(x, multiple).swapaxes(1, 2) for x in (k, v))
-    kernel = _kernel(q, k, mask is not None and mask.causal, parts, interpret)
+    causal = mask is not None and mask.causal
+    kernel = _kernel(q, k, causal, parts, interpret)
 
     def run(kernel, q, k, v, ids):
         each = jax.vmap(kernel, (0, 0, 0, None if ids is None else 0))
@@ -64,7 +65,9 @@ def splash(
         run = jax.shard_map(
             run,
             in_specs=(
-                kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries))),
+                kernel.manual_sharding_spec(
+                    NamedSharding(mesh, PartitionSpec(None, queries if causal else None))
+                ),
                 split,
                 whole,
                 whole,
@@ -106,9 +109,15 @@ def _segments(q: Array, k: Array, mask: Mask | None, multiple: int) -> pallas.Se
 
 def _kernel(q: Array, k: Array, causal: bool, parts: int, interpret: bool) -> pallas.SplashAttentionKernel:
     """The kernel for queries [B, N, L, H] in `parts` along their length, and keys [B, K, S, H]."""
-    shape = q.shape[2], k.shape[2]
-    one = pallas.CausalMask(shape, shard_count=parts) if causal else pallas.FullMask(shape)
-    rows, columns = block_size(shape[0] // parts), block_size(shape[1])
+    length, keys = q.shape[2] // parts, k.shape[2]
+    # Causality depends on where a part stands. Without it all parts are alike, and the kernel is one part's:
+    # the library cannot divide a mask in which nothing is hidden.
+    one = (
+        pallas.CausalMask((q.shape[2], keys), shard_count=parts)
+        if causal
+        else pallas.FullMask((length, keys))
+    )
+    rows, columns = block_size(length), block_size(keys)
     blocks = pallas.BlockSizes(
         block_q=rows,
         block_kv=columns,
@@ -121,7 +130,7 @@ def _kernel(q: Array, k: Array, causal: bool, parts: int, interpret: bool) -> pa
         pallas.MultiHeadMask([one] * q.shape[1]),
         block_sizes=blocks,
         head_shards=1,
-        q_seq_shards=parts,
+        q_seq_shards=parts if causal else 1,
         residual_checkpoint_name="attended",
         interpret=interpret,
     )
