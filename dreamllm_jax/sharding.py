@@ -18,6 +18,7 @@ replicated by accident.
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Sequence
@@ -242,21 +243,44 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global device arrays from each process's own rows (numpy, this process's share).
+def process_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which of a global batch's rows this process's own devices hold, in order: those it has to read.
+
+    Where devices of several processes hold the same row (`tensor` or `context` reaches over hosts) each of
+    these processes reads it.
 
     Raises:
       ValueError: the rows are not divisible by the devices that split them.
     """
-    sharding, split = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % split:
+        raise ValueError(
+            f"A batch of {rows} rows is not divisible by data x fsdp = {split} devices; "
+            "choose a multiple as the number of rows."
+        )
+    slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (cut,) in slices for row in range(*cut.indices(rows))})
+
+
+def shard_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
+    """Global device arrays of `rows` rows from this process's own (numpy, the `process_rows`).
+
+    `rows` may be left out where there is one process.
+
+    Raises:
+      ValueError: the rows are not divisible by the devices that split them.
+    """
+    total = len(jax.tree.leaves(batch)[0]) if rows is None else rows
+    held, sharding = process_rows(mesh, total), batch_sharding(mesh)
 
     def put(x: Any) -> jax.Array:
-        rows = x.shape[0] * jax.process_count()
-        if rows % split:
-            raise ValueError(
-                f"A batch of {rows} rows is not divisible by data x fsdp = {split} devices; "
-                "choose a multiple as the number of rows."
-            )
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        assert len(x) == len(held), f"{len(x)} rows; this process has {len(held)} of {total}"
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(total)
+            begin = bisect.bisect_left(held, start)  # a device's rows lie side by side here too
+            return np.asarray(x[begin : begin + stop - start])
+
+        return jax.make_array_from_callback((total, *x.shape[1:]), sharding, part)
 
     return jax.tree.map(put, batch)

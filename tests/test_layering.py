@@ -15,7 +15,7 @@ PACKAGE = "dreamllm_jax"
 
 # A room imports from the rooms of earlier rows, from itself, and from what BESIDE lets it.
 ORDER = (
-    ("types", "config"),
+    ("types", "config", "processes"),
     ("sharding",),
     ("models", "diffusion.schedule"),
     ("losses", "diffusion.sampling"),
@@ -24,7 +24,7 @@ ORDER = (
     ("compile",),
 )
 # Rooms beside that order: what each stands on.
-BESIDE = {"data": ("types", "config"), "convert": ("config", "models", "data")}
+BESIDE = {"data": ("types", "config"), "convert": ("config", "processes", "models", "data")}
 # The rooms that may use those beside.
 USERS_OF_BESIDE = ("train", "generate", "evaluate", "convert.verify", "compile")
 # The package's front door shows a few names of these rooms; nobody inside enters by it.

@@ -15,10 +15,11 @@ from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig, Generatio
 from dreamllm_jax.convert.compose import with_control_tokens
 from dreamllm_jax.convert.shapes import expected_shapes
 from dreamllm_jax.convert.sources import open_source
-from dreamllm_jax.convert.storage import cast, new_folder, open_params, save_params
+from dreamllm_jax.convert.storage import cast, new_folder, open_params, read_along, save_params
 from dreamllm_jax.convert.tensors import Tensor
 from dreamllm_jax.convert.weights import read_config
 from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.processes import barrier, is_main
 
 FORMAT = "dreamllm_jax"
 
@@ -41,10 +42,25 @@ def save_pretrained(
 ) -> None:
     """Writes the folder whole or not at all (beside, then renamed), in place of an older model there.
 
+    Of several processes, which all call this, process 0 writes.
+
     Raises:
       ValueError: the folder holds something else than such a model.
     """
-    folder = Path(folder)
+    if is_main():
+        _write_model(Path(folder), params, config, tokenizer, generation)
+    else:
+        read_along(params)
+    barrier(f"{folder} is written")
+
+
+def _write_model(
+    folder: Path,
+    params: Mapping[str, Any],
+    config: DreamLLMConfig,
+    tokenizer: Tokenizer,
+    generation: GenerationConfig,
+) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not _holds_model(folder):
         raise ValueError(f"{folder} holds something else than a saved model; give a new or empty folder.")
     with new_folder(folder, overwrite=True) as beside:

@@ -27,7 +27,9 @@ from dreamllm_jax.convert.tensors import (
     Cast,
     Tensor,
     contiguous,
+    is_read_together,
     num_bytes,
+    pieces,
     row_ranges,
 )
 
@@ -104,6 +106,14 @@ def save_params(
         old.unlink(missing_ok=True)
     with progress_bar(total, f"writing {folder.name}", progress) as step:
         write_sharded(folder, STEM, tensors, shard_bytes, step, always_index=True)
+
+
+def read_along(params: Mapping[str, Any]) -> None:
+    """What the other processes do while process 0 calls `save_params`: their share of the reading."""
+    for tensor in as_tensors(params).values():
+        if is_read_together(tensor):
+            for read in pieces(tensor):
+                read()
 
 
 def open_params(folder: str | Path) -> dict[str, Tensor]:

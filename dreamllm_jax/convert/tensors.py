@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from dreamllm_jax.convert.byte_ranges import CHUNK_BYTES, Storage
+from dreamllm_jax.processes import is_spread, to_host
 
 Shape = tuple[int, ...]
 
@@ -124,7 +125,7 @@ class FileTensor:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayTensor:
-    """An array in memory (numpy, or a jax.Array, fetched from its device when read)."""
+    """An array in memory (numpy, or a jax.Array, fetched from its devices when read)."""
 
     name: str
     array: Any
@@ -146,7 +147,7 @@ class ArrayTensor:
         return np.dtype(self.array.dtype)
 
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        return np.asarray(self.array if start is None and stop is None else self.array[start:stop])
+        return to_host(self.array, start, stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +257,12 @@ class Cast:
         return self.base.read(start, stop).astype(self.dtype, copy=False)
 
 
+def is_read_together(tensor: Tensor) -> bool:
+    """Whether the values lie on devices of several processes, which all read the same pieces in one order."""
+    base = tensor.base if isinstance(tensor, Cast) else tensor
+    return isinstance(base, ArrayTensor) and is_spread(base.array)
+
+
 def contiguous(array: np.ndarray) -> np.ndarray:
     """The array in row-major order; transposed matrices are copied in strips that fit the cache.
 
@@ -296,8 +303,9 @@ def stream(tensors: Iterable[Tensor]) -> Iterator[tuple[int, np.ndarray]]:
     with ThreadPoolExecutor(READERS) as pool:
         try:
             for number, tensor in enumerate(tensors):
+                submit = _now if is_read_together(tensor) else pool.submit
                 for read in pieces(tensor):
-                    waiting.append((number, pool.submit(read)))
+                    waiting.append((number, submit(read)))
                     if len(waiting) > READERS:
                         done, future = waiting.popleft()
                         yield done, future.result()
@@ -307,6 +315,13 @@ def stream(tensors: Iterable[Tensor]) -> Iterator[tuple[int, np.ndarray]]:
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def _now(read: Callable[[], np.ndarray]) -> Future:
+    """Reads at once, in this thread: what processes do together keeps its order."""
+    future: Future = Future()
+    future.set_result(read())
+    return future
 
 
 def _contiguous(shape: Sequence[int]) -> Shape:

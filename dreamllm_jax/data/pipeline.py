@@ -14,6 +14,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -104,13 +105,12 @@ def batches(
     seed: int,
     null_dream: bool = False,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    numbers: Items[int] | None = None,
 ) -> BatchStream:
-    """The batches of one stage: this host's rows of them, as numpy arrays, from `start_step` on.
+    """The batches of one stage, as numpy arrays, from `start_step` on: the rows of these numbers, or all.
 
     Raises:
-      ValueError: rows that do not divide among the hosts, no source, no room for any document.
+      ValueError: no source, no room for any document.
     """
     layout = row_layout(config, model, null_dream)
     size = max(layout.image_size or 0, layout.dream_size or 0) or 16
@@ -124,8 +124,7 @@ def batches(
         lookahead=config.lookahead,
         prefetch=config.prefetch,
         start_step=start_step,
-        process_index=process_index,
-        process_count=process_count,
+        numbers=numbers,
     )
 
 
@@ -142,22 +141,13 @@ class BatchStream(Iterator[Batch]):
         lookahead: int = 8,
         prefetch: int = 2,
         start_step: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        numbers: Items[int] | None = None,
     ):
-        """This host's share of `rows`: those from `process_index * rows / process_count` on.
-
-        Raises:
-          ValueError: rows that do not divide among the processes.
-        """
-        if rows % process_count:
-            raise ValueError(
-                f"data.rows={rows} does not divide among {process_count} processes; choose a multiple."
-            )
-        share = rows // process_count
+        """Of the global batch's `rows`, those of these `numbers`, in this order (None: all)."""
         self._source, self._tokenizer, self._layout = source, tokenizer, layout
         self._rows, self._lookahead, self._prefetch = rows, lookahead, prefetch
-        self._numbers = range(process_index * share, (process_index + 1) * share)
+        self._numbers = range(rows) if numbers is None else list(numbers)
+        assert self._numbers and all(0 <= row < rows for row in self._numbers), numbers
         self._draws = _Draws(seed)
         self._worker: _Worker | None = None
         self.load_state({"step": start_step, "rows": {}})
@@ -177,7 +167,7 @@ class BatchStream(Iterator[Batch]):
     def load_state(self, state: dict) -> None:
         """Goes to the place of a `state_dict()`: the next batch is the one that followed it.
 
-        Rows that the state does not hold (another host's) are packed from their beginning again,
+        Rows that the state does not hold are packed from their beginning again,
         without their pictures.
         """
         self.close()
@@ -195,13 +185,8 @@ class BatchStream(Iterator[Batch]):
         self._delivered = self._place()
 
     def stats(self) -> dict[str, int | float]:
-        """Counts over this host's rows so far, and `pad_share`, the share of slots without a document."""
-        counts = {name: 0 for name in COUNTS}
-        for state in self._delivered["rows"].values():
-            for name, value in state["counts"].items():
-                counts[name] += value
-        slots = self._delivered["step"] * len(self._numbers) * self._layout.length
-        return {**counts, "pad_share": 1 - counts["tokens"] / slots if slots else 0.0}
+        """The `statistics` of this stream's rows so far."""
+        return statistics(self._delivered, self._layout.length)
 
     def close(self) -> None:
         """Ends the thread. The next batch after it is still the one that follows the last delivered."""
@@ -238,6 +223,26 @@ class BatchStream(Iterator[Batch]):
         if broken or faulty:
             sequence = dataclasses.replace(sequence, broken_images=broken, broken_documents=faulty)
         return sequence
+
+
+def joined(places: Items[dict]) -> dict:
+    """One place of all rows from the `state_dict()`s of streams that have each some of them, at one step."""
+    assert len({place["step"] for place in places}) == 1, [place["step"] for place in places]
+    rows = {row: state for place in places for row, state in place["rows"].items()}
+    return {"step": places[0]["step"], "rows": {row: rows[row] for row in sorted(rows, key=int)}}
+
+
+def statistics(place: dict, length: int) -> dict[str, int | float]:
+    """Counts over the rows (of `length` slots) of a `state_dict()` since their beginning.
+
+    `pad_share` is the share of slots without a document.
+    """
+    counts = {name: 0 for name in COUNTS}
+    for state in place["rows"].values():
+        for name, value in state["counts"].items():
+            counts[name] += value
+    slots = place["step"] * len(place["rows"]) * length
+    return {**counts, "pad_share": 1 - counts["tokens"] / slots if slots else 0.0}
 
 
 class _Draws:

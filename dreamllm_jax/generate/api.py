@@ -30,6 +30,7 @@ from dreamllm_jax.generate.prompts import (
     longest_prompt,
     prompt_batch,
 )
+from dreamllm_jax.processes import to_host
 from dreamllm_jax.sharding import parameter_shardings
 from dreamllm_jax.types import Batch
 
@@ -41,6 +42,8 @@ class DreamLLM:
     gives a list of results. The same seed gives the same result: prompt i of a batch with seed s
     gets what it would get alone with seed s + i (or give one seed per prompt). Settings that a
     call leaves out are those of `generation`.
+
+    Of several processes with one mesh over their devices, all make the same calls, and get the same results.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class DreamLLM:
         """
         _check_language(config, tokenizer)
         flat = flatten(params)
-        alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = dict.fromkeys(flat, alone) if mesh is None else parameter_shardings(flat, mesh)
         placed = {k: to_device(v, shardings[k]) for k, v in flat.items()}
         self._engine = Engine(config, unflatten(placed), tokenizer)
@@ -137,7 +140,7 @@ class DreamLLM:
             model=engine.module,
             max_new_tokens=settings.max_new_tokens,
         )
-        texts = [self.tokenizer.decode(row[row >= 0].tolist()).strip() for row in np.asarray(tokens)]
+        texts = [self.tokenizer.decode(row[row >= 0].tolist()).strip() for row in to_host(tokens)]
         return texts if many else texts[0]
 
     def generate_images(

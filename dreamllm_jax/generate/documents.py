@@ -18,6 +18,7 @@ from dreamllm_jax.generate.decode import Reading, decode_text, dream, look
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.generate.images import NullCondition, draw_rows
 from dreamllm_jax.generate.prompts import bucket, longest_prompt
+from dreamllm_jax.processes import to_host
 from dreamllm_jax.types import Batch, Document
 
 
@@ -65,7 +66,7 @@ def write_documents(
             model=engine.module,
             max_new_tokens=max_new_tokens,
         )
-        tokens, stop = np.asarray(tokens), np.asarray(stop)
+        tokens, stop = to_host(tokens), to_host(stop)
         for row in np.flatnonzero(active):
             ids = tokens[row][tokens[row] >= 0].tolist()
             written[row] += len(ids)

@@ -14,6 +14,7 @@ from dreamllm_jax.diffusion.sampling import guided, sample
 from dreamllm_jax.diffusion.schedule import row_normal
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.processes import to_host
 
 # The U-Net's context and (SDXL) its pooled condition: of M pictures, and of the empty or negative prompt.
 Condition = tuple[Float[Array, "M Q X"], Float[Array, "M G"] | None]
@@ -42,7 +43,7 @@ def draw_rows(
         if unconditional is not None:
             null = jax.tree.map(lambda x, n=size: jnp.broadcast_to(x, (n, *x.shape[1:])), unconditional)
         images = draw_images(engine.params, part, null, chosen_keys, settings, engine.module)
-        pictures.append(np.asarray(images)[: len(chosen)])
+        pictures.append(to_host(images)[: len(chosen)])
         begin += size
     return np.concatenate(pictures)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from dreamllm_jax import processes
 from dreamllm_jax.config.overrides import apply_overrides
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
@@ -59,15 +60,18 @@ def main() -> None:
     parser.add_argument("--until", help="stop after the stage of this name")
     arguments, overrides = parser.parse_known_args()
     try:
+        processes.initialize()
         from dreamllm_jax.train.loop import train
 
         model = train(load_recipe(arguments.config, overrides), Path(arguments.workdir), arguments.until)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        processes.leave(2)
     except OSError as error:  # a folder that cannot be written, a full disk
-        sys.exit(f"error: {error}")
-    print(f"trained: {model}")
+        print(f"error: {error}", file=sys.stderr)
+        processes.leave(1)
+    else:
+        processes.say(f"trained: {model}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from dreamllm_jax.train.state import TrainState
 
 
 class StageCheckpoints:
-    """The latest states of one stage under `folder`; what is half written is never restored."""
+    """The latest states of one stage under `folder`; what is half written is never restored.
+
+    Of several processes each writes and reads what its own devices hold, and all make every call.
+    """
 
     def __init__(self, folder: Path, every: int, keep: int):
         options = ocp.CheckpointManagerOptions(
@@ -26,7 +29,10 @@ class StageCheckpoints:
         return step % self._every == 0
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-        """Saves; returns when the state is copied, and writes in the background."""
+        """Saves; returns when the state is copied, and writes in the background.
+
+        `data`, which is the same on all processes, is written by process 0.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),

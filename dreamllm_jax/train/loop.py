@@ -7,6 +7,9 @@ Under the work folder:
     stages/<n>_<name>/logs    curves.jsonl, speed.jsonl, tensorboard
     stages/<n>_<name>/model   the model after the stage: `DreamLLM.from_pretrained` loads it
     stages/<n>_<name>/done.json  seconds, peak memory, data statistics; present when complete
+
+Of several processes all run the same; process 0 writes and prints. The folder is on a filesystem that all
+of them share. A run may go on with another number of processes, or another mesh, than it began with.
 """
 
 from __future__ import annotations
@@ -26,14 +29,15 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from dreamllm_jax import processes
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.convert.pretrained import open_pretrained, save_pretrained
-from dreamllm_jax.data.pipeline import BatchStream, batches
+from dreamllm_jax.data.pipeline import BatchStream, batches, joined, statistics
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.sharding import make_mesh, shard_batch
+from dreamllm_jax.sharding import make_mesh, process_rows, shard_batch
 from dreamllm_jax.train.checkpoint import StageCheckpoints
 from dreamllm_jax.train.checks import check_recipe
 from dreamllm_jax.train.flops import step_flops
@@ -56,7 +60,7 @@ def train(recipe: Recipe, workdir: Path, until: str | None = None) -> Path:
     Raises:
       ValueError: an unknown stage, a work folder of another recipe, a recipe that does not fit its
         model, the devices or the weights to start from (all of these before anything is compiled or
-        written), a loss that is no longer finite.
+        written), processes with other recipes or work folders, a loss that is no longer finite.
     """
     meter = Meter()  # what comes before the first stage counts with it
     last = recipe.stages[-1] if until is None else recipe.stage(until)
@@ -65,11 +69,13 @@ def train(recipe: Recipe, workdir: Path, until: str | None = None) -> Path:
     _check_folder(workdir, recipe)
     tokenizer = prepare_tokenizer(recipe)
     check_recipe(recipe, stages, mesh, tokenizer)
+    processes.check_same("recipe", _recipe_text(recipe))
+    done = [(stage_folder(workdir, recipe, stage) / "done.json").exists() for stage in stages]
     point = program = None
-    for stage in stages:
+    for stage, finished in zip(stages, processes.from_main(done), strict=True):
         folder = stage_folder(workdir, recipe, stage)
-        if (folder / "done.json").exists():
-            print(f"{stage.name}: done", flush=True)
+        if finished:
+            processes.say(f"{stage.name}: done")
         else:
             config, params = starting_point(recipe) if point is None else _load(point)
             _claim(workdir, recipe)
@@ -102,8 +108,7 @@ def run_stage(
             tokenizer,
             seed=stage_seed(recipe, stage),
             null_dream=stage.loss.condition_dropout > 0,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            numbers=process_rows(mesh, stage.data.rows),
         )
         stack.callback(data.close)
         checkpoints = StageCheckpoints(folder / "states", recipe.checkpoint_every, recipe.keep_checkpoints)
@@ -113,16 +118,20 @@ def run_stage(
             state, place = found
             data.load_state(place["data"])
             meter.resume(place["meter"])
-            print(f"{stage.name}: resumes after step {int(state.step)} of {stage.steps}", flush=True)
+            processes.say(f"{stage.name}: resumes after step {int(state.step)} of {stage.steps}")
         state = _run_steps(recipe, stage, config, state, data, mesh, checkpoints, meter, folder / "logs")
         params = final_params(state, params)
         if stage.objective == "vae":
-            config = with_measured_scale(config, params, next(data).dream_images)
-        summary = {"steps": stage.steps, "data": data.stats()}
-        _say_losses(stage, data.stats())
+            rows = shard_batch(next(data), mesh, stage.data.rows)
+            config = with_measured_scale(config, params, processes.to_host(rows.dream_images))
+        counts = statistics(_place(data, meter)["data"], stage.data.length)
+        _say_losses(stage, counts)
     save_pretrained(folder / "model", params, config, tokenizer, recipe.generation)
-    _write(folder / "done.json", json.dumps(meter.read() | summary, indent=1))
-    shutil.rmtree(folder / "states", ignore_errors=True)
+    summary = _place(data, meter)["meter"] | {"steps": stage.steps, "data": counts}
+    if processes.is_main():
+        _write(folder / "done.json", json.dumps(summary, indent=1))
+        shutil.rmtree(folder / "states", ignore_errors=True)
+    processes.barrier(f"{stage.name} is done")
 
 
 def _run_steps(
@@ -139,18 +148,24 @@ def _run_steps(
     """The steps that are left."""
     model, program, start = DreamLLMModule(config), stage.program(), int(state.step)
     rates = learning_rates(stage.optim, stage.steps)
-    speed = Speedometer(step_flops(config, stage), mesh.size, mesh.devices.flat[0].device_kind)
+    kind, slots = mesh.devices.flat[0].device_kind, stage.data.rows * stage.data.length
+    speed = Speedometer(step_flops(config, stage), mesh.size, kind, slots)
+    shown = processes.is_main()
     with (
         jax.set_mesh(mesh),
         closing(MetricWriter(logs)) as writer,
-        tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step") as bar,
+        tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step", disable=not shown) as bar,
     ):
         for step in range(start + 1, stage.steps + 1):
             rows = next(data)
             speed.count(rows)
-            state, metrics = train_step(
-                state, shard_batch(rows, mesh), rates[step - 1], model=model, stage=program
-            )
+            args = (state, shard_batch(rows, mesh, stage.data.rows), rates[step - 1])
+            if step == start + 1 and processes.several():
+                # Compiling takes each process another time; on CPUs the first collective waits 30 s only.
+                train_step.lower(*args, model=model, stage=program).compile()
+                processes.barrier("compiled")
+            state, metrics = train_step(*args, model=model, stage=program)
+            del args
             if step == start + 1:  # compiled
                 jax.block_until_ready(metrics)
                 speed.restart()
@@ -163,8 +178,16 @@ def _run_steps(
                     writer.write_speed(step, pace)
                 bar.set_postfix_str(_postfix(values, pace))
             if due:
-                checkpoints.save(step, state, {"data": data.state_dict(), "meter": meter.read()})
+                checkpoints.save(step, state, _place(data, meter))
     return state
+
+
+def _place(data: BatchStream, meter: Meter) -> dict[str, Any]:
+    """Where all processes together are in the data, their longest time and largest memory."""
+    found = processes.gather({"data": data.state_dict(), "meter": meter.read()})
+    meters = [place["meter"] for place in found]
+    largest = {name: max(m[name] for m in meters) for name in meters[0]}
+    return {"data": joined([place["data"] for place in found]), "meter": largest}
 
 
 def _say_losses(stage: StageConfig, counts: dict[str, int | float]) -> None:
@@ -172,7 +195,7 @@ def _say_losses(stage: StageConfig, counts: dict[str, int | float]) -> None:
     lost = {name: n for name, n in counts.items() if n and name.startswith(("dropped", "broken", "empty"))}
     if lost:
         listed = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in lost.items())
-        print(f"{stage.name}: in {counts['documents']} documents {listed}", flush=True)
+        processes.say(f"{stage.name}: in {counts['documents']} documents {listed}")
 
 
 def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> DreamLLMConfig:
@@ -180,7 +203,8 @@ def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> Dr
     assert config.vae is not None
     flat = jnp.asarray(images).reshape(-1, *images.shape[2:])
     encode = jax.jit(functools.partial(DreamLLMModule(config).apply, method="encode_image"))
-    vae = {k: v if isinstance(v, jax.Array) else v.read() for k, v in params.items() if k.startswith("vae/")}
+    vae = {k: v for k, v in params.items() if k.startswith("vae/")}
+    vae = {k: processes.to_host(v) if isinstance(v, jax.Array) else v.read() for k, v in vae.items()}
     moments = encode({"params": nested(vae)}, flat)
     mean, logvar = np.split(np.asarray(moments, np.float32), 2, axis=-1)
     deviation = float(np.sqrt(mean.var() + np.exp(logvar).mean()))
@@ -200,8 +224,10 @@ def _check_folder(workdir: Path, recipe: Recipe) -> None:
 
 def _claim(workdir: Path, recipe: Recipe) -> None:
     """Writes the recipe into the work folder: from now on it is this recipe's."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    _write(workdir / "recipe.json", _recipe_text(recipe))
+    processes.check_shared(workdir)
+    if processes.is_main():
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write(workdir / "recipe.json", _recipe_text(recipe))
 
 
 def _recipe_text(recipe: Recipe) -> str:
@@ -216,6 +242,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _load(folder: Path) -> tuple[DreamLLMConfig, Flat]:
+    processes.wait_for(folder / "config.json")
     loaded = open_pretrained(folder)
     return loaded.config, loaded.params
 

@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from dreamllm_jax.processes import is_main
+
 
 class MetricWriter:
-    """Appends records to `curves.jsonl`, `speed.jsonl` and TensorBoard, all under `folder`."""
+    """Appends records to `curves.jsonl`, `speed.jsonl`, TensorBoard under `folder`; process 0 alone does."""
 
     def __init__(self, folder: Path):
+        self._writes = is_main()
+        if not self._writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "curves.jsonl").open("a", encoding="utf-8")
         if self._file.tell():  # after a crash: the last line may lack its end
@@ -27,8 +32,10 @@ class MetricWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        """Writes one step's scalars, and returns them as floats."""
+        """Writes one step's scalars, and returns them as floats (on all processes)."""
         values = {k: float(np.asarray(v)) for k, v in metrics.items()}
+        if not self._writes:
+            return values
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -37,14 +44,17 @@ class MetricWriter:
 
     def write_speed(self, step: int, rates: dict[str, float]) -> None:
         """Appends one step's rates to `speed.jsonl`, and to TensorBoard under `speed/`."""
+        if not self._writes:
+            return
         with self._speed.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **rates}) + "\n")
         for name, value in rates.items():
             self._board.add_scalar(f"speed/{name}", value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 def read_curves(folder: Path) -> Iterator[dict[str, float]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
+from dreamllm_jax.processes import total
 from dreamllm_jax.train.flops import PEAKS
 from dreamllm_jax.types import Batch
 
@@ -20,9 +20,9 @@ class Speedometer:
     `flops.PEAKS` only.
     """
 
-    def __init__(self, flops: Mapping[str, float], devices: int, kind: str):
-        """`flops`: of one step, by tower; `devices` of this kind share it."""
-        self._flops, self._devices = dict(flops), devices
+    def __init__(self, flops: Mapping[str, float], devices: int, kind: str, slots: int):
+        """`flops`: of one step, by tower; `devices` of this kind share it. `slots`: tokens in its rows."""
+        self._flops, self._devices, self._step_slots = dict(flops), devices, slots
         self._peak = PEAKS[kind] if kind in PEAKS else None
         self.restart()
 
@@ -40,17 +40,22 @@ class Speedometer:
         self._dreams += int(np.asarray(batch.dream_mask).sum())
 
     def read(self) -> dict[str, float]:
-        """The rates since the last restart or reading; nothing where there was no step."""
+        """The rates since the last restart or reading; nothing where there was no step.
+
+        Of several processes, all read.
+        """
         seconds, steps = time.perf_counter() - self._start, self._steps
         if not steps:
             return {}
-        share = jax.process_count() / seconds
+        slots, tokens, images, dreams = total([self._slots, self._tokens, self._images, self._dreams])
+        # Processes count the rows that they hold; where `tensor` reaches over hosts some hold the same.
+        share = steps * self._step_slots / slots / seconds
         rates = {
             "steps_per_second": steps / seconds,
-            "tokens_per_second": self._tokens * share,
-            "images_per_second": self._images * share,
-            "dreams_per_second": self._dreams * share,
-            "pad_share": 1 - self._tokens / self._slots,
+            "tokens_per_second": tokens * share,
+            "images_per_second": images * share,
+            "dreams_per_second": dreams * share,
+            "pad_share": 1 - tokens / slots,
         }
         for tower, flops in self._flops.items():
             rates[f"tflops_per_device/{tower}"] = flops * steps / seconds / self._devices / 1e12

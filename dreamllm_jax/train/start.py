@@ -12,6 +12,7 @@ from dreamllm_jax.convert.pretrained import open_pretrained
 from dreamllm_jax.data import numbers
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.processes import say
 from dreamllm_jax.train.state import Flat, abstract_params, init_params
 
 
@@ -46,7 +47,7 @@ def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
         for names, what in ((fresh, "drawn afresh"), (loaded.keys() - expected.keys(), "left out")):
             towers = sorted({name.split("/")[0] for name in names})
             if towers:
-                print(f"{recipe.init_from}: {what}, {len(names)} tensors of {', '.join(towers)}", flush=True)
+                say(f"{recipe.init_from}: {what}, {len(names)} tensors of {', '.join(towers)}")
     return recipe.model, {k: fresh[k] if k in fresh else loaded[k] for k in expected}
 
 

@@ -1,0 +1,135 @@
+"""What the environment says of the processes that belong together: JAX's variables, and the launchers'."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+EXPLICIT = f"set {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}"
+
+# Variables by which launchers say how many processes they started.
+_COUNTS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
+
+
+class Place(NamedTuple):
+    """This process among all: where process 0 listens, how many there are, which one this is."""
+
+    address: str
+    count: int
+    index: int
+
+
+def explicit_place(environment: Mapping[str, str]) -> Place | None:
+    """What the three variables say; None where neither count nor index is set.
+
+    An address alone is left to JAX, which takes count and index from the cluster.
+
+    Raises:
+      ValueError: one of them is missing, is no number, or disagrees with another or with SLURM or MPI.
+    """
+    given = [name for name in (ADDRESS, COUNT, INDEX) if _value(environment, name)]
+    alone = _value(environment, COUNT) == "1"
+    if COUNT not in given and INDEX not in given:
+        if given and several_processes(environment) is None and not _in_cluster(environment):
+            raise ValueError(f"{ADDRESS} is set, but {COUNT} and {INDEX} are not; set all three, or none.")
+        return None
+    missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
+    if missing and not alone:
+        raise ValueError(
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not; set all three, or none."
+        )
+    count, index = (_whole_number(environment, name) for name in (COUNT, INDEX))
+    count, index = count or 0, index or 0
+    if not 0 <= index < count:
+        raise ValueError(
+            f"{INDEX}={index} does not fit {COUNT}={count}; they are numbered from 0, up to one less than "
+            "there are."
+        )
+    if alone:
+        return Place("", 1, 0)
+    address = environment[ADDRESS]
+    if not re.fullmatch(r".+:\d+", address):
+        raise ValueError(f"{ADDRESS}={address} is no host:port; give, for example, 10.0.0.1:1234.")
+    _check_launcher(environment, count, index)
+    return Place(address, count, index)
+
+
+def several_processes(environment: Mapping[str, str]) -> str | None:
+    """The variable, with its value, by which a launcher says that it started several processes."""
+    for name in _COUNTS:
+        value = _value(environment, name)
+        if value.isdigit() and int(value) > 1:
+            return f"{name}={value}"
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if "," in (value := _value(environment, name)):
+            return f"{name}={value}"
+    if value := _value(environment, "JOB_COMPLETION_INDEX"):
+        return f"JOB_COMPLETION_INDEX={value}"
+    return None
+
+
+def _value(environment: Mapping[str, str], name: str) -> str:
+    """The variable's value; empty where it is not set."""
+    return environment[name] if name in environment else ""
+
+
+def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
+    value = _value(environment, name)
+    if not value:
+        return None
+    if not value.isdigit():
+        raise ValueError(f"{name}={value} is no whole number; give 0, 1, 2 and so on.")
+    return int(value)
+
+
+def _check_launcher(environment: Mapping[str, str], count: int, index: int) -> None:
+    """A launcher that started several processes must count and number them as the three variables do."""
+    for size, rank in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        theirs = [_whole_number(environment, name) for name in (size, rank)]
+        if None in theirs or theirs[0] == 1 or (rank == "SLURM_PROCID" and not _in_slurm_step(environment)):
+            continue
+        if theirs != [count, index]:
+            raise ValueError(
+                f"{COUNT}={count} and {INDEX}={index} contradict {size}={theirs[0]} and {rank}={theirs[1]}; "
+                "unset the former to follow the launcher."
+            )
+
+
+def _in_slurm_step(environment: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_NODELIST" in environment
+
+
+def _in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether JAX may take from a cluster what the three variables do not say."""
+    names = ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_ID", "KUBERNETES_SERVICE_HOST")
+    return any(name in environment for name in names)
+
+
+def other_mpi(environment: Mapping[str, str]) -> str | None:
+    """JAX's name for MPIs that it knows only when asked: all but Open MPI up to version 4."""
+    started = any(_value(environment, n) not in ("", "1") for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    known = "OMPI_MCA_orte_hnp_uri" in environment or _in_slurm_step(environment)
+    return "mpi4py" if started and not known and importlib.util.find_spec("mpi4py") else None
+
+
+def gpus_of_a_lone_task(environment: Mapping[str, str]) -> list[int] | None:
+    """All GPUs of the node, for the only task of SLURM on it; JAX would give it the first one alone."""
+    gpus = _value(environment, "SLURM_GPUS_ON_NODE")
+    lone = re.fullmatch(r"1(\(x\d+\))?", _value(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    if not _in_slurm_step(environment) or not lone or not gpus.isdigit():
+        return None
+    return None if _value(environment, "JAX_LOCAL_DEVICE_IDS") else list(range(int(gpus)))
+
+
+def nothing_found(error: Exception, environment: Mapping[str, str]) -> bool:
+    """Whether JAX says that no cluster is there (or that this pod belongs to none, or that it has begun)."""
+    text = str(error)
+    return (
+        "coordinator_address should be defined" in text
+        or "must be called before" in text
+        or (isinstance(error, RuntimeError) and "KUBERNETES_SERVICE_HOST" in environment)
+    )
