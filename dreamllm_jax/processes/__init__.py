@@ -11,6 +11,7 @@ comes before anything that asks JAX for its devices. It starts, in this order,
 Process 0 is the main one: it alone writes files and prints.
 """
 
+from dreamllm_jax.processes.notice import Notice, Preempted
 from dreamllm_jax.processes.start import initialize, leave
 from dreamllm_jax.processes.together import (
     barrier,
@@ -28,6 +29,8 @@ from dreamllm_jax.processes.together import (
 )
 
 __all__ = [
+    "Notice",
+    "Preempted",
     "barrier",
     "check_same",
     "check_shared",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 def main() -> None:
     """Parses the command line, trains, and says where the model is.
 
-    The exit code is 2 where what was asked for is wrong, 1 where something else ended the run.
+    The exit code is 2 where what was asked for is wrong, 143 where a SIGTERM ended the run (its state is
+    saved), 1 where something else ended it.
     """
     parser = argparse.ArgumentParser(prog="python -m dreamllm_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="recipe file, e.g. configs/handwriting.py[:ARG]")
@@ -70,6 +72,9 @@ def main() -> None:
     except OSError as error:  # a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         processes.leave(1)
+    except processes.Preempted as notice:
+        processes.say(notice)
+        processes.leave(128 + signal.SIGTERM)
     else:
         processes.say(f"trained: {model}")
 

@@ -18,9 +18,7 @@ class StageCheckpoints:
     """
 
     def __init__(self, folder: Path, every: int, keep: int):
-        options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every, max_to_keep=keep, enable_async_checkpointing=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._every = every
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -36,6 +34,7 @@ class StageCheckpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
+            force=True,  # whether a step is saved is decided here
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:

@@ -61,6 +61,7 @@ def train(recipe: Recipe, workdir: Path, until: str | None = None) -> Path:
       ValueError: an unknown stage, a work folder of another recipe, a recipe that does not fit its
         model, the devices or the weights to start from (all of these before anything is compiled or
         written), processes with other recipes or work folders, a loss that is no longer finite.
+      Preempted: the run got a SIGTERM; its state is saved.
     """
     meter = Meter()  # what comes before the first stage counts with it
     last = recipe.stages[-1] if until is None else recipe.stage(until)
@@ -153,6 +154,7 @@ def _run_steps(
     shown = processes.is_main()
     with (
         jax.set_mesh(mesh),
+        processes.Notice() as notice,
         closing(MetricWriter(logs)) as writer,
         tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step", disable=not shown) as bar,
     ):
@@ -170,7 +172,8 @@ def _run_steps(
                 jax.block_until_ready(metrics)
                 speed.restart()
             bar.update()
-            due = checkpoints.due(step)
+            preempted = notice.given()
+            due = preempted or checkpoints.due(step)
             if due or step % recipe.log_every == 0 or step == stage.steps:
                 values = writer.write(step, metrics)
                 _check_finite(stage, step, values)
@@ -179,6 +182,11 @@ def _run_steps(
                 bar.set_postfix_str(_postfix(values, pace))
             if due:
                 checkpoints.save(step, state, _place(data, meter))
+            if preempted:
+                raise processes.Preempted(
+                    f"{stage.name}: asked to end; the state after step {step} of {stage.steps} is saved, and "
+                    "the same command goes on from there."
+                )
     return state
 
 

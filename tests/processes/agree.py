@@ -1,0 +1,63 @@
+"""What test_local_processes.py starts as two processes: they agree, disagree, and one of them fails."""
+
+import sys
+from pathlib import Path
+
+from dreamllm_jax import processes
+
+processes.initialize()
+processes.initialize()  # does nothing
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+
+from dreamllm_jax.config.train import MeshConfig  # noqa: E402
+from dreamllm_jax.sharding import make_mesh, process_rows, shard_batch  # noqa: E402
+
+folder, index = Path(sys.argv[1]), jax.process_index()
+assert processes.several() and processes.is_main() == (index == 0)
+assert processes.gather({"text": "ü" * (index + 1), "n": index}) == [
+    {"text": "ü", "n": 0},
+    {"text": "üü", "n": 1},
+]
+assert processes.from_main(["a", index]) == ["a", 0] and processes.total([1, index]) == [2, 1]
+
+
+def complaint(call, *args) -> str:
+    try:
+        call(*args)
+    except (ValueError, OSError) as error:
+        return str(error)
+    raise AssertionError(f"{call.__name__}{args} went well")
+
+
+processes.check_same("recipe", "the same")
+assert complaint(processes.check_same, "recipe", f"mine {index}").startswith("process 1 had another recipe")
+processes.check_shared(folder / "shared")
+assert not list((folder / "shared").iterdir())
+apart = complaint(processes.check_shared, folder / str(index), 0.2)
+assert "is not one folder for all processes: process 1 cannot see" in apart
+(folder / "file").write_text("")
+assert complaint(processes.check_shared, folder / "file").startswith("process 0 cannot write into")
+assert "which process 0 has written" in complaint(processes.wait_for, folder / "never", 0.1)
+
+# Rows: along data each process holds half of them; along tensor over both hosts, both hold all.
+assert process_rows(make_mesh(MeshConfig(data=2, fsdp=1)), 4) == [2 * index, 2 * index + 1]
+across = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2))
+assert process_rows(across, 4) == [0, 1, 2, 3]
+rows = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+for mesh, held in ((make_mesh(MeshConfig(data=2, fsdp=1)), rows[2 * index : 2 * index + 2]), (across, rows)):
+    batch = shard_batch(held, mesh, rows=4)
+    np.testing.assert_array_equal(processes.to_host(batch), rows)
+spread = jax.make_array_from_callback(
+    (4, 2), NamedSharding(across, PartitionSpec(None, ("tensor",))), lambda cut: rows[cut]
+)
+assert processes.is_spread(spread)
+np.testing.assert_array_equal(processes.to_host(spread, 1, 3), rows[1:3])
+
+processes.say("agreed")
+processes.barrier("before the end")
+if index == 1:
+    raise OSError("the disk is full")
+processes.barrier("never reached by all")
