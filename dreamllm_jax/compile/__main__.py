@@ -3,7 +3,8 @@
 The TPU's own compiler (libtpu, which needs no TPU) makes a recipe's exact train step, or a program of its
 generation, for a described topology. Printed, and written to --out, are the memory of a chip by kind, model
 and compiled FLOPs, collectives, and how fast the program can be at most. Any setting of the recipe can be
-changed behind it: `--config.mesh.fsdp=16`, `--config.stages.stage2.optim.accumulation=4`.
+changed behind it: `--config.mesh.fsdp=16`, `--config.stages.stage2.optim.accumulation=4`. `--search` looks
+for the mesh, the accumulation and the remat itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax
 from dreamllm_jax.compile.census import take
 from dreamllm_jax.compile.chips import chip_of
 from dreamllm_jax.compile.hlo import parse
-from dreamllm_jax.compile.memory import FREE, gib, measure, too_large
+from dreamllm_jax.compile.memory import FREE, DoesNotFit, gib, measure, too_large
 from dreamllm_jax.compile.picture import draw
 from dreamllm_jax.compile.program import (
     EFFORTS,
@@ -33,8 +34,10 @@ from dreamllm_jax.compile.program import (
 )
 from dreamllm_jax.compile.report import Finding, numbers, table
 from dreamllm_jax.compile.roofline import roofline
+from dreamllm_jax.compile.search import search
+from dreamllm_jax.compile.search_report import searched, summary
 from dreamllm_jax.compile.topology import described_devices
-from dreamllm_jax.config.train import Recipe
+from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.train.__main__ import load_recipe
 
 
@@ -42,7 +45,7 @@ def find(recipe: Recipe, program: Described, topology: str, effort: str) -> tupl
     """Compiles a program: what it found, and the compiled text.
 
     Raises:
-      ValueError: it needs more memory than a chip has, so that there is no program.
+      DoesNotFit: it needs more memory than a chip has, so that there is no program.
     """
     chip, begin = chip_of(program.mesh.devices.flat[0].device_kind), time.perf_counter()
     try:
@@ -50,7 +53,7 @@ def find(recipe: Recipe, program: Described, topology: str, effort: str) -> tupl
     except Exception as error:
         if (said := too_large(error)) is None:
             raise
-        raise ValueError(
+        raise DoesNotFit(
             f"{recipe.name}, {program.name} does not fit on {topology}: {said}; take more chips, more "
             "optim.accumulation, or let --search look."
         ) from error
@@ -88,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         default="low",
         help="full: as a run compiles; takes 8 times as long",
     )
+    add(
+        "--search",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="look for the fastest mesh, accumulation and remat that fit, with up to N compilations (3)",
+    )
     add("--out", type=Path, help="folder for compile.json, compile.png and program.hlo.txt")
     return parser
 
@@ -98,6 +109,9 @@ def _run(options: Any, overrides: list[str]) -> None:
     if options.rows < 1:
         raise ValueError(f"--rows={options.rows}: give at least 1.")
     devices = described_devices(options.topology)
+    if options.search is not None:
+        _search(options, recipe, stage, devices)
+        return
     if options.program == "train":
         program = train_program(recipe, stage, devices)
     else:
@@ -110,6 +124,30 @@ def _run(options: Any, overrides: list[str]) -> None:
         raise ValueError(
             f"{recipe.name}, {program.name} does not fit on {options.topology}: of {gib(found.memory.hbm)} a "
             f"chip {found.memory.free:.1%} stay free, and {FREE:.0%} must."
+        )
+
+
+def _search(options: Any, recipe: Recipe, stage: StageConfig, devices: list[Any]) -> None:
+    if options.search < 1 or options.program != "train":
+        raise ValueError(f"--search={options.search}: give at least 1, and --program=train.")
+
+    def compiled(recipe: Recipe, stage: StageConfig) -> Finding:
+        return find(recipe, train_program(recipe, stage, devices), options.topology, options.effort)[0]
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    chip = chip_of(devices[0].device_kind)
+    found = search(recipe, stage, devices, chip, options.search, compiled, say)
+    say(summary(found, stage, chip))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(searched(found, stage), indent=1) + "\n"
+        (options.out / "search.json").write_text(text, encoding="utf-8")
+    if found.best is None:
+        raise ValueError(
+            f"{recipe.name}, {stage.name}: of {len(found.tried)} candidates that were compiled none fits on "
+            f"{options.topology}; give --search more than {options.search}, or take more chips."
         )
 
 

@@ -15,6 +15,10 @@ from dreamllm_jax.compile.chips import GIB, Chip
 FREE = 0.1
 
 
+class DoesNotFit(ValueError):
+    """The compiler makes no program: it would need more memory than a chip has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes on one chip: `kinds` by what they hold, of `hbm` that the chip has; `host` on its host."""

@@ -35,10 +35,11 @@ PEAKS = {
 
 def flops(function: Callable, *arguments: Any) -> float:
     """FLOPs of `function` on arguments of these shapes (arrays or ShapeDtypeStructs)."""
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return count_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _count(jaxpr: Any) -> float:
+def count_flops(jaxpr: Any) -> float:
+    """FLOPs of a traced program."""
     return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
 
 
@@ -52,14 +53,14 @@ def _of_equation(equation: Any) -> float:
         kernel, numbers = equation.invars[1].aval.shape, parameters["dimension_numbers"]
         per_output = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
-    inner = sum((_count(getattr(body, "jaxpr", body)) for body in _bodies(parameters)), 0.0)
+    inner = sum((count_flops(getattr(body, "jaxpr", body)) for body in _bodies(parameters)), 0.0)
     return inner * (parameters["length"] if name == "scan" else 1)
 
 
 def _bodies(parameters: dict[str, Any]) -> list[Any]:
     """The programs within an equation; of a condition's branches only the costliest counts."""
     if "branches" in parameters:
-        return [max(parameters["branches"], key=lambda branch: _count(branch.jaxpr))]
+        return [max(parameters["branches"], key=lambda branch: count_flops(branch.jaxpr))]
     if "call_jaxpr" in parameters:  # a function with its own derivative
         return [parameters["call_jaxpr"]]
     return [value for value in parameters.values() if hasattr(getattr(value, "jaxpr", value), "eqns")]

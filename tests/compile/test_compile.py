@@ -119,6 +119,23 @@ def test_what_does_not_fit(devices, file, monkeypatch, capsys):
     assert too_large(RuntimeError("INTERNAL: something else")) is None
 
 
+def test_the_search_by_command(devices, file, tmp_path, monkeypatch, capsys):
+    """What it prints are overrides that the command itself takes; where nothing fits it says so."""
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=1", f"--out={tmp_path}") is None
+    found, said = json.loads((tmp_path / "search.json").read_text()), capsys.readouterr().out
+    (tried,) = found["tried"]
+    assert tried["fits"] and found["candidates"] == found["fit_by_estimate"] > 50
+    assert tried["compiled"]["mesh"]["fsdp"] == tried["mesh"]["fsdp"]
+    assert "--config.mesh.whole=" in said and all(o.split("=")[0] in said for o in found["best"])
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", *found["best"]) is None
+
+    small = dataclasses.replace(command.chip_of("TPU v5 lite"), hbm=2e6)
+    monkeypatch.setattr(command, "chip_of", lambda kind: small)
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=1") == 1
+    assert "of 1 candidates that were compiled none fits" in capsys.readouterr().err
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=0") == 1
+
+
 def test_collectives_of_a_step_on_a_tensor_axis(devices):
     """Weights are gathered along fsdp, their gradients scattered; heads and widths are summed over tensor."""
     found, _ = compiled_step(recipe(MeshConfig(1, 2, 2), ("llama",), trainable=("llama",)), devices)
