@@ -50,7 +50,7 @@ def recipes() -> list[tuple[re.Match, str]]:
 @pytest.mark.parametrize("cells", rows("Chips and seconds"), ids=lambda cells: f"{cells[0]} on {cells[1]}")
 def test_the_rows_agree_with_their_commands(cells):
     """The recipe takes the overrides; steps, chips and the mesh are those of the command."""
-    name, chips, mesh, steps, _, source = cells
+    name, chips, mesh, steps, _, _, source = cells
     if not source.startswith("`C "):
         assert chips in CHIPS or chips == "2 CPU cores"
         return
