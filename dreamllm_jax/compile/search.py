@@ -13,6 +13,7 @@ from dreamllm_jax.compile.chips import Chip
 from dreamllm_jax.compile.estimate import Estimate, estimate, held, load_of
 from dreamllm_jax.compile.memory import FREE, DoesNotFit, gib
 from dreamllm_jax.compile.report import Finding
+from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.train.state import abstract_params
 
@@ -20,6 +21,8 @@ from dreamllm_jax.train.state import abstract_params
 BLUR = 0.03
 # How much of the time that could overlap is taken not to, where candidates are ordered.
 EXPOSED = 0.1
+# By remat: by what the compiler's memory (the loose part) and bound exceed the estimate.
+Scales = dict[RematConfig, tuple[float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,13 @@ class Tried:
     estimate: Estimate
     finding: Finding | None
     failure: str = ""
+
+    def said(self) -> str:
+        """In words."""
+        if self.finding is None:
+            return self.failure
+        needs, bound = gib(self.finding.memory.used), self.finding.roofline.bound
+        return f"{'fits' if self.fits else 'does not fit'}: {needs}, at least {bound:.4g} s a step"
 
     @property
     def fits(self) -> bool:
@@ -92,18 +102,19 @@ def search(
 ) -> Search:
     """Compiles up to `number` candidates, the fastest by the estimate first.
 
-    Each compilation corrects the estimated memory of those with the same remat (twice as much of what is
-    loose, where it does not fit at all). It ends early where one fits and by the estimate none that may fit
-    is faster. `compiled` raises DoesNotFit, or another error of the compiler, where there is no program.
+    Each compilation corrects the estimates of those with the same remat: time, and memory (twice as much of
+    what is loose, where it does not fit at all). It ends early where one fits and by the estimate none that
+    may fit is faster. `compiled` raises DoesNotFit, or another error of the compiler, where there is no
+    program.
     """
     pending = estimated(recipe, stage, devices, chip)
     tried: list[Tried] = []
-    scales: dict[Any, float] = {}
+    scales: Scales = {}
     total, likely = len(pending), sum(guess.fits(chip) for _, guess in pending)
     say(f"{total} candidates leave memory beside their state; by estimate {likely} fit")
     while len(tried) < number and pending:
         pick = _next(pending, scales, chip)
-        if pick is None or _enough(tried, pick[1]):
+        if pick is None or _enough(tried, *pick, scales):
             break
         pending.remove(pick)
         candidate, guess = pick
@@ -112,34 +123,41 @@ def search(
         try:
             finding = compiled(*candidate.applied(recipe, stage))
         except DoesNotFit as error:
-            failure, scales[candidate.remat] = str(error), 2.0
+            failure, scales[candidate.remat] = str(error), (2.0, 1.0)
         except (ValueError, jax.errors.JaxRuntimeError) as error:  # the compiler's own faults too
             failure = str(error).splitlines()[0]
-        if finding is not None and guess.loose:
-            scales[candidate.remat] = max(0.0, finding.memory.used - guess.sure) / guess.loose
+        if finding is not None:
+            scales[candidate.remat] = _scale(guess, finding)
         tried.append(Tried(candidate, guess, finding, failure))
+        say(f"  {tried[-1].said()}")
     return Search(tried, total, likely)
 
 
+def _scale(guess: Estimate, finding: Finding) -> tuple[float, float]:
+    loose = max(0.0, finding.memory.used - guess.sure)
+    return loose / max(1.0, guess.loose), finding.roofline.bound / guess.seconds
+
+
+def _scaled(candidate: Candidate, scales: Scales) -> tuple[float, float]:
+    return scales[candidate.remat] if candidate.remat in scales else (1.0, 1.0)
+
+
 def _next(
-    pending: list[tuple[Candidate, Estimate]], scales: dict[Any, float], chip: Chip
+    pending: list[tuple[Candidate, Estimate]], scales: Scales, chip: Chip
 ) -> tuple[Candidate, Estimate] | None:
-    """The fastest that may fit; where by estimate none does, that which needs least, if it is not much."""
-
-    def scale(candidate: Candidate) -> float:
-        return scales[candidate.remat] if candidate.remat in scales else 1.0
-
-    fitting = [(c, e) for c, e in pending if e.fits(chip, scale(c))]
+    """The fastest that may fit; where by estimate none does, that which needs least."""
+    fitting = [(c, e) for c, e in pending if e.fits(chip, _scaled(c, scales)[0])]
     if fitting:
-        return min(fitting, key=lambda pair: _order(pair[1]))
-    return min(pending, key=lambda pair: pair[1].memory(scale(pair[0])), default=None)
+        return min(fitting, key=lambda pair: _order(*pair, scales))
+    return min(pending, key=lambda pair: pair[1].memory(_scaled(pair[0], scales)[0]), default=None)
 
 
-def _order(guess: Estimate) -> tuple[float, float]:
-    return guess.seconds + EXPOSED * (guess.serial - guess.seconds), guess.memory()
+def _order(candidate: Candidate, guess: Estimate, scales: Scales) -> tuple[float, float]:
+    exposed = EXPOSED * (guess.serial - guess.seconds)
+    return _scaled(candidate, scales)[1] * guess.seconds + exposed, guess.memory()
 
 
-def _enough(tried: list[Tried], guess: Estimate) -> bool:
+def _enough(tried: list[Tried], candidate: Candidate, guess: Estimate, scales: Scales) -> bool:
     """Whether what fits already is as fast as the next candidate can be."""
     bounds = [t.finding.roofline.bound for t in tried if t.fits and t.finding is not None]
-    return bool(bounds) and min(bounds) <= (1 + BLUR) * guess.seconds
+    return bool(bounds) and min(bounds) <= (1 + BLUR) * _scaled(candidate, scales)[1] * guess.seconds

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.sharding import match_rule, parameter_spec
+from dreamllm_jax.sharding import match_rule, parameter_spec, platform
 from dreamllm_jax.train.objectives import OBJECTIVES, Counts, count, draw
 from dreamllm_jax.train.optim import make_optimizer
 from dreamllm_jax.train.state import Flat, TrainState, nested
@@ -95,6 +95,10 @@ def _as_parameter(path: str, gradient: Array) -> Array:
     if not mesh.empty:
         spec = parameter_spec(path, gradient.shape, mesh)
         gradient = jax.lax.with_sharding_constraint(gradient, spec)
+    if platform() == "tpu":
+        # Else XLA would sum gradients of micro-batches before it scatters them, whole on every device, and
+        # ends at that with an internal error: where data is 1 and the compiler takes its full effort.
+        gradient = jax.lax.optimization_barrier(gradient)
     return gradient.astype(jnp.float32)
 
 

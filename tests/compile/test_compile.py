@@ -52,9 +52,9 @@ def recipe(mesh, towers=("llama", "vision"), **stage):
     return Recipe("tiny", dataclasses.replace(config, **absent), (stage,), mesh=mesh)
 
 
-def compiled_step(recipe, devices):
+def compiled_step(recipe, devices, effort="low"):
     program = train_program(recipe, recipe.stages[0], devices)
-    return command.find(recipe, program, TOPOLOGY, "low")
+    return command.find(recipe, program, TOPOLOGY, effort)
 
 
 def run(monkeypatch, *arguments):
@@ -173,6 +173,15 @@ def test_a_joint_step_in_micro_batches(devices):
     ratios = {k: 4 * found.census.flops[k] / n for k, n in found.program.model_flops.items()}
     assert all(0.6 < ratio < 1.4 for ratio in ratios.values()), ratios
     assert 0 < numbers(found)["roofline"]["mfu"] < 1
+
+
+def test_micro_batches_compile_with_full_effort(devices):
+    """As a run compiles: what moves sums out of loops ends with an internal error where it may move these."""
+    wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=dict(accumulation=2))
+    found, _ = compiled_step(wanted, devices, "full")
+    # Each micro-batch scatters its gradients: none lie whole on a device until the last.
+    scattered = found.census.collectives
+    assert sum(c.times for c in scattered if c.kind == "reduce-scatter") >= 2 and found.memory.fits
 
 
 @pytest.mark.parametrize("name", ["decode", "denoise"])

@@ -128,10 +128,14 @@ def test_the_search_learns_from_what_does_not_fit(four):
 
 
 def test_the_search_goes_on_where_another_may_be_faster(four):
-    """It fits, but in more time than was estimated; and a fault of the compiler ends nothing."""
+    """One fits, but takes more than was estimated: so will the next with its remat, but not another.
+
+    A fault of the compiler ends nothing.
+    """
     fault = jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
-    results = {("none", 1): fault, ("none", 2): (8, 2.0), ("none", 4): (5, 1.7), ("full", 1): (6, 1.5)}
+    results = {("none", 1): fault, ("none", 2): (8, 2.0), ("full", 1): (6, 1.5)}
     found = looked(results)
-    assert [t.candidate for t in found.tried] == four and found.best.candidate == four[3]
+    assert [t.candidate for t in found.tried] == [four[0], four[1], four[3]]
+    assert found.best.candidate == four[3]
     assert found.tried[0].failure == "INTERNAL: RET_CHECK failure"
     assert len(looked(results, number=1).tried) == 1 and looked(results, number=1).best is None
