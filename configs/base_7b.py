@@ -114,6 +114,16 @@ def optim(learning_rate: float, **changes) -> dict:
     )
 
 
+def mesh(*whole: str) -> dict:
+    """Weights sliced over 16 neighbours, and as many copies of that as there are devices.
+
+    16 chips are a ring, or a plane, of a TPU's torus; over more than that XLA sums whole gradients instead of
+    scattering them. The frozen towers, 2.5 GB, are whole on every device: gathering them costs more than that.
+    On fewer devices: `--config.mesh.fsdp=8`.
+    """
+    return dict(data=-1, fsdp=16, whole=whole or ("unet", "vae", "vision"))
+
+
 def loss(lm: float, vm: float) -> dict:
     return dict(weight_lm=lm, weight_vm=vm)
 
@@ -128,7 +138,7 @@ def recipe(name: str, stages: list[dict], start: str, root: str | None, **change
             stages=stages,
             init_from=folder,
             tokenizer=dict(path=folder),
-            mesh=dict(data=1, fsdp=-1),
+            mesh=mesh(),
             frozen_dtype="bfloat16",
             checkpoint_every=500,
         )

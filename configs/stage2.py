@@ -31,6 +31,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         steps=3_900,
         data=data,
         loss=loss(lm=1.0, vm=10.0),
-        optim=optim(2e-5),
+        optim=optim(2e-5, accumulation=4),
     )
     return ConfigDict(recipe("stage2", [stage], "dreamllm-7b-stage1", arg))

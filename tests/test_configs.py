@@ -21,6 +21,7 @@ STAGES = ("stage1_comprehension", "stage1_creation", "stage2", "stage3")
 
 # What Vicuna (vocabulary and 8 special tokens), CLIP and Stable Diffusion have in PyTorch.
 LLAMA = 6_738_415_616 + 8 * 4096 * 2
+LLAMA_13B = 13_015_864_320 + 8 * 5120 * 2
 VISION = 303_179_776
 VISION_336 = VISION + (24**2 - 16**2) * 1024  # more positions
 VAE = 83_653_863
@@ -47,6 +48,13 @@ SIZES = {name: DREAMLLM for name in ("base_7b", *STAGES)} | {
         "vae": VAE,
     },
     "llava15": {"llama": LLAMA, "vision": VISION_336, "vision_projector": MLP},
+    "dreamllm_13b": DREAMLLM
+    | {
+        "llama": LLAMA_13B,
+        "vision_projector": (1024 + 1) * 5120,
+        "dream_queries": 64 * 5120,
+        "condition_projector": 5120 * 1024,
+    },
 }
 CONNECTORS = 4_198_400 + 262_144 + 4_194_304
 TRAINED = {
@@ -56,6 +64,11 @@ TRAINED = {
     "stage2": {"stage2": LLAMA + CONNECTORS},
     "stage3": {"stage3": LLAMA + CONNECTORS},
     "sdxl": {"stage1_creation": 262_144 + 8_388_608 + 5_242_880},
+    "dreamllm_13b": {
+        "stage1_comprehension": (1024 + 1) * 5120,
+        "stage1_creation": 64 * 5120 + 5120 * 1024,
+        **dict.fromkeys(("stage2", "stage3"), LLAMA_13B + (1024 + 1) * 5120 + 64 * 5120 + 5120 * 1024),
+    },
     "llava15": {"align": 20_979_712, "instruct": LLAMA + 20_979_712},
 }
 # Published: learning rate, steps, loss weights of text and image.

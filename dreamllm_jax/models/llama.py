@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamllm_jax.config.model import Attention
 from dreamllm_jax.config.towers import LlamaConfig
 from dreamllm_jax.models.attention import attention, masks
 from dreamllm_jax.models.layers import Dense, Embed, RMSNorm, scan_layers, silu
-from dreamllm_jax.sharding import constrain
+from dreamllm_jax.sharding import activation_spec, constrain
 
 Rotation = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines and sines
 
@@ -161,9 +162,7 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Embeddings of token ids; an id outside the vocabulary gives NaN."""
-        # The table is gathered over its split width first: less traffic than moving what was looked up.
-        table = constrain(self.embed_tokens.embedding.astype(self.dtype), "vocab", "embed")
-        return constrain(jnp.take(table, tokens, axis=0), "batch", "length", "embed")
+        return looked_up(self.embed_tokens.embedding.astype(self.dtype), tokens)
 
     def __call__(
         self,
@@ -228,6 +227,35 @@ class Llama(nn.Module):
             self.embed(jnp.zeros(embeds.shape[:2], jnp.int32))
             self.logits(hidden)
         return hidden, cache
+
+
+def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """The table's rows at token ids; an id outside the vocabulary gives NaN.
+
+    On a mesh the table is gathered along fsdp and looked up where the tokens are: less traffic than moving
+    what was found. Every device adds up the gradient of its own tokens, which is scattered along fsdp.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return jnp.take(table, tokens, axis=0)
+    rows = activation_spec(("batch", "length", None), (*tokens.shape, 0), mesh)
+    split = activation_spec(("vocab", None), table.shape, mesh)[0]
+    sliced = mesh.shape["fsdp"] > 1 and table.shape[1] % mesh.shape["fsdp"] == 0
+
+    def local(table: Array, tokens: Array) -> Array:
+        if sliced:
+            table = jax.lax.all_gather(table, "fsdp", axis=1, tiled=True)
+        if split is None:
+            return jnp.take(table, tokens, axis=0)
+        tokens = tokens - len(table) * jax.lax.axis_index("tensor")
+        here = (tokens >= 0) & (tokens < len(table))
+        found = jnp.take(table, jnp.where(here, tokens, 0), axis=0)
+        found = jax.lax.psum(jnp.where(here[..., None], found, 0), "tensor")
+        known = jax.lax.psum(here.astype(jnp.int32), "tensor") > 0
+        return jnp.where(known[..., None], found, jnp.nan)
+
+    places = (PartitionSpec(split, "fsdp" if sliced else None), PartitionSpec(*rows[:2]))
+    return jax.shard_map(local, in_specs=places, out_specs=rows)(table, tokens)
 
 
 def rotations(config: LlamaConfig, positions: Int[Array, "B L"], lengths: Int[Array, "B #L"]) -> Rotation:
