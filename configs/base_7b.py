@@ -118,8 +118,8 @@ def mesh(*whole: str) -> dict:
     """Weights sliced over 16 neighbours, and as many copies of that as there are devices.
 
     16 chips are a ring, or a plane, of a TPU's torus; over more than that XLA sums whole gradients instead of
-    scattering them. The frozen towers, 2.5 GB, are whole on every device: gathering them costs more than that.
-    On fewer devices: `--config.mesh.fsdp=8`.
+    scattering them. The frozen towers of pictures, 2.5 GB, are whole on every device, and never gathered. On
+    fewer devices: `--config.mesh.fsdp=8`.
     """
     return dict(data=-1, fsdp=16, whole=whole or ("unet", "vae", "vision"))
 

@@ -1,12 +1,12 @@
 """The whole system with Vicuna-13B: stages I, II and III in one run.
 
-Reproduces: nothing published; the stages of the 7B recipes as they are, on a language model of 13B (Vicuna-13B
-v1.1). Data lies where they expect it.
+Reproduces: nothing published; the stages of the 7B recipes as they are, on Vicuna-13B v1.1. Data lies where
+they expect it.
 Hardware, time: a v5p:4x4x4 holds it (launch/README.md has the bounds); not yet measured.
 Command: python -m dreamllm_jax.train --config=configs/dreamllm_13b.py --workdir=runs/13b
 
-Begins with models/dreamllm-13b-start: Vicuna, CLIP and Stable Diffusion, converted and put together; every stage
-begins with the result of the one before it.
+Begins with models/dreamllm-13b-start: Vicuna, CLIP and Stable Diffusion, converted and put together; every
+stage begins with the result of the one before it.
 """
 
 import base_7b

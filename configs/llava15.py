@@ -11,7 +11,7 @@ Begins with models/llava-7b-start: Vicuna and CLIP, converted and put together. 
 pictures lie in data/llava-1.5-instruct.
 """
 
-from base_7b import LENGTH, clip, llava_pretrain, loss, optim, recipe, vicuna15
+from base_7b import LENGTH, clip, llava_pretrain, loss, mesh, optim, recipe, vicuna15
 from ml_collections import ConfigDict
 
 
@@ -51,5 +51,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
             optim=optim(2e-5, warmup_ratio=0.03),
         ),
     ]
-    changes = dict(model=model(), generation=dict(template="vicuna_v1.1"))
+    changes = dict(model=model(), mesh=mesh("vision"), generation=dict(template="vicuna_v1.1"))
     return ConfigDict(recipe("llava15", stages, "llava-7b-start", arg, **changes))
