@@ -100,6 +100,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes and len(devices) % known:
+        raise ValueError(
+            f"mesh {given}: the sizes multiply to {known}, which does not divide the {len(devices)} devices; "
+            "lower one, for example --config.mesh.fsdp=8."
+        )
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"mesh {given} does not divide the {len(devices)} devices; the axes must multiply to "

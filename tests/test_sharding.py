@@ -164,7 +164,7 @@ def test_meshes(config, shape, devices):
             MeshConfig(3, 1),
             "does not divide the 8 devices; the axes must multiply to 8, or one of them be -1",
         ),
-        (MeshConfig(3, -1), "does not divide the 8 devices"),
+        (MeshConfig(3, -1), "multiply to 3, which does not divide the 8 devices; lower one"),
         (MeshConfig(2, 2), "does not divide the 8 devices"),
         (MeshConfig(-1, -1), "at most one -1"),
         (MeshConfig(0, 8), "sizes must be positive"),

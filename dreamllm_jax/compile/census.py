@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -58,7 +59,7 @@ class Collective:
 class Census:
     """Sums over a program. `flops` is by part of the model, "other" where the operation names none."""
 
-    flops: dict[str, float] = dataclasses.field(default_factory=dict)
+    flops: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     hbm: float = 0.0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     endless: list[str] = dataclasses.field(default_factory=list)  # loops ended by data, counted once
@@ -66,7 +67,7 @@ class Census:
     def add(self, other: Census, times: float = 1.0) -> None:
         """Adds what another does, so many times."""
         for part, n in other.flops.items():
-            self.flops[part] = self.flops.get(part, 0.0) + times * n
+            self.flops[part] += times * n
         self.hbm += times * other.hbm
         self.collectives += [dataclasses.replace(c, times=c.times * times) for c in other.collectives]
         self.endless += other.endless

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.metadata
 from collections.abc import Mapping
@@ -84,9 +85,9 @@ def numbers(finding: Finding) -> dict[str, Any]:
 
 def by_kind(census: Census) -> dict[tuple[str, tuple[str, ...]], tuple[float, float]]:
     """(kind, mesh axes) -> (how many, bytes that a device takes in), the heaviest first."""
-    found: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
+    found = collections.defaultdict(lambda: (0.0, 0.0))
     for c in census.collectives:
-        times, received = found.get((c.kind, c.axes), (0.0, 0.0))
+        times, received = found[c.kind, c.axes]
         found[c.kind, c.axes] = (times + c.times, received + c.received)
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 
@@ -42,11 +43,12 @@ class Roofline:
 
 def roofline(census: Census, model_flops: float, mesh: Mesh, chip: Chip) -> Roofline:
     """The bound of a program from its census; `model_flops` are those of all devices together."""
-    seconds = {"compute": census.total_flops / chip.peak, "hbm": census.hbm / chip.hbm_bandwidth}
+    seconds = collections.defaultdict(float)
+    seconds |= {"compute": census.total_flops / chip.peak, "hbm": census.hbm / chip.hbm_bandwidth}
     for collective in census.collectives:
         for name, time in _seconds(collective, mesh, chip).items():
-            seconds[name] = seconds.get(name, 0.0) + time
-    return Roofline(seconds, model_flops, mesh.size * chip.peak)
+            seconds[name] += time
+    return Roofline(dict(seconds), model_flops, mesh.size * chip.peak)
 
 
 def _seconds(collective: Collective, mesh: Mesh, chip: Chip) -> dict[str, float]:

@@ -48,19 +48,20 @@ def save_pretrained(
       ValueError: the folder holds something else than such a model.
     """
     if is_main():
-        _write_model(Path(folder), params, config, tokenizer, generation)
+        write_pretrained(Path(folder), params, config, tokenizer, generation)
     else:
         read_along(params)
     barrier(f"{folder} is written")
 
 
-def _write_model(
+def write_pretrained(
     folder: Path,
     params: Mapping[str, Any],
     config: DreamLLMConfig,
     tokenizer: Tokenizer,
     generation: GenerationConfig,
 ) -> None:
+    """`save_pretrained` of one process alone, whatever others do: it holds all parameters or their files."""
     if folder.is_dir() and any(folder.iterdir()) and not _holds_model(folder):
         raise ValueError(f"{folder} holds something else than a saved model; give a new or empty folder.")
     with new_folder(folder, overwrite=True) as beside:

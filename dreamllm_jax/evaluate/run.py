@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
-from dreamllm_jax.convert.pretrained import open_pretrained, save_pretrained
+from dreamllm_jax.convert.pretrained import open_pretrained, write_pretrained
 from dreamllm_jax.evaluate.handwriting import (
     COPY_QUANTILE,
     Comprehension,
@@ -162,7 +162,7 @@ def export(model_folder: Path, folder: Path) -> None:
     loaded = open_pretrained(model_folder)
     config = dataclasses.replace(loaded.config, text=None, contrastive=False)
     params = {k: v for k, v in loaded.params.items() if k.split("/")[0] not in STAGE_0_ONLY}
-    save_pretrained(folder, params, config, loaded.tokenizer, loaded.generation)
+    write_pretrained(folder, params, config, loaded.tokenizer, loaded.generation)
 
 
 def write_whole(path: Path, text: str) -> None:

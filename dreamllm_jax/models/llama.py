@@ -22,7 +22,7 @@ from dreamllm_jax.config.model import Attention
 from dreamllm_jax.config.towers import LlamaConfig
 from dreamllm_jax.models.attention import attention, masks
 from dreamllm_jax.models.layers import Dense, Embed, RMSNorm, scan_layers, silu
-from dreamllm_jax.sharding import activation_spec, constrain
+from dreamllm_jax.sharding import activation_spec, constrain, mesh_axes
 
 Rotation = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines and sines
 
@@ -240,7 +240,8 @@ def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Ar
         return jnp.take(table, tokens, axis=0)
     rows = activation_spec(("batch", "length", None), (*tokens.shape, 0), mesh)
     split = activation_spec(("vocab", None), table.shape, mesh)[0]
-    sliced = mesh.shape["fsdp"] > 1 and table.shape[1] % mesh.shape["fsdp"] == 0
+    # Devices that hold the same rows must not gather each for itself: then the partitioner gathers.
+    sliced = "fsdp" in mesh_axes(rows[0]) and table.shape[1] % mesh.shape["fsdp"] == 0
 
     def local(table: Array, tokens: Array) -> Array:
         if sliced:

@@ -60,10 +60,11 @@ def initialize(timeout_seconds: int = 300) -> None:
             return
         if isinstance(error, RuntimeError) and "must be called before" in str(error):
             raise
+        mpi = hint is not None and hint.startswith(("OMPI", "PMI"))
+        how = "install mpi4py" if mpi else "start them with srun or mpirun"
         raise ValueError(
             f"{hint or 'The environment'} says that there are several processes, but not how to reach them "
-            f"({first_line(error)}); start them with the launcher's own command (srun, mpirun), or "
-            f"{EXPLICIT} for each, or {COUNT}=1 for one process alone."
+            f"({first_line(error)}); {how}, or {EXPLICIT} for each, or {COUNT}=1 for one process alone."
         ) from error
     sys.excepthook = _end_loudly
 

@@ -58,7 +58,15 @@ def _check_generation(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 
 def check_attention(model: DreamLLMConfig, mesh: Mesh) -> None:
-    """The kernels that the recipe asks for must exist on the mesh's devices."""
+    """The kernels that the recipe asks for exist on the mesh's devices, which divide the heads."""
+    llama, split = model.llama, mesh.shape["tensor"]
+    both = () if llama is None else (llama.num_attention_heads, llama.num_key_value_heads)
+    for what, heads in zip(("heads", "key-value heads"), both, strict=False):
+        assert heads is not None  # the config fills it in
+        if heads % split:
+            raise ValueError(
+                f"mesh.tensor={split} does not divide the language model's {heads} {what}; choose a divisor."
+            )
     for field in dataclasses.fields(model.attention):
         wanted = getattr(model.attention, field.name)
         chosen(wanted, LONG, LONG, 64, model.dtype, None, mesh.devices.flat[0].platform)
@@ -134,13 +142,18 @@ def _check_loss(stage: StageConfig, model: DreamLLMConfig) -> None:
 
 
 def check_rows(stage: StageConfig, mesh: Mesh) -> None:
-    """The devices and micro-batches divide the rows of a step."""
+    """The devices and micro-batches divide the rows of a step, and the devices their length."""
     rows, parts = stage.data.rows, stage.optim.accumulation
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (split * parts):
         raise ValueError(
             f"data.rows={rows} is not divisible by the {split} devices along data and fsdp, times "
             f"optim.accumulation={parts}; choose a multiple of {split * parts}."
+        )
+    if stage.data.length % mesh.shape["context"]:
+        raise ValueError(
+            f"data.length={stage.data.length} is not divisible by mesh.context={mesh.shape['context']}; "
+            "choose a multiple."
         )
     if parts > 1 and stage.objective == "contrastive":
         raise ValueError(

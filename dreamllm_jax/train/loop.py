@@ -173,7 +173,8 @@ def _run_steps(
                 speed.restart()
             bar.update()
             preempted = notice.given()
-            due = preempted or checkpoints.due(step)
+            last = step == stage.steps >= recipe.checkpoint_every  # writing the model takes its time
+            due = preempted or last or checkpoints.due(step)
             if due or step % recipe.log_every == 0 or step == stage.steps:
                 values = writer.write(step, metrics)
                 _check_finite(stage, step, values)
@@ -223,7 +224,7 @@ def _check_folder(workdir: Path, recipe: Recipe) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file; give a folder, which is made where it does not exist.")
     path = workdir / "recipe.json"
-    if path.exists() and path.read_text(encoding="utf-8") != _recipe_text(recipe):
+    if path.exists() and _learned(path.read_text(encoding="utf-8")) != _learned(_recipe_text(recipe)):
         raise ValueError(
             f"{workdir} holds a run of another recipe, or of other settings of it (recipe.json differs from "
             f"{recipe.name!r}); choose an empty folder, or remove this one."
@@ -236,6 +237,19 @@ def _claim(workdir: Path, recipe: Recipe) -> None:
     if processes.is_main():
         workdir.mkdir(parents=True, exist_ok=True)
         _write(workdir / "recipe.json", _recipe_text(recipe))
+
+
+def _learned(text: str) -> dict[str, Any]:
+    """Of a recipe.json what decides what is learned; where and how it is computed may change."""
+    mapping = json.loads(text)
+    for name in ("mesh", "checkpoint_every", "keep_checkpoints", "log_every"):
+        del mapping[name]
+    for name in ("remat", "attention"):
+        del mapping["model"][name]
+    for stage in mapping["stages"]:
+        for name in ("accumulation", "gather"):
+            del stage["optim"][name]
+    return mapping
 
 
 def _recipe_text(recipe: Recipe) -> str:

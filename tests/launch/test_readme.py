@@ -56,15 +56,16 @@ def test_the_rows_agree_with_their_commands(cells):
         return
     file, _, stage = name.partition(", ")
     words = shlex.split(source.strip("`"))[1:]
-    given = dict(word[2:].split("=", 1) for word in words)
+    given = {"stage": ""} | dict(word[2:].split("=", 1) for word in words)
     assert given["config"] == f"configs/{file.strip('`')}" and given["topology"] == chips
-    assert given.get("stage", "") == stage
+    assert given["stage"] == stage
     recipe = load_recipe(
         str(ROOT / given["config"]), [word for word in words if word.startswith("--config.")]
     )
     (steps_of,) = (one.steps for one in recipe.stages if stage in ("", one.name))
     assert f"{steps_of:,}" == steps
-    axes = {axis: int(size) for axis, size in re.findall(r"(data|fsdp) (\d+)", mesh)}
-    assert axes.get("data", 1) * axes["fsdp"] == CHIPS[chips]
-    assert recipe.mesh.data == axes.get("data", 1) and recipe.mesh.fsdp in (axes["fsdp"], -1)
-    assert bool(recipe.mesh.whole) == ("whole" in mesh)
+    axes = {"tensor": "1"} | dict(re.findall(r"(data|fsdp|tensor) (\d+)", mesh))
+    axes = {name: int(size) for name, size in axes.items()}
+    assert axes["data"] * axes["fsdp"] * axes["tensor"] == CHIPS[chips]
+    assert recipe.mesh.data in (axes["data"], -1) and recipe.mesh.fsdp == axes["fsdp"]
+    assert recipe.mesh.tensor == axes["tensor"]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.towers import LlamaConfig, RopeScaling
-from dreamllm_jax.models.llama import Llama, init_cache
+from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.models.llama import Llama, init_cache, looked_up
+from dreamllm_jax.sharding import make_mesh, parameter_shardings
 
 MHA = LlamaConfig(
     vocab_size=50,
@@ -29,6 +31,28 @@ VARIANTS = {
     "dynamic": dataclasses.replace(MHA, rope_scaling=RopeScaling("dynamic", 2.0)),
     "tied, biased": dataclasses.replace(GQA, tie_word_embeddings=True, attention_bias=True),
 }
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 4, 1, 1), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
+def test_looking_up_on_a_mesh(sizes, rows, devices):
+    """Values and the table's gradient, also where the rows do not divide among the devices."""
+    mesh = make_mesh(MeshConfig(*sizes), devices)
+    rng = np.random.default_rng(rows)
+    table = rng.normal(size=(48, 16)).astype(np.float32)
+    tokens = jnp.asarray(rng.integers(0, 48, (rows, 6)), jnp.int32)
+    weights = rng.normal(size=(rows, 6, 16)).astype(np.float32)
+    place = parameter_shardings({"llama/embed_tokens/embedding": table}, mesh)
+    table = jax.device_put(table, place["llama/embed_tokens/embedding"])
+    with jax.set_mesh(mesh):
+        found = jax.jit(looked_up)(table, tokens)
+        gradient = jax.jit(jax.grad(lambda t: (looked_up(t, tokens) * weights).sum()))(table)
+        outside = jax.jit(looked_up)(table, jnp.full((rows, 6), 48))
+    np.testing.assert_array_equal(found, np.asarray(table)[tokens])
+    expected = np.zeros((48, 16), np.float32)
+    np.add.at(expected, np.asarray(tokens), weights)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+    assert np.isnan(outside).all()
 
 
 def tokens_of(config, *shape, seed=0):

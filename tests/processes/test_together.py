@@ -37,7 +37,8 @@ def started(folder: Path, processes: int, devices: int, mapping: dict) -> Simple
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mapping = copy.deepcopy(RECIPE) | {"mesh": dict(data=2, fsdp=2, tensor=2), "checkpoint_every": 100}
+    # Parameters are sliced over both processes: neither can write, read or use them alone.
+    mapping = copy.deepcopy(RECIPE) | {"mesh": dict(data=1, fsdp=4, tensor=2), "checkpoint_every": 100}
     mapping["stages"][1]["trainable"] = (*RECIPE["stages"][1]["trainable"], "llama")
     return started(folder / "one", 1, 8, mapping), started(folder / "two", 2, 4, mapping)
 

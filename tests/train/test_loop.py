@@ -55,6 +55,8 @@ RECIPE = dict(
     ],
 )
 
+STAGE = RECIPE["stages"][1]
+
 
 def changed(*path_and_value):
     """The recipe, with one entry replaced: changed("stages", 1, "name", "other")."""
@@ -250,6 +252,17 @@ UNFIT = {
         None,
         "stage 'joint': data.rows=12 is not divisible by",
     ),
+    "a length": (
+        changed("mesh", dict(fsdp=1, context=8))
+        | {"stages": [{**STAGE, "data": {**STAGE["data"], "length": 66}}]},
+        None,
+        "data.length=66 is not divisible by mesh.context=8",
+    ),
+    "heads": (
+        changed("mesh", dict(fsdp=1, tensor=8)) | {"model": with_llama(num_attention_heads=4)},
+        None,
+        "mesh.tensor=8 does not divide the language model's 4 heads",
+    ),
     "micro-batches": (changed("stages", 1, "optim", "accumulation", 2), None, "choose a multiple of 16"),
     "no micro-batches": (
         changed("stages", 1, "optim", "accumulation", 0),
@@ -311,6 +324,17 @@ def test_what_does_not_fit_is_said_before_anything_happens(
     message = str(error.value)
     assert sentence in message and message.endswith(".") and "\n" not in message
     assert not (tmp_path / "work").exists()
+
+
+def test_a_run_may_change_its_devices(whole):
+    """Mesh, micro-batches, remat: how it is computed; not what is learned."""
+    mapping = changed("mesh", dict(data=2, fsdp=4)) | {"log_every": 3}
+    mapping["stages"][1]["optim"]["accumulation"] = 2
+    mapping["model"] |= dict(remat=dict(llama="full"))
+    loop._check_folder(whole.folder, build_recipe(mapping))
+    mapping["stages"][1]["optim"]["learning_rate"] = 2e-2
+    with pytest.raises(ValueError, match="another recipe"):
+        loop._check_folder(whole.folder, build_recipe(mapping))
 
 
 def test_an_unknown_key_of_a_recipe():
