@@ -80,6 +80,7 @@ start() {
   PYTHONUNBUFFERED=1 setsid bash -c '
     folder=$1 root=$2; shift 2
     cd "$root"; status=0
+    trap : TERM # what it runs may save first; this shell stays to tell how it ended
     echo $$ >"$folder/pid.new"; mv "$folder/pid.new" "$folder/pid"
     "$@" || status=$?
     echo "$status" >"$folder/exit.new"; mv "$folder/exit.new" "$folder/exit"

@@ -4,7 +4,8 @@
 #
 # N processes find each other on localhost, each with D emulated devices (1 unless given). Lines of their output
 # begin with the number of the process. When one fails the others are ended, and its exit code is this script's.
-# Ctrl-C ends all. For trying things out and for tests: a host's one process uses its cores as well.
+# Ctrl-C ends all; a TERM is handed on, and a training has 5 minutes to save its state. For trying things out and
+# for tests: a host's one process uses its cores as well.
 # Example: launch/local_processes.sh 2 --devices 4 -- python -m dreamllm_jax.train --config=R.py --workdir=RUN
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}
@@ -79,11 +80,11 @@ signal() {
   return "$status"
 }
 
-# Ends what still runs: asks, waits, insists. JAX takes TERM for the notice of a cluster that it will be ended soon.
+# stop SECONDS: ends what still runs: asks, waits so long, insists. A training that is asked saves its state first.
 stop() {
-  local _
+  local tenths=$((10 * $1)) i
   signal TERM || return 0
-  for _ in {1..30}; do
+  for ((i = 0; i < tenths; i++)); do
     signal 0 || return 0
     sleep 0.1
   done
@@ -93,8 +94,8 @@ stop() {
 find_port
 folder=$(mktemp -d "${TMPDIR:-/tmp}/local_processes.XXXXXX")
 trap 'rm -rf "$folder"' EXIT
-trap 'signal INT || true; stop; exit 130' INT
-trap 'stop; exit 143' TERM HUP
+trap 'signal INT || true; stop 3; exit 130' INT
+trap 'stop 300; exit 143' TERM HUP
 mkfifo "$folder/ends"
 exec 3<>"$folder/ends"
 
@@ -115,7 +116,7 @@ done
 for ((ended = 0; ended < processes; ended++)); do
   read -r who status <&3
   if [ "$status" != 0 ]; then
-    stop
+    stop 3 # without that one they can only wait
     say "${0##*/}: process $who of $processes ended with exit code $status; the others were ended." >&2
     exit "$status"
   fi

@@ -26,6 +26,7 @@ from typing import Any
 
 JOINED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # may stand in several lines of a file of launch/env
 SECONDS_TO_END = 300  # a checkpoint may be written
+PREEMPTED = 128 + signal.SIGTERM  # a training that was asked to end, and has saved its state
 
 
 class SliceHead:
@@ -225,12 +226,12 @@ def main() -> int:
             raise ValueError(f"There is no Ray cluster at --address {options.address} ({error}).") from error
         for left in range(options.restarts, -1, -1):
             try:
-                return run_once(ray, options, settings)
+                code, why = run_once(ray, options, settings), "the command got a SIGTERM"
+                if code != PREEMPTED:
+                    return code
             except ray.exceptions.RayError as error:
-                print(
-                    f"A host was lost ({str(error).splitlines()[0]}); restarts left: {left}.",
-                    file=sys.stderr,
-                )
+                why = str(error).splitlines()[0]
+            print(f"A host was lost ({why}); restarts left: {left}.", file=sys.stderr)
         raise ValueError("A host was lost; the same command goes on from the training's workdir.")
     except ValueError as error:
         print(f"ray_tpu.py: {error}", file=sys.stderr)

@@ -62,8 +62,11 @@ def test_the_pods_fill_the_slices(jobset):
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"]
     assert job["completions"] * CHIPS_PER_HOST == chips == 64
     words = dict(word.split("=", 1) for word in container["args"])
-    mesh = (int(words[f"--config.mesh.{axis}"]) for axis in ("data", "fsdp"))
-    assert math.prod(mesh) == replicated["replicas"] * chips
+    recipe = load_recipe(str(ROOT / words["--config"]), [])
+    split = recipe.mesh.fsdp * recipe.mesh.tensor * recipe.mesh.context
+    assert recipe.mesh.data == -1 and replicated["replicas"] * chips % split == 0
+    (stage,) = recipe.stages
+    assert stage.data.rows % (replicated["replicas"] * chips * stage.optim.accumulation) == 0
 
 
 def test_restarts(jobset):

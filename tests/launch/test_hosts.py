@@ -1,7 +1,10 @@
 """tpu_vm_run.sh from end to end: gcloud is a stand-in that takes folders of this machine for the hosts."""
 
+import os
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 
@@ -112,6 +115,21 @@ def test_dry_run_touches_nothing(pod, tmp_path):
     assert [line.split()[4] for line in lines] == ["scp", "scp", "ssh", "ssh", "ssh", "ssh", "ssh"]
     assert lines[-1].split()[5] == "pair-0" and "--worker=0" in lines[-1]
     assert not any((tmp_path / "hosts" / "pair-0.0").iterdir())
+
+
+def test_a_job_that_saves_when_asked_to_end(cluster):
+    """Until it has saved it runs, and no second one may begin; then its own exit code is told."""
+    if shutil.which("setsid") is None:
+        pytest.skip("hosts of TPUs run Linux")
+    saves = "trap 'sleep 2; echo saved; exit 9' TERM; while :; do sleep 0.1; done"
+    assert cluster.launch("job.sh", "start", "nap", "--", "bash", "-c", saves).returncode == 0
+    pid = int((cluster.home / ".dreamllm_jax" / "nap" / "pid").read_text())
+    os.killpg(pid, signal.SIGTERM)
+    time.sleep(0.5)
+    assert "nap runs" in cluster.launch("job.sh", "status", "nap").stdout
+    assert "runs already" in cluster.launch("job.sh", "start", "nap", "--", "true").stderr
+    assert "nap ended with exit code 9" in cluster.launch("job.sh", "stop", "nap").stdout
+    assert "saved" in (cluster.home / ".dreamllm_jax" / "nap" / "log").read_text()
 
 
 def test_job_dry_run(cluster):

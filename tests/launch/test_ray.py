@@ -164,6 +164,10 @@ def test_a_lost_host_and_restarts(ray, tmp_path):
     assert result.returncode == 0
     assert "A host was lost (the node died); restarts left: 1.\n" in result.stderr
     (tmp_path / "lost").rmdir()
+    saved = f"if mkdir {tmp_path}/lost 2>/dev/null; then exit 143; else sleep 0.3; fi"
+    result = ray.launch("--type", "v5p-24", "--restarts", "1", "--", "bash", "-c", saved)
+    assert result.returncode == 0 and "(the command got a SIGTERM); restarts left: 1." in result.stderr
+    (tmp_path / "lost").rmdir()
     result = ray.launch("--type", "v5p-24", "--", "bash", "-c", line)
     assert result.returncode == 1 and "the same command goes on from the training's workdir" in result.stderr
 

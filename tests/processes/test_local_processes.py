@@ -48,6 +48,21 @@ def test_one_that_fails_ends_the_others(tmp_path):
     assert found.strip()[:1] in ("", "Z"), found  # gone, or dead and not yet counted by who adopted it
 
 
+def test_a_term_is_handed_on_and_waited_for(tmp_path):
+    """As long as a training needs to save its state, here longer than the 3 s that a failure leaves."""
+    code = (
+        f"cd {tmp_path}; trap 'sleep 5; touch saved.$JAX_PROCESS_ID; exit 143' TERM; touch $JAX_PROCESS_ID; "
+    )
+    process = subprocess.Popen(
+        [SCRIPT, "2", "--", "bash", "-c", code + "while :; do sleep 0.1; done"], cwd=ROOT
+    )
+    while not ((tmp_path / "0").exists() and (tmp_path / "1").exists()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert (tmp_path / "saved.0").exists() and (tmp_path / "saved.1").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
