@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.packing import blank
 from dreamllm_jax.data.pipeline import row_layout
@@ -99,7 +100,9 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
     Raises:
       ValueError: the mesh does not fit the devices or the parameters, or the model cannot do this.
     """
-    config, mesh = recipe.model, make_mesh(recipe.mesh, devices)
+    # A saved model names no kernels: `DreamLLM` runs with the default ones.
+    config = dataclasses.replace(recipe.model, attention=AttentionConfig())
+    recipe, mesh = dataclasses.replace(recipe, model=config), make_mesh(recipe.mesh, devices)
     if config.llama is None or (name == "denoise" and not config.draws):
         raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
     check_attention(config, mesh)

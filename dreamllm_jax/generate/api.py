@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,17 @@ from dreamllm_jax.generate.prompts import (
 from dreamllm_jax.processes import to_host
 from dreamllm_jax.sharding import parameter_shardings
 from dreamllm_jax.types import Batch
+
+
+def _on_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A method whose programs are made for the model's mesh: activations lie on it as in training."""
+
+    @functools.wraps(call)
+    def on_mesh(self: DreamLLM, *args: Any, **options: Any) -> Any:
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            return call(self, *args, **options)
+
+    return on_mesh
 
 
 class DreamLLM:
@@ -66,6 +79,7 @@ class DreamLLM:
         alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = dict.fromkeys(flat, alone) if mesh is None else parameter_shardings(flat, mesh)
         placed = {k: to_device(v, shardings[k]) for k, v in flat.items()}
+        self._mesh = mesh
         self._engine = Engine(config, unflatten(placed), tokenizer)
         self.generation = GenerationConfig() if generation is None else generation
         self._null_conditions: dict[bytes, NullCondition] = {}  # by the tokens of the negative prompt
@@ -107,6 +121,7 @@ class DreamLLM:
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
 
+    @_on_mesh
     def generate_text(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -143,6 +158,7 @@ class DreamLLM:
         texts = [self.tokenizer.decode(row[row >= 0].tolist()).strip() for row in to_host(tokens)]
         return texts if many else texts[0]
 
+    @_on_mesh
     def generate_images(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -191,6 +207,7 @@ class DreamLLM:
         lists = [pictures[i * n : (i + 1) * n] for i in range(len(prompts))]
         return lists if many else lists[0]
 
+    @_on_mesh
     def generate_document(
         self,
         prompt: Prompt | Sequence[Prompt],

@@ -29,8 +29,8 @@ def initialize(timeout_seconds: int = 300) -> None:
     From then on an error that nobody catches ends this process at once, without waiting for the others.
 
     Raises:
-      ValueError: the environment is incomplete or contradicts itself, or the others cannot be reached
-        within `timeout_seconds`.
+      ValueError: the environment is incomplete or contradicts itself.
+      TimeoutError: the others cannot be reached within `timeout_seconds`.
       RuntimeError: JAX was used before, so that it is too late.
     """
     if jax.distributed.is_initialized():
@@ -51,7 +51,7 @@ def initialize(timeout_seconds: int = 300) -> None:
             )
     except jax.errors.JaxRuntimeError as error:
         whole = "the other processes" if place is None else f"all {place.count} processes at {place.address}"
-        raise ValueError(
+        raise TimeoutError(
             f"{first_line(error)}: {whole} did not come together within {timeout_seconds} s; "
             "start every one of them, and look whether the address can be reached from each host."
         ) from error

@@ -111,7 +111,7 @@ def test_the_others_are_not_found(asked):
         asked({"PMI_SIZE": "4"}, NO_CLUSTER)
     late = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out\n  details")
     with pytest.raises(
-        ValueError, match="DEADLINE_EXCEEDED: Barrier timed out: all 4 processes at 10.0.0.1:1234"
+        TimeoutError, match="DEADLINE_EXCEEDED: Barrier timed out: all 4 processes at 10.0.0.1:1234"
     ):
         asked(SET, late)
 
