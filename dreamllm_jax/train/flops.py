@@ -119,7 +119,10 @@ def passes(config: DreamLLMConfig, stage: StageConfig) -> dict[str, int]:
 
 
 def step_flops(config: DreamLLMConfig, stage: StageConfig) -> dict[str, float]:
-    """Model FLOPs of one step of a joint stage, by tower (none for the other objectives)."""
+    """Model FLOPs of one step of a joint stage, by tower (none for the other objectives).
+
+    Empty slots of tokens and pictures are computed like full ones, and count.
+    """
     if stage.objective != "joint":
         return {}
     data = stage.data

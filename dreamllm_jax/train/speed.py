@@ -17,7 +17,8 @@ class Speedometer:
 
     Rates are of all devices together where they are per second, and per device where they say so. A tower's
     `mfu` is its share of the devices' bfloat16 peak; they add up to `mfu`, which is known for devices in
-    `flops.PEAKS` only.
+    `flops.PEAKS` only. Slots without a document or picture are computed, and count there: `pad_share` and
+    `picture_pad_share` say how many they are.
     """
 
     def __init__(self, flops: Mapping[str, float], devices: int, kind: str, slots: int):
@@ -29,7 +30,7 @@ class Speedometer:
     def restart(self) -> None:
         """Begins to measure anew."""
         self._start, self._steps = time.perf_counter(), 0
-        self._slots = self._tokens = self._images = self._dreams = 0
+        self._slots = self._tokens = self._images = self._dreams = self._pictures = 0
 
     def count(self, batch: Batch) -> None:
         """Takes one more step's batch: this process's rows of it (numpy)."""
@@ -38,6 +39,7 @@ class Speedometer:
         self._tokens += int((batch.segment_ids > 0).sum())
         self._images += int(np.asarray(batch.image_mask).sum())
         self._dreams += int(np.asarray(batch.dream_mask).sum())
+        self._pictures += batch.image_mask.size + batch.dream_mask.size
 
     def read(self) -> dict[str, float]:
         """The rates since the last restart or reading; nothing where there was no step.
@@ -47,7 +49,8 @@ class Speedometer:
         seconds, steps = time.perf_counter() - self._start, self._steps
         if not steps:
             return {}
-        slots, tokens, images, dreams = total([self._slots, self._tokens, self._images, self._dreams])
+        counts = [self._slots, self._tokens, self._images, self._dreams, self._pictures]
+        slots, tokens, images, dreams, pictures = total(counts)
         # Processes count the rows that they hold; where `tensor` reaches over hosts some hold the same.
         share = steps * self._step_slots / slots / seconds
         rates = {
@@ -57,6 +60,8 @@ class Speedometer:
             "dreams_per_second": dreams * share,
             "pad_share": 1 - tokens / slots,
         }
+        if pictures:
+            rates["picture_pad_share"] = 1 - (images + dreams) / pictures
         for tower, flops in self._flops.items():
             rates[f"tflops_per_device/{tower}"] = flops * steps / seconds / self._devices / 1e12
         if self._peak is not None and self._flops:

@@ -33,6 +33,9 @@ def test_rates(clock, batch):
     assert rates["images_per_second"] == batch.image_mask.sum() / 2
     assert rates["dreams_per_second"] == batch.dream_mask.sum() / 2
     assert rates["pad_share"] == pytest.approx(1 - real / batch.segment_ids.size)
+    filled = batch.image_mask.sum() + batch.dream_mask.sum()
+    every = batch.image_mask.size + batch.dream_mask.size
+    assert rates["picture_pad_share"] == pytest.approx(1 - filled / every) and 0 < filled < every
     assert rates["tflops_per_device/llama"] == pytest.approx(3 * 0.5 / 4)
     assert rates["mfu/llama"] == pytest.approx(3e12 * 0.5 / 4 / 459e12)
     assert rates["mfu"] == pytest.approx(4e12 * 0.5 / 4 / 459e12)
