@@ -162,8 +162,11 @@ def test_a_joint_step_in_micro_batches(devices):
     wanted = recipe(
         MeshConfig(2, 2), ("llama", "vision", "unet", "vae"), trainable=trainable, optim=dict(accumulation=2)
     )
-    found, _ = compiled_step(wanted, devices)
+    found, text = compiled_step(wanted, devices)
     assert found.memory.fits
+    held = {k: v for k, v in found.program.arguments.items() if k != "batch"}
+    donated = text.split("\n", 1)[0].count("-alias)")
+    assert donated == len(jax.tree.leaves(held)) + 2  # the whole state, its step and its key too
     across = {kind for kind, axes in by_kind(found.census) if "data" in axes}
     assert across == {"all-reduce"}
     parameters = max(x.size for x in jax.tree.leaves(found.program.arguments))
