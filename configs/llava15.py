@@ -4,7 +4,8 @@ Reproduces: arXiv 2310.03744: Vicuna-7B v1.5, CLIP ViT-L/14 at 336 px, an mlp pr
 558K captions (projector alone, batch 256, 1e-3) and then 665K conversations (with the language model, batch
 128, 2e-5), each once. (The reference's projects/llava have 2e-3, 4e-5 and CLIP at 224 px.) Images stand
 between `<im_start>` and `<im_end>`, as everywhere here; LLaVA's own files have them bare.
-Hardware, time: the authors' README gives 3.5 and 10 hours on 8 A100; not yet measured here.
+Hardware, time: the authors' README gives 3.5 and 10 hours on 8 A100;
+launch/README.md has bounds for TPUs; not yet measured here.
 Command: python -m dreamllm_jax.train --config=configs/llava15.py --workdir=runs/llava15
 
 Begins with models/llava-7b-start: Vicuna and CLIP, converted and put together. LLaVA-1.5's conversations and

@@ -4,7 +4,8 @@ Reproduces: what the reference's projects/dreamllm_sdxl set out to do (its code 
 Vicuna-7B v1.5, CLIP with an mlp projector of depth 2, SDXL base 1.0, and a global projector from the mean of
 the query states to SDXL's pooled text embedding; LAION400M 20M and BLIP-LAION 10M, batch 1024, 2e-3.
 It differs in one number: 64 dream queries, the paper's best, where the reference's config has 196.
-Hardware, time: none published; not yet measured here.
+Hardware, time: none published;
+launch/README.md has bounds for TPUs; not yet measured here.
 Command: python -m dreamllm_jax.train --config=configs/sdxl.py --workdir=runs/sdxl
 
 Begins with models/dreamllm-sdxl-7b-start: Vicuna, CLIP and SDXL, converted and put together. The vision

@@ -3,7 +3,8 @@
 Reproduces: arXiv 2309.11499, stage I, comprehension: 30M pairs once (LLaVA-Pretrain 558K, BLIP-LAION 8M,
 LAION400M 11M, LAION-COCO 11M), batch 1024, learning rate 2e-3. (The released config takes 20M of each of the
 three and GQA instead.)
-Hardware, time: the paper gives 6 hours on 128 A800 for the whole of stage I; not yet measured here.
+Hardware, time: the paper gives 6 hours on 128 A800 for the whole of stage I;
+launch/README.md has bounds for TPUs; not yet measured here.
 Command: python -m dreamllm_jax.train --config=configs/stage1_comprehension.py --workdir=runs/comprehension
 
 Begins with models/dreamllm-7b-start (see base_7b.py). Put the result, `stages/0_stage1_comprehension/model`

@@ -2,7 +2,8 @@
 
 Reproduces: arXiv 2309.11499, stage I, creation: 30M pairs once (BLIP-LAION, LAION400M, LAION-COCO; the
 released config has 20M of each), batch 1024, learning rate 2e-3, image loss alone.
-Hardware, time: the paper gives 6 hours on 128 A800 for the whole of stage I; not yet measured here.
+Hardware, time: the paper gives 6 hours on 128 A800 for the whole of stage I;
+launch/README.md has bounds for TPUs; not yet measured here.
 Command: python -m dreamllm_jax.train --config=configs/stage1_creation.py --workdir=runs/creation
 
 The two halves share no trained parameter and no gradient. The reference trains them apart and merges the

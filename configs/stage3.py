@@ -4,7 +4,8 @@ Reproduces: arXiv 2309.11499, stage III: LLaVA-instruct 80K, InstructMMC4 20K, I
 epochs, batch 1024 x 2048, learning rate 4e-5, losses 1 and 10.
 Argument `released` (`:released` or `:FOLDER,released`) draws as the released config does: LLaVA-1.5's 665K
 conversations, 600K pairs of BLIP-LAION, InstructMMC4 20K, once.
-Hardware, time: the paper gives 1.5 hours on 128 A800; not yet measured here.
+Hardware, time: the paper gives 1.5 hours on 128 A800;
+launch/README.md has bounds for TPUs; not yet measured here.
 Command: python -m dreamllm_jax.train --config=configs/stage3.py --workdir=runs/stage3
 
 Begins with models/dreamllm-7b-stage2; the result is DreamLLM-7B. Instruct-BLIP-LAION is expected as

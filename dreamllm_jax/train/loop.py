@@ -243,12 +243,12 @@ def _learned(text: str) -> dict[str, Any]:
     """Of a recipe.json what decides what is learned; where and how it is computed may change."""
     mapping = json.loads(text)
     for name in ("mesh", "checkpoint_every", "keep_checkpoints", "log_every"):
-        del mapping[name]
+        mapping.pop(name, None)  # a folder of an earlier version may lack it
     for name in ("remat", "attention"):
-        del mapping["model"][name]
+        mapping["model"].pop(name, None)
     for stage in mapping["stages"]:
         for name in ("accumulation", "gather"):
-            del stage["optim"][name]
+            stage["optim"].pop(name, None)
     return mapping
 
 

@@ -1,6 +1,7 @@
 """What is said about a recipe before anything is compiled: every recipe of ours passes."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -8,15 +9,17 @@ import pytest
 
 from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.sharding import make_mesh
-from dreamllm_jax.train import checks
+from dreamllm_jax.train import checks, loop
 from dreamllm_jax.train.__main__ import load_recipe
 from dreamllm_jax.train.checks import check_recipe
 from dreamllm_jax.train.start import prepare_tokenizer
+from tests.train.test_loop import RECIPE, changed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-REAL = ("stage1_comprehension", "stage1_creation", "stage2", "stage3", "sdxl", "llava15")
+REAL = ("stage1_comprehension", "stage1_creation", "stage2", "stage3", "sdxl", "llava15", "dreamllm_13b")
 
 
 def test_the_handwriting_recipe_passes():
@@ -75,3 +78,17 @@ def test_only_frozen_parts_can_be_kept_whole(whole, sentence, devices, monkeypat
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, whole=whole))
     with pytest.raises(ValueError, match=sentence):
         check_recipe(recipe, recipe.stages, make_mesh(MeshConfig(), devices), train_tokenizer(["one"], 300))
+
+
+def test_a_run_may_change_its_devices(tmp_path):
+    """Mesh, micro-batches, remat: how it is computed; not what is learned."""
+    written = json.loads(loop._recipe_text(build_recipe(RECIPE)))
+    del written["stages"][0]["optim"]["gather"]  # as a version before this setting wrote it
+    (tmp_path / "recipe.json").write_text(json.dumps(written))
+    mapping = changed("mesh", dict(data=2, fsdp=4)) | {"log_every": 3, "checkpoint_every": 7}
+    mapping["stages"][1]["optim"]["accumulation"] = 2
+    mapping["model"] |= dict(remat=dict(llama="full"))
+    loop._check_folder(tmp_path, build_recipe(mapping))
+    mapping["stages"][1]["optim"]["learning_rate"] = 2e-2
+    with pytest.raises(ValueError, match="another recipe"):
+        loop._check_folder(tmp_path, build_recipe(mapping))

@@ -326,17 +326,6 @@ def test_what_does_not_fit_is_said_before_anything_happens(
     assert not (tmp_path / "work").exists()
 
 
-def test_a_run_may_change_its_devices(whole):
-    """Mesh, micro-batches, remat: how it is computed; not what is learned."""
-    mapping = changed("mesh", dict(data=2, fsdp=4)) | {"log_every": 3}
-    mapping["stages"][1]["optim"]["accumulation"] = 2
-    mapping["model"] |= dict(remat=dict(llama="full"))
-    loop._check_folder(whole.folder, build_recipe(mapping))
-    mapping["stages"][1]["optim"]["learning_rate"] = 2e-2
-    with pytest.raises(ValueError, match="another recipe"):
-        loop._check_folder(whole.folder, build_recipe(mapping))
-
-
 def test_an_unknown_key_of_a_recipe():
     with pytest.raises(
         ValueError, match=r"stages\[1\].optim: unknown key 'learning_rat'. Did you mean 'learn"
