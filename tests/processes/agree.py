@@ -12,8 +12,15 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
+from dreamllm_jax.config.model import GenerationConfig  # noqa: E402
 from dreamllm_jax.config.train import MeshConfig  # noqa: E402
+from dreamllm_jax.convert.pretrained import write_pretrained  # noqa: E402
+from dreamllm_jax.data.numbers import corpus_text  # noqa: E402
+from dreamllm_jax.data.tokenizer import train_tokenizer  # noqa: E402
+from dreamllm_jax.evaluate import __main__ as evaluate_command  # noqa: E402
+from dreamllm_jax.evaluate import run  # noqa: E402
 from dreamllm_jax.sharding import make_mesh, process_rows, shard_batch  # noqa: E402
+from tests.train import tiny  # noqa: E402
 
 folder, index = Path(sys.argv[1]), jax.process_index()
 assert processes.several() and processes.is_main() == (index == 0)
@@ -55,6 +62,21 @@ spread = jax.make_array_from_callback(
 )
 assert processes.is_spread(spread)
 np.testing.assert_array_equal(processes.to_host(spread, 1, 3), rows[1:3])
+
+
+# Evaluation: process 0 alone measures and writes a model, the others wait for it.
+def evaluate(workdir: Path) -> bool:
+    config = tiny.config(vision=None, unet=None, vae=None)
+    tokenizer = train_tokenizer(corpus_text(), tiny.VOCABULARY)
+    write_pretrained(workdir / "trained", tiny.random_params(config), config, tokenizer, GenerationConfig())
+    run.export(workdir / "trained", workdir / "exported")
+    return True
+
+
+run.evaluate, run.summary = evaluate, lambda workdir: "measured"
+sys.argv = ["evaluate", f"--workdir={folder}"]
+evaluate_command.main()
+assert (folder / "exported" / "config.json").exists()
 
 processes.say("agreed")
 processes.barrier("before the end")

@@ -83,6 +83,8 @@ def test_two_agree_and_an_error_of_one_ends_both(tmp_path):
     """The assertions are in agree.py; then one of them runs out of disk, and the other waits for it."""
     begin = time.monotonic()
     result = launched("2", "--", sys.executable, "-m", "tests.processes.agree", str(tmp_path))
+    measured = [line[:3] for line in result.stdout.splitlines() if line.endswith("] measured")]
+    assert measured == ["[0]"]
     assert "[0] agreed" in result.stdout.splitlines(), result.stdout
     assert "[1] OSError: the disk is full" in result.stdout.splitlines()
     assert result.returncode == 1 and time.monotonic() - begin < 120
