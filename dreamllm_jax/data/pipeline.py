@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from functools import partial
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -47,15 +48,23 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: DataConfig, picture_size: int, tokenizer: Tokenizer, seed: int = 0) -> Source:
+def open_source(
+    config: DataConfig,
+    picture_size: int,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    index_folder: Path | None = None,
+) -> Source:
     """The source that a stage's config names; `seed` orders the epochs of files.
+
+    With a folder of `records.index_sources` tars that it knows are not read before they are needed.
 
     Raises:
       ValueError: it names none, gives no kind of document a weight, or names files that are not there
         or not what they should be.
     """
     if config.sources:
-        return open_mixture(config.sources, config.mode, seed, tokenizer)
+        return open_mixture(config.sources, config.mode, seed, tokenizer, index_folder)
     if config.source is None:
         raise ValueError(
             "data.source is not set; set it to 'handwriting', or list files of your own in data.sources."
@@ -106,15 +115,18 @@ def batches(
     null_dream: bool = False,
     start_step: int = 0,
     numbers: Items[int] | None = None,
+    index_folder: Path | None = None,
 ) -> BatchStream:
     """The batches of one stage, as numpy arrays, from `start_step` on: the rows of these numbers, or all.
+
+    `index_folder` is as for `open_source`.
 
     Raises:
       ValueError: no source, no room for any document.
     """
     layout = row_layout(config, model, null_dream)
     size = max(layout.image_size or 0, layout.dream_size or 0) or 16
-    source = open_source(config, size, tokenizer, seed)
+    source = open_source(config, size, tokenizer, seed, index_folder)
     return BatchStream(
         source,
         tokenizer,

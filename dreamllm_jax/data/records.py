@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,9 +16,10 @@ from dreamllm_jax.data.files import JsonRecords, find_files
 from dreamllm_jax.data.llava import Conversations
 from dreamllm_jax.data.mmc4 import Documents, Instructions
 from dreamllm_jax.data.pieces import Piece, conversation
+from dreamllm_jax.data.tar_index import update_index
 from dreamllm_jax.data.templates import Template
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.webdataset import Pairs
+from dreamllm_jax.data.webdataset import Pairs, caption_suffix
 
 # Sources change places within so many documents; a row then reads all of them, whatever the number of rows.
 _WINDOW = 4096
@@ -46,15 +49,42 @@ def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
         _template(source, tokenizer)
 
 
-def open_records(source: SourceConfig, mode: str, tokenizer: Tokenizer) -> Records:
-    """The records that a source's config names.
+def index_sources(sources: Sequence[SourceConfig], folder: Path) -> list[Path]:
+    """Brings the index of every source of tars in `folder` up to date; returns the index files.
+
+    One process does it; then all may open the sources with that folder, without reading the tars.
+
+    Raises:
+      ValueError: tars that are missing, or files that are none.
+      OSError: the folder cannot be written.
+    """
+    files = []
+    for source in sources:
+        if source.kind == "pairs":
+            file, paths = _index_file(source, folder), find_files(source.path, _where(source, "path"))
+            update_index(paths, caption_suffix(source.caption_key), file)
+            files.append(file)
+    return files
+
+
+def _index_file(source: SourceConfig, folder: Path) -> Path:
+    """Each path and kind of caption has its own."""
+    text = f"{source.path}\n{caption_suffix(source.caption_key)}"
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pairs"
+
+
+def open_records(
+    source: SourceConfig, mode: str, tokenizer: Tokenizer, index_folder: Path | None = None
+) -> Records:
+    """The records that a source's config names; `index_folder` is that of `index_sources`, or None.
 
     Raises:
       ValueError: files that are missing or of another kind, or that hold no record.
     """
     paths = find_files(source.path, _where(source, "path"))
     if source.kind == "pairs":
-        return Pairs(paths, mode, source.caption_key)
+        index = None if index_folder is None else _index_file(source, index_folder)
+        return Pairs(paths, mode, source.caption_key, index)
     records = JsonRecords(paths)
     if not len(records):
         raise ValueError(f"{_where(source, 'path')}: {source.path!r} holds no record; give files that do.")
@@ -69,13 +99,20 @@ def open_records(source: SourceConfig, mode: str, tokenizer: Tokenizer) -> Recor
     return Instructions(records, images, mode, source.min_similarity, _template(source, tokenizer))
 
 
-def open_mixture(sources: Sequence[SourceConfig], mode: str, seed: int, tokenizer: Tokenizer) -> Mixture:
-    """Opens every source.
+def open_mixture(
+    sources: Sequence[SourceConfig],
+    mode: str,
+    seed: int,
+    tokenizer: Tokenizer,
+    index_folder: Path | None = None,
+) -> Mixture:
+    """Opens every source; `index_folder` is that of `index_sources`, or None.
 
     Raises:
       ValueError: files that are missing or of another kind, or that hold no record.
     """
-    return Mixture([open_records(s, mode, tokenizer) for s in sources], [s.weight for s in sources], seed)
+    records = [open_records(source, mode, tokenizer, index_folder) for source in sources]
+    return Mixture(records, [source.weight for source in sources], seed)
 
 
 class Mixture:

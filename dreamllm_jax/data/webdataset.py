@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from dreamllm_jax.data.archives import IMAGE_SUFFIXES, Member, members, read_member
+from dreamllm_jax.data.archives import Member, read_member
 from dreamllm_jax.data.files import BrokenRecord
 from dreamllm_jax.data.pieces import Piece, check_mode, pair
+from dreamllm_jax.data.tar_index import index_tars
 
-# One pair: its tar, and where the picture and its caption lie in it.
-_ENTRY = np.dtype(
-    [("tar", "u4"), ("image", "i8"), ("image_size", "u4"), ("caption", "i8"), ("caption_size", "u4")]
-)
+
+def caption_suffix(caption_key: str | None) -> str:
+    """Which file of a sample holds the caption."""
+    return ".txt" if caption_key is None else ".json"
 
 
 class Pairs:
     """The pairs of many tars, each in one read of the picture and one of the caption.
 
-    Opening reads every header of every tar, and keeps 28 bytes a pair.
+    Opening reads every header of every tar that `index` does not know, and keeps 24 bytes a pair.
     """
 
-    def __init__(self, paths: Sequence[Path], mode: str, caption_key: str | None = None):
+    def __init__(
+        self, paths: Sequence[Path], mode: str, caption_key: str | None = None, index: Path | None = None
+    ):
         """Captions are the `txt`, or with `caption_key` that key of the `json`.
+
+        `index` is a file of `tar_index.update_index`, or None.
 
         Raises:
           ValueError: an unknown mode, a file that is no tar, or tars without a single whole pair.
         """
         check_mode(mode)
         self.paths, self.mode, self.caption_key = list(paths), mode, caption_key
-        suffix = ".txt" if caption_key is None else ".json"
-        entries, incomplete = [], 0
-        for at, path in enumerate(tqdm(self.paths, "index", unit="tar", disable=len(self.paths) < 10)):
-            found, missing = _index(path, at, suffix)
-            entries.append(found)
-            incomplete += missing
-        self._entries = np.concatenate(entries)
+        suffix = caption_suffix(caption_key)
+        tars = index_tars(self.paths, suffix, index)
+        self._places = np.concatenate([tar.places for tar in tars])
+        self._ends = np.array(list(itertools.accumulate(len(tar.places) for tar in tars)), np.int64)
+        incomplete = sum(tar.incomplete for tar in tars)
         if not len(self):
             raise ValueError(
                 f"{self.paths[0]} (of {len(self.paths)} tars): no picture has its {suffix} beside it; set "
@@ -54,7 +57,7 @@ class Pairs:
             )
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._places)
 
     def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
         """Pair `number`, in one of the two directions as the mode says.
@@ -62,10 +65,10 @@ class Pairs:
         Raises:
           BrokenRecord: its caption is empty or unreadable.
         """
-        entry = self._entries[number]
-        path = self.paths[entry["tar"]]
-        image = read_member(path, Member("", int(entry["image"]), int(entry["image_size"])))
-        data = read_member(path, Member("", int(entry["caption"]), int(entry["caption_size"])))
+        place = self._places[number]
+        path = self.paths[int(np.searchsorted(self._ends, number, side="right"))]
+        image = read_member(path, Member("", int(place["image"]), int(place["image_size"])))
+        data = read_member(path, Member("", int(place["caption"]), int(place["caption_size"])))
         return pair(image, self._caption(data, f"{path}: pair {number}"), self.mode, rng)
 
     def _caption(self, data: bytes, name: str) -> str:
@@ -77,32 +80,3 @@ class Pairs:
         if not isinstance(caption, str) or not caption.strip():
             raise BrokenRecord(f"{name} is left out: it has no caption.")
         return caption.strip()
-
-
-def _index(path: Path, at: int, suffix: str) -> tuple[np.ndarray, int]:
-    """The whole pairs of a tar, and how many samples are not whole."""
-    rows, incomplete = [], 0
-    for sample in _samples(path):
-        image = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
-        if image is None or suffix not in sample:
-            incomplete += 1
-            continue
-        caption = sample[suffix]
-        rows.append((at, image.offset, image.size, caption.offset, caption.size))
-    return np.array(rows, _ENTRY), incomplete
-
-
-def _samples(path: Path) -> Iterator[dict[str, Member]]:
-    """Neighbours with the same name up to the first dot, by what follows it."""
-    sample: dict[str, Member] = {}
-    current = None
-    for member in members(path):
-        folder, _, base = member.name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        if (folder, stem) != current:
-            if sample:
-                yield sample
-            sample, current = {}, (folder, stem)
-        sample.setdefault("." + suffix.lower(), member)
-    if sample:
-        yield sample

@@ -3,6 +3,7 @@
 Under the work folder:
 
     recipe.json               what is trained; a folder belongs to one recipe
+    index/                    where the pairs of its webdataset tars lie, for all processes and restarts
     stages/<n>_<name>/states  train states within the stage (orbax)
     stages/<n>_<name>/logs    curves.jsonl, speed.jsonl, tensorboard
     stages/<n>_<name>/model   the model after the stage: `DreamLLM.from_pretrained` loads it
@@ -44,7 +45,7 @@ from dreamllm_jax.train.flops import step_flops
 from dreamllm_jax.train.metrics import Meter, MetricWriter
 from dreamllm_jax.train.optim import learning_rates
 from dreamllm_jax.train.speed import Speedometer
-from dreamllm_jax.train.start import prepare_tokenizer, starting_point
+from dreamllm_jax.train.start import prepare_index, prepare_tokenizer, starting_point
 from dreamllm_jax.train.state import Flat, TrainState, create_state, final_params, nested, stage_seed
 from dreamllm_jax.train.step import train_step
 
@@ -101,7 +102,12 @@ def run_stage(
     folder: Path,
     meter: Meter,
 ) -> None:
-    """One stage from its beginning, or from its newest state, to its end; leaves what it made in `folder`."""
+    """One stage from its beginning, or from its newest state, to its end; leaves what it made in `folder`.
+
+    `folder` is the stage's in the work folder (`stage_folder`).
+    """
+    index = folder.parents[1] / "index"
+    prepare_index(stage.data, index)
     with ExitStack() as stack:
         data = batches(
             stage.data,
@@ -110,6 +116,7 @@ def run_stage(
             seed=stage_seed(recipe, stage),
             null_dream=stage.loss.condition_dropout > 0,
             numbers=process_rows(mesh, stage.data.rows),
+            index_folder=index,
         )
         stack.callback(data.close)
         checkpoints = StageCheckpoints(folder / "states", recipe.checkpoint_every, recipe.keep_checkpoints)

@@ -1,18 +1,21 @@
-"""What a run starts from: the tokenizer and the weights."""
+"""What a run starts from: the tokenizer, the weights, the index of its tars."""
 
 from __future__ import annotations
 
 from collections.abc import Set
+from pathlib import Path
 
 import jax
 
+from dreamllm_jax import processes
+from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.convert.pretrained import open_pretrained
 from dreamllm_jax.data import numbers
+from dreamllm_jax.data.records import index_sources
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.processes import say
 from dreamllm_jax.train.state import Flat, abstract_params, init_params
 
 
@@ -31,6 +34,28 @@ def prepare_tokenizer(recipe: Recipe) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
+def prepare_index(config: DataConfig, folder: Path) -> None:
+    """Process 0 brings the index of a stage's tars up to date, in a folder that all see; the others wait.
+
+    Raises:
+      ValueError: a tar is missing, or is none.
+      OSError: the index cannot be written, or not be seen by this process.
+    """
+    if all(source.kind != "pairs" for source in config.sources):
+        return
+    files, problem, failed = [], None, False
+    if processes.is_main():
+        try:
+            files = [str(file) for file in index_sources(config.sources, folder)]
+        except (ValueError, OSError) as error:
+            problem, failed = str(error), isinstance(error, OSError)
+    files, problem, failed = processes.from_main([files, problem, failed])
+    if problem is not None:
+        raise (OSError if failed else ValueError)(problem)
+    for file in files:
+        processes.wait_for(Path(file))
+
+
 def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
     """Weights of `recipe.init_from`, unread, with fresh ones for what that folder lacks; or all fresh.
 
@@ -47,7 +72,7 @@ def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
         for names, what in ((fresh, "drawn afresh"), (loaded.keys() - expected.keys(), "left out")):
             towers = sorted({name.split("/")[0] for name in names})
             if towers:
-                say(f"{recipe.init_from}: {what}, {len(names)} tensors of {', '.join(towers)}")
+                processes.say(f"{recipe.init_from}: {what}, {len(names)} tensors of {', '.join(towers)}")
     return recipe.model, {k: fresh[k] if k in fresh else loaded[k] for k in expected}
 
 

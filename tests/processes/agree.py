@@ -12,14 +12,21 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
+from dreamllm_jax.config.base import build  # noqa: E402
+from dreamllm_jax.config.data import DataConfig  # noqa: E402
 from dreamllm_jax.config.model import GenerationConfig  # noqa: E402
 from dreamllm_jax.config.train import MeshConfig  # noqa: E402
 from dreamllm_jax.convert.pretrained import write_pretrained  # noqa: E402
+from dreamllm_jax.data import tar_index  # noqa: E402
 from dreamllm_jax.data.numbers import corpus_text  # noqa: E402
+from dreamllm_jax.data.pipeline import open_source  # noqa: E402
 from dreamllm_jax.data.tokenizer import train_tokenizer  # noqa: E402
 from dreamllm_jax.evaluate import __main__ as evaluate_command  # noqa: E402
 from dreamllm_jax.evaluate import run  # noqa: E402
 from dreamllm_jax.sharding import make_mesh, process_rows, shard_batch  # noqa: E402
+from dreamllm_jax.train.start import prepare_index  # noqa: E402
+from tests.data.datasets import picture, write_tar  # noqa: E402
+from tests.data.fakes import WordTokenizer  # noqa: E402
 from tests.train import tiny  # noqa: E402
 
 folder, index = Path(sys.argv[1]), jax.process_index()
@@ -62,6 +69,22 @@ spread = jax.make_array_from_callback(
 )
 assert processes.is_spread(spread)
 np.testing.assert_array_equal(processes.to_host(spread, 1, 3), rows[1:3])
+
+# Tars: process 0 alone reads their headers, and all know the pairs; one that is no tar is everyone's error.
+read, members = [], tar_index.members
+tar_index.members = lambda path: read.append(path.name) or members(path)
+if index == 0:
+    for name in ("a.tar", "b.tar"):
+        write_tar(folder / name, {"1.png": picture(), "1.txt": b"one"})
+    (folder / "c.tar").write_bytes(b"no tar")
+processes.barrier("tars are written")
+tars = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/{{a,b}}.tar"}]})
+prepare_index(tars, folder / "index")
+assert len(open_source(tars, 16, WordTokenizer(), index_folder=folder / "index").records[0]) == 2
+assert read == ([] if index else ["a.tar", "b.tar"]), read
+wrong = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/c.tar"}]})
+assert "c.tar is no uncompressed tar" in complaint(prepare_index, wrong, folder / "index")
+assert "file" in complaint(prepare_index, tars, folder / "file" / "index")
 
 
 # Evaluation: process 0 alone measures and writes a model, the others wait for it.

@@ -1,0 +1,143 @@
+"""Where the pairs of webdataset tars lie: found once, written down, found again where a tar changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from dreamllm_jax.data.archives import IMAGE_SUFFIXES, Member, members
+
+# One pair: where the picture and its caption lie in the tar, in bytes.
+_PLACE = np.dtype([("image", "<i8"), ("image_size", "<u4"), ("caption", "<i8"), ("caption_size", "<u4")])
+
+# An index file: this line, a line with the SHA-256 of the rest, a line of JSON, the places of all tars.
+_KIND = b"dreamllm_jax index of pairs, 1\n"
+
+
+class TarIndex(NamedTuple):
+    """The whole pairs of one tar in `places`, and how many are not whole.
+
+    `size` (bytes) and `modified` (nanoseconds) are those of the tar when it was read.
+    """
+
+    size: int
+    modified: int
+    incomplete: int
+    places: np.ndarray
+
+
+def index_tars(paths: Sequence[Path], suffix: str, file: Path | None = None) -> list[TarIndex]:
+    """Every tar's pairs of a picture and a caption `suffix`: as `file` knows them, or by its headers.
+
+    `file` knows a tar by its path while size and time of change stay; it is not written here. That a tar
+    breaks off is said when its headers are read.
+
+    Raises:
+      ValueError: a file is no tar.
+    """
+    found = _index(paths, suffix, {} if file is None else _read(file, suffix))
+    return [found[_name(path)] for path in paths]
+
+
+def update_index(paths: Sequence[Path], suffix: str, file: Path) -> None:
+    """Makes `file` know these tars, and no others; reads the headers of those that it does not know.
+
+    Raises:
+      ValueError: a file is no tar.
+      OSError: `file` cannot be written.
+    """
+    known = _read(file, suffix)
+    found = _index(paths, suffix, known)
+    if known.keys() != found.keys() or any(known[name] is not found[name] for name in found):
+        _write(file, suffix, found)
+
+
+def _name(path: Path) -> str:
+    return str(path.absolute())
+
+
+def _index(paths: Sequence[Path], suffix: str, known: dict[str, TarIndex]) -> dict[str, TarIndex]:
+    """The tars by name; those that are known and unchanged are taken from there."""
+    found, others = {}, []
+    for path in paths:
+        name, stat = _name(path), path.stat()
+        if name in known and known[name][:2] == (stat.st_size, stat.st_mtime_ns):
+            found[name] = known[name]
+        else:
+            others.append(path)
+    for path in tqdm(others, "index", unit="tar", disable=len(others) < 10):
+        found[_name(path)] = _scan(path, suffix)
+    return found
+
+
+def _scan(path: Path, suffix: str) -> TarIndex:
+    stat, rows, incomplete = path.stat(), [], 0  # what changes from here on is seen next time
+    for sample in _samples(path):
+        image = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
+        if image is None or suffix not in sample:
+            incomplete += 1
+            continue
+        caption = sample[suffix]
+        rows.append((image.offset, image.size, caption.offset, caption.size))
+    return TarIndex(stat.st_size, stat.st_mtime_ns, incomplete, np.array(rows, _PLACE))
+
+
+def _samples(path: Path) -> Iterator[dict[str, Member]]:
+    """Neighbours with the same name up to the first dot, by what follows it."""
+    sample: dict[str, Member] = {}
+    current = None
+    for member in members(path):
+        folder, _, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        if (folder, stem) != current:
+            if sample:
+                yield sample
+            sample, current = {}, (folder, stem)
+        sample.setdefault("." + suffix.lower(), member)
+    if sample:
+        yield sample
+
+
+def _read(file: Path, suffix: str) -> dict[str, TarIndex]:
+    """The tars of an index file; none where there is none, or one that is damaged or foreign."""
+    if not file.exists():
+        return {}
+    with open(file, "rb") as stream:
+        kind, digest, rest = stream.readline(80), stream.readline(80), stream.read()
+    head, _, data = rest.partition(b"\n")
+    whole = kind == _KIND and digest.decode("latin-1").strip() == hashlib.sha256(rest).hexdigest()
+    header = json.loads(head) if whole else None
+    if header is None or header["suffix"] != suffix:
+        warnings.warn(
+            f"{file} is damaged, or no index of pairs with {suffix}; the tars are read again.",
+            stacklevel=2,
+        )
+        return {}
+    places, at, found = np.frombuffer(data, _PLACE), 0, {}
+    for name, size, modified, incomplete, pairs in header["tars"]:
+        found[name] = TarIndex(size, modified, incomplete, places[at : at + pairs])
+        at += pairs
+    return found
+
+
+def _write(file: Path, suffix: str, found: dict[str, TarIndex]) -> None:
+    """Writes an index file whole or not at all."""
+    tars = [(name, t.size, t.modified, t.incomplete, len(t.places)) for name, t in found.items()]
+    head = json.dumps({"suffix": suffix, "tars": tars}).encode() + b"\n"
+    digest = hashlib.sha256(head)
+    for tar in found.values():
+        digest.update(tar.places.tobytes())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.partial")
+    with open(beside, "wb") as stream:
+        stream.write(_KIND + digest.hexdigest().encode() + b"\n" + head)
+        for tar in found.values():
+            stream.write(tar.places.tobytes())
+    beside.replace(file)

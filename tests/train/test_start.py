@@ -1,0 +1,38 @@
+"""What a run makes ready before its first step: the index of its tars, once for all of its starts."""
+
+import copy
+
+import pytest
+
+from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.data import tar_index
+from dreamllm_jax.train import loop
+from tests.data.datasets import picture, write_tar
+from tests.train.test_loop import RECIPE
+
+
+class Ready(Exception):
+    """The data is open, and the run would go on."""
+
+
+def test_tars_are_indexed_in_the_work_folder_by_the_first_start_alone(tmp_path, monkeypatch):
+    read, members = [], tar_index.members
+    monkeypatch.setattr(tar_index, "members", lambda path: read.append(path.name) or members(path))
+    monkeypatch.setattr(loop, "starting_point", lambda recipe: (recipe.model, {}))
+
+    def ready(folder, every, keep):
+        raise Ready
+
+    monkeypatch.setattr(loop, "StageCheckpoints", ready)
+    for name in ("0.tar", "1.tar"):
+        write_tar(tmp_path / name, {"0.png": picture(), "0.txt": b"a red field"})
+    mapping = copy.deepcopy(RECIPE)
+    data = mapping["stages"][1]["data"]
+    del data["source"], data["kinds"]
+    data["sources"] = [dict(kind="pairs", path=f"{tmp_path}/{{0,1}}.tar")]
+    mapping["stages"] = mapping["stages"][1:]
+    for _ in range(2):
+        with pytest.raises(Ready):
+            loop.train(build_recipe(mapping), tmp_path / "run")
+        assert read == ["0.tar", "1.tar"]
+    assert len(list((tmp_path / "run" / "index").iterdir())) == 1
