@@ -69,6 +69,26 @@ def test_the_form_for_cpu_has_the_gradients_that_autodiff_derives(kv_heads, mask
         np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [150, 1030], ids=["blocks", "as many blocks as there may be"])
+def test_the_form_for_cpu_skips_what_causality_hides_and_nothing_else(length):
+    q, k, v = random_qkv(length=length, entries=length)
+    ids = jnp.array([[1] * 70 + [2] * (length - 70), [1] * (length - 9) + [0] * 9])
+    seen = table(masks.packed(ids), length, length)
+    pull = jax.random.normal(jax.random.key(1), q.shape) * (ids > 0)[:, :, None, None]
+
+    def blocks(q, k, v):
+        return by_heads(q, k, v, seen, causal=True) * (ids > 0)[:, :, None, None]
+
+    def whole(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=seen) * (ids > 0)[:, :, None, None]
+
+    products = str(jax.make_jaxpr(blocks)(q, k, v)).count("dot_general[")
+    assert products == 2 * min(-(-length // 64), 8)
+    (ours, back), (theirs, other) = (jax.vjp(f, q, k, v) for f in (blocks, whole))
+    for mine, wanted in zip((ours, *back(pull)), (theirs, *other(pull)), strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_query_that_sees_nothing_is_zero_with_finite_gradients():
     q, k, v = random_qkv()
     mask = Mask(key_lengths=jnp.zeros((2, 1), jnp.int32))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamllm_jax.models.layers import ACTIVATIONS, Dense, product
+from dreamllm_jax.models.layers import ACTIVATIONS, Dense, linear, product
 from dreamllm_jax.models.unet_blocks import GroupNorm
 
 VALUES = jnp.asarray(np.random.default_rng(0).normal(size=4096) * 3, jnp.bfloat16)
@@ -55,3 +55,15 @@ def test_the_product_for_cpu_has_the_gradients_that_autodiff_derives(dtype):
     dense = Dense(4, dtype=dtype)
     applied = dense.apply({"params": {"kernel": kernel, "bias": jnp.ones(4)}}, x)
     np.testing.assert_array_equal(applied, ours + jnp.ones(4, dtype))
+
+
+@pytest.mark.parametrize("width", [6, 5], ids=["halves", "whole"])
+def test_one_row_is_multiplied_as_many_are(width):
+    rng = np.random.default_rng(0)
+    x, kernel, pull = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 1, width), (width, 4), (1, 1, 4))
+    )
+    (ours, back), (theirs, other) = (jax.vjp(f, x, kernel) for f in (linear, jnp.matmul))
+    for mine, wanted in zip((ours, *back(pull)), (theirs, *other(pull)), strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=1e-6)
+    assert ("f32[2,3,4]" in str(jax.make_jaxpr(linear)(x, kernel))) == (width == 6)

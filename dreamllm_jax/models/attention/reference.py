@@ -24,7 +24,7 @@ def reference(
     """
     seen = table(mask, q.shape[1], k.shape[1])
     if platform() == "cpu" and q.dtype == jnp.float32:
-        out = by_heads(q, k, v, seen)
+        out = by_heads(q, k, v, seen, mask is not None and mask.causal)
     else:
         out = jax.nn.dot_product_attention(q, k, v, mask=seen)
     if seen is None or mask is None or not mask.blinds():
