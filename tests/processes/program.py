@@ -1,48 +1,89 @@
-"""What test_together.py starts as one process and as two: trains, is asked to end, goes on, generates.
+"""What test_together.py starts as two processes and as one: trains, is asked to end, goes on, generates.
 
-python program.py FOLDER RECIPE.json: leaves FOLDER/run, and FOLDER/<process>.json with what was generated.
+python program.py FOLDER RECIPE.json [OTHER]: leaves FOLDER/run, and FOLDER/<process>.json with what was read
+and generated. Without OTHER the run is asked to end in its last stage, leaves a copy of its folder as it is
+then, FOLDER/ended, and goes on. With OTHER, such a copy by another number of processes, FOLDER/run is trained
+at one go; it is the run in OTHER that goes on, is asked to end, and goes on.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from dreamllm_jax import DreamLLM, processes
+from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.sharding import make_mesh, process_rows
+from dreamllm_jax.train import loop
 
-ASKED_AT = 3  # the step of the last stage before which the last process gets a SIGTERM
+STEPS = 7  # of the last stage
+ASKED_AT = 3  # its step before which the last process gets a SIGTERM
+ASKED_AGAIN_AT = 6  # by then all have seen the first one
 DRAWN = dict(sampler="ddim", num_inference_steps=2)
 
 
-def main(folder: Path, mapping: dict) -> None:
-    processes.initialize()
-    import jax
+def fingerprints(batch) -> list[int]:
+    """A number for each row of a batch, of all that the row holds."""
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
+    return [zlib.crc32(b"".join(a[i].tobytes() for a in arrays)) for i in range(len(batch.tokens))]
 
-    from dreamllm_jax.sharding import make_mesh
-    from dreamllm_jax.train import loop
 
-    recipe, step = build_recipe(mapping), loop.train_step
-    last = jax.process_index() == jax.process_count() - 1
+def recorded(stage) -> list[dict[int, int]]:
+    """From now on this gets, for every step of a stage, the rows that this process read for it."""
+    seen, shard_batch = [], loop.shard_batch
+
+    def seeing(batch, mesh, rows):
+        if batch.tokens.shape[1] == stage.data.length:
+            seen.append(dict(zip(process_rows(mesh, rows), fingerprints(batch), strict=True)))
+        return shard_batch(batch, mesh, rows)
+
+    loop.shard_batch = seeing
+    return seen
+
+
+def ended(recipe: Recipe, run: Path, at: int) -> str:
+    """Trains until the last process is asked to end before this step of the last stage; what is then said."""
+    step, last = loop.train_step, jax.process_index() == jax.process_count() - 1
 
     def asked_to_end(state, *args, **options):
-        if last and int(state.step) + 1 == ASKED_AT and options["stage"] == recipe.stages[-1].program():
+        if last and int(state.step) + 1 == at and options["stage"] == recipe.stages[-1].program():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(3)  # the others are told; steps this small would be over
         return step(state, *args, **options)
 
     asked_to_end.lower = step.lower
-    loop.train_step, sentence = asked_to_end, None
+    loop.train_step = asked_to_end
     try:
-        loop.train(recipe, folder / "run")
+        loop.train(recipe, run)
     except processes.Preempted as notice:
-        sentence = str(notice)
-    loop.train_step = step
-    trained = loop.train(recipe, folder / "run")
+        return str(notice)
+    finally:
+        loop.train_step = step
+    raise AssertionError("The run was not ended.")
+
+
+def main(folder: Path, mapping: dict, other: Path | None) -> None:
+    processes.initialize()
+    recipe, run = build_recipe(mapping), folder / "run"
+    rows = recorded(recipe.stages[-1])
+    if other is None:
+        sentence = ended(recipe, run, ASKED_AT)
+        if processes.is_main():
+            shutil.copytree(run, folder / "ended")
+        processes.barrier("copied")
+        trained = loop.train(recipe, run)
+    else:
+        trained = loop.train(recipe, run)
+        sentence = ended(recipe, other, ASKED_AGAIN_AT)
+        loop.train(recipe, other)
 
     model = DreamLLM.from_pretrained(trained, mesh=make_mesh(recipe.mesh))
     texts = model.generate_text(["Write one plus one.", "Which"], max_new_tokens=8, temperature=1.0, seed=3)
@@ -52,6 +93,7 @@ def main(folder: Path, mapping: dict) -> None:
         devices=[len(jax.local_devices()), jax.device_count()],
         trained=str(trained.relative_to(folder)),
         sentence=sentence,
+        rows=rows,
         texts=texts,
         document=[part if isinstance(part, str) else np.asarray(part).tolist() for part in document],
         picture=np.asarray(picture).tolist(),
@@ -60,4 +102,5 @@ def main(folder: Path, mapping: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
+    asked = [Path(argument) for argument in sys.argv[1:]]
+    main(asked[0], json.loads(asked[1].read_text()), asked[2] if len(asked) > 2 else None)

@@ -1,46 +1,87 @@
-"""Two processes of four devices do what one process of eight does: train, save, resume, load, generate."""
+"""Two processes of four devices do what one process of eight does: train, save, resume, load, generate.
+
+Two are ended and go on; one trains at one go, and goes on where the two were ended.
+"""
 
 import copy
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.data.pipeline import batches
 from dreamllm_jax.train.metrics import read_curves
+from dreamllm_jax.train.start import prepare_tokenizer
+from dreamllm_jax.train.state import stage_seed
 from tests.folders import load_pretrained
+from tests.processes.program import ASKED_AGAIN_AT, ASKED_AT, STEPS, fingerprints
 from tests.train.test_loop import RECIPE
 
 HERE = Path(__file__).resolve().parent
 LAUNCH = HERE.parents[1] / "launch" / "local_processes.sh"
 
 
-def started(folder: Path, processes: int, devices: int, mapping: dict) -> SimpleNamespace:
+def started(folder: Path, processes: int, devices: int, mapping: dict, *other: Path) -> SimpleNamespace:
     """What so many processes leave, and what they said."""
     folder.mkdir()
     (folder / "recipe.json").write_text(json.dumps(mapping))
     command = [str(LAUNCH), str(processes), "--devices", str(devices), "--"]
     command += [sys.executable, "-m", "tests.processes.program", str(folder), str(folder / "recipe.json")]
-    result = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=900)
+    result = subprocess.run(
+        [*command, *map(str, other)], cwd=HERE.parents[1], capture_output=True, text=True, timeout=900
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     made = [json.loads((folder / f"{i}.json").read_text()) for i in range(processes)]
-    stages = folder / "run" / "stages"
-    curves = {p.name: list(read_curves(p / "logs")) for p in sorted(stages.iterdir())}
-    return SimpleNamespace(
-        made=made, curves=curves, model=load_pretrained(folder / made[0]["trained"]), said=result.stdout
+    model = load_pretrained(folder / made[0]["trained"])
+    return SimpleNamespace(made=made, model=model, said=result.stdout, **left(folder / "run"))
+
+
+def left(run: Path) -> dict:
+    """The curves of each stage, and what its end says of the data."""
+    stages = sorted((run / "stages").iterdir())
+    return dict(
+        curves={p.name: list(read_curves(p / "logs")) for p in stages},
+        counts={p.name: json.loads((p / "done.json").read_text())["data"] for p in stages},
     )
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
+def mapping():
     # Parameters are sliced over both processes: neither can write, read or use them alone.
     mapping = copy.deepcopy(RECIPE) | {"mesh": dict(data=1, fsdp=4, tensor=2), "checkpoint_every": 100}
-    mapping["stages"][1]["trainable"] = (*RECIPE["stages"][1]["trainable"], "llama")
-    return started(folder / "one", 1, 8, mapping), started(folder / "two", 2, 4, mapping)
+    mapping["stages"][1] |= dict(trainable=(*RECIPE["stages"][1]["trainable"], "llama"), steps=STEPS)
+    return mapping
+
+
+@pytest.fixture(scope="module")
+def runs(mapping, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    two, handed_over = started(folder / "two", 2, 4, mapping), folder / "two" / "ended"
+    one = started(folder / "one", 1, 8, mapping, handed_over)
+    one.went_on = SimpleNamespace(**left(handed_over))
+    return one, two
+
+
+def ended_after(run) -> int:
+    """The step that the processes of a run say they were ended after: the same on all."""
+    (sentence,) = {m["sentence"] for m in run.made}
+    words = sentence.split()
+    assert words[0] == "joint:"
+    return int(words[words.index("step") + 1])
+
+
+def check_same_curves(ours: list[dict], theirs: list[dict], stage: str) -> None:
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in other.items():
+            np.testing.assert_allclose(mine[name], value, rtol=1e-4, err_msg=f"{stage} {name}")
 
 
 def test_both_see_all_devices(runs):
@@ -54,11 +95,7 @@ def test_training_is_the_same(runs):
     one, two = runs
     assert one.curves.keys() == two.curves.keys() == {"0_vae", "1_joint"}
     for stage, records in one.curves.items():
-        assert [r["step"] for r in records] == [r["step"] for r in two.curves[stage]]
-        for ours, theirs in zip(two.curves[stage], records, strict=True):
-            assert ours.keys() == theirs.keys()
-            for name, value in theirs.items():
-                np.testing.assert_allclose(ours[name], value, rtol=1e-4, err_msg=f"{stage} {name}")
+        check_same_curves(two.curves[stage], records, stage)
     for path, value in one.model.params.items():
         if path.endswith("to_k/bias"):
             continue  # softmax takes it away: its gradient is rounding alone, which Adam makes large
@@ -69,14 +106,39 @@ def test_training_is_the_same(runs):
 
 def test_all_end_and_resume_at_one_step(runs):
     """The notice came to one process alone, in the middle of the last stage."""
-    for run in runs:
-        sentences = {m["sentence"] for m in run.made}
-        assert len(sentences) == 1, sentences
-        words = sentences.pop().split()
-        step = int(words[words.index("step") + 1])
-        assert words[0] == "joint:" and step in (3, 4, 5)
-        assert f"joint: resumes after step {step} of 5" in run.said
-        assert [r["step"] for r in run.curves["1_joint"]] == [1, 2, 3, 4, 5]
+    one, two = runs
+    step = ended_after(two)
+    assert ASKED_AT <= step < ASKED_AGAIN_AT and f"joint: resumes after step {step} of {STEPS}" in two.said
+    assert ended_after(one) == ASKED_AGAIN_AT
+    assert f"joint: resumes after step {ASKED_AGAIN_AT} of {STEPS}" in one.said
+    for run in (*runs, one.went_on):
+        assert [r["step"] for r in run.curves["1_joint"]] == list(range(1, STEPS + 1))
+
+
+def test_another_number_of_processes_goes_on(runs):
+    """One process, where two were ended: every step is as in the run that nothing ended."""
+    one, two = runs
+    step = ended_after(two)
+    assert f"joint: resumes after step {step} of {STEPS}" in one.said
+    assert one.went_on.curves["1_joint"][:step] == two.curves["1_joint"][:step]
+    check_same_curves(one.went_on.curves["1_joint"][step:], one.curves["1_joint"][step:], "joint")
+    assert one.went_on.counts == one.counts == two.counts
+
+
+def test_no_row_is_skipped_or_read_twice(runs, mapping):
+    """Each process reads its own rows, however often and by whomever the run went on."""
+    one, two = runs
+    recipe = build_recipe(mapping)
+    stage, tokenizer = recipe.stages[-1], prepare_tokenizer(recipe)
+    with closing(
+        batches(stage.data, recipe.model, tokenizer, seed=stage_seed(recipe, stage), null_dream=True)
+    ) as stream:
+        expected = [fingerprints(next(stream)) for _ in range(STEPS)]
+    assert len({row for rows in expected for row in rows}) == STEPS * stage.data.rows
+    assert [list(rows.values()) for rows in one.made[0]["rows"]] == expected + expected[ended_after(two) :]
+    first, second = (m["rows"] for m in two.made)
+    assert [[*a.values(), *b.values()] for a, b in zip(first, second, strict=True)] == expected
+    assert [list(first[0]), list(second[0])] == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
 
 
 def test_generation_is_the_same_on_every_process(runs):
