@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from dreamllm_jax.compile.activations import activations
 from dreamllm_jax.compile.census import take
 from dreamllm_jax.compile.chips import chip_of
 from dreamllm_jax.compile.hlo import parse
@@ -58,9 +59,10 @@ def find(recipe: Recipe, program: Described, topology: str, effort: str) -> tupl
             "optim.accumulation, or let --search look."
         ) from error
     seconds, text = time.perf_counter() - begin, compiled.as_text()
-    census = take(parse(text), program.mesh.shape)
+    parsed = parse(text)
+    census = take(parsed, program.mesh.shape)
     roof = roofline(census, math.fsum(program.model_flops.values()), program.mesh, chip)
-    memory = measure(program.arguments, compiled, chip)
+    memory = measure(program.arguments, compiled, activations(parsed), chip)
     found = Finding(recipe.name, topology, effort, program, chip, memory, census, roof, seconds)
     return found, text
 

@@ -41,18 +41,20 @@ class Memory:
         return self.used <= (1 - FREE) * self.hbm
 
 
-def measure(arguments: dict[str, Any], compiled: jax.stages.Compiled, chip: Chip) -> Memory:
+def measure(arguments: dict[str, Any], compiled: jax.stages.Compiled, waiting: float, chip: Chip) -> Memory:
     """The memory of a program whose inputs, by kind, are `arguments`.
 
     Parts of the state that the program does not touch count: they lie on the chip all the same. "padding" is
-    what the tiles of the inputs take beside their contents; "temporaries" are activations, gradients and
-    gathered weights.
+    what the tiles of the inputs take beside their contents; "activations" are the bytes that are `waiting`
+    for the backward pass (see `activations`), "temporaries" the rest of what the program makes for itself:
+    gradients, gathered weights, what lives for some operations.
     """
     said = compiled.memory_analysis()
     kinds = {kind: bytes_held(tree) for kind, tree in arguments.items()}
     kinds["padding"] = max(0.0, said.argument_size_in_bytes - sum(kinds.values()))
     kinds["results"] = float(said.output_size_in_bytes - said.alias_size_in_bytes)
-    kinds["temporaries"] = float(said.temp_size_in_bytes)
+    kinds["activations"] = min(waiting, float(said.temp_size_in_bytes))
+    kinds["temporaries"] = said.temp_size_in_bytes - kinds["activations"]
     kinds["code"] = float(said.generated_code_size_in_bytes)
     host = said.host_argument_size_in_bytes + said.host_output_size_in_bytes + said.host_temp_size_in_bytes
     return Memory(kinds, chip.hbm, float(host - said.host_alias_size_in_bytes))

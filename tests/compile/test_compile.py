@@ -83,6 +83,7 @@ def test_the_command_and_a_frozen_language_model(devices, file, tmp_path, monkey
     assert Image.open(tmp_path / "compile.png").width > 500
 
     assert 0 < held["optimizer"] <= 2.5 * held["parameters"] < 0.2 * held["frozen"]
+    assert held["activations"] > 0 and held["temporaries"] > 0
     # Model FLOPs are those of two passes: forward, and towards the projector. A third would be for weights.
     ratio = found["compiled_flops"]["llama"] / found["model_flops"]["llama"]
     assert 0.7 < ratio < 1.2
