@@ -28,14 +28,15 @@ def chunked_cross_entropy(
     targets: Int[Array, "B L"],
     weights: Float[Array, "B L"],
     chunk: int,
+    whole: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sum of the next-token cross-entropy (nats), and of its correct predictions.
 
     The logits `hidden @ head` (float32) exist only for `chunk` positions of every row at a time, in the
     forward pass and in the backward pass: [B, L, V] is never held. On a mesh every device works on its own
     rows and positions, and on its own part of the vocabulary (Megatron-LM, arXiv 1909.08053, section 3): what
-    travels is one number per position, and `head` itself, gathered along fsdp once, its gradient scattered
-    once.
+    travels is one number per position, and `head` itself, gathered along fsdp once (unless it comes
+    `whole`), its gradient scattered once.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -43,7 +44,7 @@ def chunked_cross_entropy(
     rows = activation_spec(("batch", "length", None), hidden.shape, mesh)
     columns = activation_spec((None, "vocab"), head.shape, mesh)
     own = tuple(name for entry in rows for name in mesh_axes(entry))
-    sliced = "fsdp" in own and head.shape[0] % mesh.shape["fsdp"] == 0
+    sliced = not whole and "fsdp" in own and head.shape[0] % mesh.shape["fsdp"] == 0
     parts = math.prod(mesh.shape[name] for name in mesh_axes(rows[1]))
 
     def local(head: Array, *inputs: Array) -> tuple[Array, Array]:

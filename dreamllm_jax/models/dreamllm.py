@@ -22,15 +22,19 @@ from dreamllm_jax.types import Batch
 
 
 class DreamLLMModule(nn.Module):
-    """The towers and connectors of `config`; every method is pure, for `apply(..., method=...)`."""
+    """The towers and connectors of `config`; every method is pure, for `apply(..., method=...)`.
+
+    `whole_tables` says that the vocabulary's two tables come gathered along fsdp.
+    """
 
     config: DreamLLMConfig
+    whole_tables: bool = False
 
     def setup(self):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         if c.llama is not None:
-            self.llama = Llama(c.llama, dtype, c.remat.llama, c.attention.llama)
+            self.llama = Llama(c.llama, dtype, c.remat.llama, c.attention.llama, self.whole_tables)
         if c.vision is not None:
             self.vision = ClipVision(c.vision, dtype, c.remat.vision, c.attention.vision)
         if c.llama is not None and c.vision is not None:

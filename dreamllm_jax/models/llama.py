@@ -143,12 +143,16 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The language model. `init` through any method makes all parameters."""
+    """The language model. `init` through any method makes all parameters.
+
+    `whole_tables` says that the embeddings come gathered along fsdp (see `looked_up`).
+    """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: Attention = "auto"
+    whole_tables: bool = False
 
     def setup(self):
         c = self.config
@@ -162,7 +166,7 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Embeddings of token ids; an id outside the vocabulary gives NaN."""
-        return looked_up(self.embed_tokens.embedding.astype(self.dtype), tokens)
+        return looked_up(self.embed_tokens.embedding.astype(self.dtype), tokens, self.whole_tables)
 
     def __call__(
         self,
@@ -229,11 +233,14 @@ class Llama(nn.Module):
         return hidden, cache
 
 
-def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+def looked_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "B L"], whole: bool = False
+) -> Float[Array, "B L D"]:
     """The table's rows at token ids; an id outside the vocabulary gives NaN.
 
-    On a mesh the table is gathered along fsdp and looked up where the tokens are: less traffic than moving
-    what was found. Every device adds up the gradient of its own tokens, which is scattered along fsdp.
+    On a mesh the table is gathered along fsdp, unless it comes `whole`, and looked up where the tokens are:
+    less traffic than moving what was found. Every device adds up the gradient of its own tokens, which is
+    scattered along fsdp.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -241,7 +248,7 @@ def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Ar
     rows = activation_spec(("batch", "length", None), (*tokens.shape, 0), mesh)
     split = activation_spec(("vocab", None), table.shape, mesh)[0]
     # Devices that hold the same rows must not gather each for itself: then the partitioner gathers.
-    sliced = "fsdp" in mesh_axes(rows[0]) and table.shape[1] % mesh.shape["fsdp"] == 0
+    sliced = not whole and "fsdp" in mesh_axes(rows[0]) and table.shape[1] % mesh.shape["fsdp"] == 0
 
     def local(table: Array, tokens: Array) -> Array:
         if sliced:

@@ -186,8 +186,8 @@ class UNet(nn.Module):
             level = coarsest - i
             block = UpBlock(config, level, "CrossAttn" in kind, level > 0, name=f"up_blocks_{i}", **options)
             x = block(x, time, context, skips)
-        x = GroupNorm(config.norm_num_groups, config.norm_eps, self.dtype, name="conv_norm_out")(x)
-        return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(silu(x))
+        norm = GroupNorm(config.norm_num_groups, config.norm_eps, self.dtype, True, name="conv_norm_out")
+        return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(norm(x))
 
     def _time(self, timesteps: Real[Array, "B"], added: dict[str, Array] | None) -> Float[Array, "B M"]:
         """The embedding of the time step, plus SDXL's of the pooled text and the sizes."""

@@ -24,6 +24,8 @@ from dreamllm_jax.sharding import constrain
 class GroupNorm(nn.Module):
     """Normalizes groups of neighbouring channels over all pixels, in float32 (arXiv 1803.08494).
 
+    With `silu`, that activation of it: in one piece, so that what lies between is never in memory.
+
     Raises:
       ValueError: the groups do not divide the channels.
     """
@@ -31,6 +33,7 @@ class GroupNorm(nn.Module):
     groups: int
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
+    silu: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *pixels c"]) -> Float[Array, "B *pixels c"]:
@@ -42,22 +45,62 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        if x.dtype == jnp.float32:
-            return self._normalize(x, scale, bias)
-        # A scan would keep float32 copies of x for its gradient; so it keeps x alone, which is half as large.
-        return jax.checkpoint(self._normalize, prevent_cse=False)(x, scale, bias)
+        return _normalized(x, scale, bias, self.groups, self.epsilon, self.silu).astype(self.dtype)
 
-    def _normalize(self, x: Array, scale: Array, bias: Array) -> Array:
-        x = x.astype(jnp.float32)
-        x = x - self._mean(x)
-        x = x * (jax.lax.rsqrt(self._mean(x * x) + self.epsilon) * scale) + bias
-        return x.astype(self.dtype)
 
-    def _mean(self, x: Float[Array, "B *pixels c"]) -> Float[Array, "B *ones c"]:
-        """Each channel's group mean; first over pixels alone, which is 3 times as fast on CPU."""
-        means = x.mean(range(1, x.ndim - 1)).reshape(len(x), self.groups, -1).mean(-1)
-        means = jnp.repeat(means, x.shape[-1] // self.groups, axis=1)
-        return means.reshape(len(x), *(1,) * (x.ndim - 2), -1)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _normalized(
+    x: Float[Array, "B *pixels c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    groups: int,
+    epsilon: float,
+    activated: bool,
+) -> Float[Array, "B *pixels c"]:
+    """Group normalization (and SiLU) in float32; reverse-mode differentiation only.
+
+    For the backward pass x is kept as it came, not in float32, and each group's mean and deviation. Its
+    closed form reads x and the gradient twice; what autodiff derives from the sums of squares reads them
+    twice as often.
+    """
+    return _normalized_forward(x, scale, bias, groups, epsilon, activated)[0]
+
+
+def _normalized_forward(
+    x: Array, scale: Array, bias: Array, groups: int, epsilon: float, activated: bool
+) -> tuple[Array, tuple[Array, ...]]:
+    centered = x.astype(jnp.float32)
+    mean = _group_means(centered, groups)
+    centered -= mean
+    inverse = jax.lax.rsqrt(_group_means(centered * centered, groups) + epsilon)
+    out = centered * (inverse * scale) + bias
+    return silu(out) if activated else out, (x, mean, inverse, scale, bias)
+
+
+def _normalized_backward(
+    groups: int, epsilon: float, activated: bool, saved: tuple[Array, ...], d_out: Array
+) -> tuple[Array, Array, Array]:
+    x, mean, inverse, scale, bias = saved
+    whole = tuple(range(x.ndim - 1))
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    if activated:
+        out = normal * scale + bias
+        share = jax.nn.sigmoid(out)
+        d_out = d_out * (share + out * share * (1 - share))
+    d_normal = d_out * scale
+    along = _group_means(d_normal * normal, groups)
+    d_x = inverse * (d_normal - _group_means(d_normal, groups) - normal * along)
+    return d_x.astype(x.dtype), (d_out * normal).sum(whole), d_out.sum(whole)
+
+
+_normalized.defvjp(_normalized_forward, _normalized_backward)
+
+
+def _group_means(x: Float[Array, "B *pixels c"], groups: int) -> Float[Array, "B *ones c"]:
+    """Each channel's group mean; first over pixels alone, which is 3 times as fast on CPU."""
+    means = x.mean(range(1, x.ndim - 1)).reshape(len(x), groups, -1).mean(-1)
+    means = jnp.repeat(means, x.shape[-1] // groups, axis=1)
+    return means.reshape(len(x), *(1,) * (x.ndim - 2), -1)
 
 
 class ResnetBlock(nn.Module):
@@ -72,13 +115,13 @@ class ResnetBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "B h w c"], time: Float[Array, "B M"] | None = None
     ) -> Float[Array, "B h w c2"]:
-        norm = partial(GroupNorm, self.groups, self.epsilon, dtype=self.dtype)
+        norm = partial(GroupNorm, self.groups, self.epsilon, self.dtype, silu=True)
         x = checkpoint_name(x, "layer_input")
-        y = Conv(self.width, dtype=self.dtype, name="conv1")(silu(norm(name="norm1")(x)))
+        y = Conv(self.width, dtype=self.dtype, name="conv1")(norm(name="norm1")(x))
         if time is not None:
             shift = Dense(self.width, dtype=self.dtype, name="time_emb_proj")(silu(time))
             y = y + shift[:, None, None]
-        y = Conv(self.width, dtype=self.dtype, name="conv2")(silu(norm(name="norm2")(y)))
+        y = Conv(self.width, dtype=self.dtype, name="conv2")(norm(name="norm2")(y))
         if x.shape[-1] != self.width:
             x = Conv(self.width, size=1, dtype=self.dtype, name="conv_shortcut")(x)
         return constrain(x + y, "pictures", "height", "width", "channels")

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, UInt8
 from dreamllm_jax.config.model import Attention as AttentionName
 from dreamllm_jax.config.towers import VaeConfig
 from dreamllm_jax.models.conv import Conv
-from dreamllm_jax.models.layers import silu
 from dreamllm_jax.models.unet_blocks import Attention, Downsample, GroupNorm, ResnetBlock, Upsample
 
 EPSILON = 1e-6
@@ -172,5 +171,5 @@ def _resnet(config: VaeConfig, width: int, dtype: Any, name: str) -> ResnetBlock
 
 def _head(config: VaeConfig, features: int, dtype: Any, x: Float[Array, "B h w c"]) -> Array:
     """Norm, SiLU and convolution that end both ways; called inside a compact method."""
-    x = GroupNorm(config.norm_num_groups, EPSILON, dtype, name="conv_norm_out")(x)
-    return Conv(features, dtype=dtype, name="conv_out")(silu(x))
+    x = GroupNorm(config.norm_num_groups, EPSILON, dtype, silu=True, name="conv_norm_out")(x)
+    return Conv(features, dtype=dtype, name="conv_out")(x)

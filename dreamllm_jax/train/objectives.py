@@ -148,6 +148,7 @@ def joint(
             batch.targets,
             batch.loss_weights,
             config.logits_chunk,
+            model.whole_tables,
         )
         metrics["loss_lm"], metrics["token_accuracy"] = nll / counts.tokens, right / counts.tokens
         loss += config.weight_lm * metrics["loss_lm"]

@@ -48,11 +48,13 @@ def for_compute(params: Flat, model: DreamLLMModule, gathered: bool) -> Flat:
     def one(path: str, x: Array) -> Array:
         if not match_rule(path)[1] or (x.dtype == dtype and not gathered):
             return x
-        x = x.astype(dtype)
-        if mesh.empty:
-            return x
-        # Without this pin XLA gathers first and casts then.
-        return jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh, gathered))
+        if x.dtype != dtype:
+            x = x.astype(dtype)
+            if not mesh.empty:  # without this pin XLA gathers first and casts then
+                x = jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh))
+        if gathered and not mesh.empty:
+            x = jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh, gathered))
+        return x
 
     return {path: one(path, x) for path, x in params.items()}
 
@@ -68,6 +70,7 @@ def gradients(
     counts, parts = count(batch), stage.optim.accumulation
     gathered = stage.optim.gather == "step"
     params, frozen = (for_compute(p, model, gathered) for p in (trainable, frozen))
+    model = model.clone(whole_tables=gathered)
 
     def grad(batch: Batch, keys: Array) -> tuple[Flat, dict[str, Array]]:
         grads, metrics = jax.grad(loss_and_metrics, has_aux=True)(

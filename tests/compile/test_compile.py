@@ -181,6 +181,16 @@ def test_a_joint_step_in_micro_batches(devices):
     assert 0 < numbers(found)["roofline"]["mfu"] < 1
 
 
+def test_weights_are_gathered_once_a_step_where_asked(devices):
+    """Layer by layer each of two micro-batches would gather them for both passes: four times in all."""
+    optim = dict(accumulation=2, gather="step")
+    wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=optim)
+    found, _ = compiled_step(wanted, devices)
+    weights = 4 * bytes_held(found.program.arguments["parameters"]) / 2  # whole, in bfloat16
+    _, received = by_kind(found.census)["all-gather", ("fsdp",)]
+    assert 0.5 * weights < received < 1.1 * weights
+
+
 def test_micro_batches_compile_with_full_effort(devices):
     """As a run compiles: what moves sums out of loops ends with an internal error where it may move these."""
     wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=dict(accumulation=2))

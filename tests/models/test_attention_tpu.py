@@ -1,7 +1,6 @@
 """Attention through the real TPU compiler, at published shapes, without a TPU."""
 
 import math
-import os
 import re
 
 import jax
@@ -9,30 +8,19 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from dreamllm_jax.compile.topology import described_devices
 from dreamllm_jax.config.towers import LlamaConfig
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.models.attention import AXES, attention, masks
 from dreamllm_jax.models.llama import Llama
 from dreamllm_jax.sharding import activation_spec, make_mesh
 
-# A compiler without its chips: it is told what it would ask them.
-DESCRIBED = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 
 @pytest.fixture(scope="module")
 def chips():
     """The four described chips of a `v5p:2x2x1`."""
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed (pip install libtpu)")
-    from jax.experimental.topologies import get_topology_desc
-
-    for name, value in DESCRIBED.items():
-        os.environ.setdefault(name, value)
-    return get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    return described_devices("v5p:2x2x1")
 
 
 def place(mesh, shape, dtype, *axes):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -51,10 +50,7 @@ def attention(
     name = chosen(implementation, q.shape[1], k.shape[1], q.shape[-1], q.dtype, mask, platform())
     if name == "splash":
         return splash(q, k, v, mask, AXES[rows])  # it names what its backward pass needs
-    if name == "cudnn":
-        out: jax.Array = cudnn(q, k, v, mask, rows)
-    elif name == "chunked":
-        out = chunked(q, k, v, mask, AXES[rows])
-    else:
-        out = reference(q, k, v, mask)
+    if name == "xla":
+        return reference(q, k, v, mask)  # as does this
+    out = cudnn(q, k, v, mask, rows) if name == "cudnn" else chunked(q, k, v, mask, AXES[rows])
     return checkpoint_name(out, "attended")

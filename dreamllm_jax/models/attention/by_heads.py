@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 # Queries of a block: the scores of a head stay in a core's cache. More blocks than these are not made, for
@@ -72,7 +73,8 @@ def _forward(
         totals.append(weights.sum(-1, keepdims=True))
         outs.append(jnp.einsum("bkgls,bksh->bkglh", weights, v[..., keys, :]))
     total = jnp.concatenate(totals, -2)
-    out = jnp.concatenate(outs, -2) / total
+    # What the backward pass needs of it is named for rematerialization here, where it is made.
+    out = checkpoint_name(jnp.concatenate(outs, -2) / total, "attended")
     return out, (q, k, v, kept, total, out)
 
 

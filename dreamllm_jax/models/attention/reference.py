@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dreamllm_jax.models.attention.by_heads import by_heads
@@ -20,13 +21,13 @@ def reference(
     """`softmax(q k^T / sqrt(H)) v`, the softmax in float32; a query that sees nothing yields zeros.
 
     K divides N: each key head serves N // K neighbouring query heads (arXiv 2305.13245). The scores
-    [B, N, L, S] are whole in memory, on TPU in float32.
+    [B, N, L, S] are whole in memory, on TPU in float32. What comes of them is named "attended".
     """
     seen = table(mask, q.shape[1], k.shape[1])
     if platform() == "cpu" and q.dtype == jnp.float32:
         out = by_heads(q, k, v, seen, mask is not None and mask.causal)
     else:
-        out = jax.nn.dot_product_attention(q, k, v, mask=seen)
+        out = checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=seen), "attended")
     if seen is None or mask is None or not mask.blinds():
         return out
     return jnp.where(seen.any(-1)[:, 0, :, None, None], out, 0)

@@ -1,0 +1,35 @@
+"""Group normalization with SiLU through the real TPU compiler: why they have no kernel of their own."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from dreamllm_jax.compile.census import take
+from dreamllm_jax.compile.hlo import parse
+from dreamllm_jax.compile.topology import described_devices
+from dreamllm_jax.models.unet_blocks import GroupNorm
+
+SHAPE = (64, 64, 64, 320)  # Stable Diffusion's finest level; more than fits into a chip's own memory
+BYTES = 64 * 64 * 64 * 320 * 2  # in bfloat16
+
+
+def traffic(function, number):
+    """Bytes that the compiled program moves from and to HBM on one chip."""
+    place = SingleDeviceSharding(described_devices("v5e:2x2")[0])
+    inputs = [jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16, sharding=place)] * number
+    return take(parse(jax.jit(function).lower(*inputs).compile().as_text()), {"data": 1}).hbm
+
+
+def test_xla_moves_no_more_than_a_kernel_would():
+    """Forward x is read for the mean, for the variance and to be normalized, and the result is written.
+    Backward x and the gradient are read for their two sums, and again for the result, which is written."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed (pip install libtpu)")
+    norm = GroupNorm(32, 1e-5, dtype=jnp.bfloat16, silu=True)
+    params = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 320), jnp.bfloat16))
+
+    def normed(x):
+        return norm.apply(params, x)
+
+    assert traffic(normed, 1) == pytest.approx(4 * BYTES, rel=1e-3)
+    assert traffic(lambda x, d_out: jax.vjp(normed, x)[1](d_out), 2) == pytest.approx(7 * BYTES, rel=1e-3)
