@@ -12,7 +12,7 @@
 #   --devices N    so many devices on this host (default: one or more)
 #   --workdir W    the training's folder (default: the current one)
 #   --need G       GiB that must be free there (default 200: two checkpoints of a 7B model with Adam in float32, of
-#                  12 bytes a weight, and 30 GiB for weights and pictures)
+#                  12 bytes a weight, and 30 GiB for weights and pictures; give 340 for 13B)
 #   --bucket B     a mounted or shared folder, or gs://BUCKET/FOLDER (by gcloud); default: not checked
 #   --clock URL    compare with the time of this web server (default: ask chrony or systemd)
 #   --timeout S    seconds that JAX may take to find its devices (default 300)

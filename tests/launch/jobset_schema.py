@@ -70,12 +70,34 @@ POD = an_object(
     containers=a_list(CONTAINER),
 )
 
+RULE = an_object(
+    "action",
+    action={"enum": ["FailJob", "FailIndex", "Ignore", "Count"]},
+    onExitCodes=an_object(
+        "operator values",
+        containerName=NAME,
+        operator={"enum": ["In", "NotIn"]},
+        values={"type": "array", "items": COUNT, "minItems": 1},
+    ),
+)
+JOB_RULE = an_object(
+    "action",
+    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+    onJobFailureReasons=a_list(
+        {
+            "enum": "BackoffLimitExceeded DeadlineExceeded FailedIndexes MaxFailedIndexesExceeded "
+            "PodFailurePolicy".split()
+        }
+    ),
+)
+
 JOB = an_object(
     "template",
     completionMode={"enum": ["Indexed", "NonIndexed"]},
     completions=COUNT,
     parallelism=COUNT,
     backoffLimit=COUNT,
+    podFailurePolicy=an_object("rules", rules=a_list(RULE)),
     template=an_object("spec", metadata=an_object(annotations=TEXTS, labels=TEXTS), spec=POD),
 )
 
@@ -91,7 +113,7 @@ JOBSET = an_object(
             publishNotReadyAddresses={"type": "boolean"},
             subdomain=NAME,
         ),
-        failurePolicy=an_object(maxRestarts=COUNT),
+        failurePolicy=an_object(maxRestarts=COUNT, rules=a_list(JOB_RULE)),
         ttlSecondsAfterFinished=COUNT,
         replicatedJobs=a_list(
             an_object("name template", name=NAME, replicas=COUNT, template=an_object("spec", spec=JOB))

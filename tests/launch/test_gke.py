@@ -42,6 +42,7 @@ def test_form(jobset):
         (("spec", "replicatedJobs", 0, "template", "spec", "completions"), "16"),
         (("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "restartPolicy"), "Always"),
         (("spec", "failurePolicy", "maxRestarts"), -1),
+        (("spec", "failurePolicy", "rules", 0, "action"), "Fail"),
         (("apiVersion",), "jobset.x-k8s.io/v1alpha1"),
     ],
 )
@@ -73,7 +74,18 @@ def test_restarts(jobset):
     """All hosts start again or none: neither a Pod nor its Job does so alone."""
     _, job, pod, _ = slice_of(jobset)
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
-    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 50}
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 50
+
+
+def test_what_was_asked_for_wrongly_is_not_started_again(jobset):
+    """The training ends with exit code 2 then: that Pod fails its Job for a reason that fails all."""
+    _, job, _, container = slice_of(jobset)
+    (rule,) = job["podFailurePolicy"]["rules"]
+    codes = {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert rule == {"action": "FailJob", "onExitCodes": codes}
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
 
 
 def test_references(jobset):
