@@ -20,6 +20,7 @@ COLORS = (
     (192, 80, 77),
     (140, 140, 140),
     (190, 165, 90),
+    (60, 70, 95),
 )
 
 
@@ -73,8 +74,11 @@ def _memory(pen: ImageDraw.ImageDraw, finding: Finding, y: int) -> int:
 
 def _flops(finding: Finding) -> tuple[str, list[tuple[str, float, str]]]:
     bars = [(f"model, {k}", n, f"{n:.3g}") for k, n in finding.program.model_flops.items()]
-    chips = finding.program.mesh.size
-    bars += [(f"compiled, {k}", n * chips, f"{n * chips:.3g}") for k, n in finding.census.flops.items()]
+    chips, compiled = finding.program.mesh.size, finding.census.flops
+    for part in dict.fromkeys([*finding.program.model_flops, *compiled]):
+        if part in compiled:
+            n = compiled[part] * chips
+            bars.append((f"compiled, {part}", n, f"{n:.3g}"))
     return "FLOPs of all chips", bars
 
 
