@@ -14,6 +14,7 @@ from dreamllm_jax.compile.program import generation_program, train_program
 from dreamllm_jax.compile.report import by_kind, numbers
 from dreamllm_jax.compile.topology import described_devices
 from dreamllm_jax.config.data import DataConfig
+from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import MeshConfig, Recipe
 from tests.train import tiny
 
@@ -189,6 +190,16 @@ def test_weights_are_gathered_once_a_step_where_asked(devices):
     weights = 4 * bytes_held(found.program.arguments["parameters"]) / 2  # whole, in bfloat16
     _, received = by_kind(found.census)["all-gather", ("fsdp",)]
     assert 0.5 * weights < received < 1.1 * weights
+
+
+def test_offloaded_states_wait_on_the_host(devices):
+    remat = RematConfig(llama="offload")
+    wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",))
+    wanted = dataclasses.replace(wanted, model=dataclasses.replace(wanted.model, remat=remat))
+    found, _ = compiled_step(wanted, devices)
+    states = ROWS // 4 * LENGTH * 64 * 2  # of one device, bfloat16
+    assert wanted.model.llama.num_hidden_layers == 2
+    assert found.memory.host >= 2 * states
 
 
 def test_micro_batches_compile_with_full_effort(devices):
