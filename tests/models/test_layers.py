@@ -73,7 +73,9 @@ def test_the_product_for_cpu_has_the_gradients_that_autodiff_derives(dtype):
     assert ours.dtype == dtype
     for mine, wanted in zip((ours, *back(pull)), (theirs, *other(pull)), strict=True):
         assert mine.dtype == wanted.dtype
-        np.testing.assert_allclose(*(y.astype(jnp.float32) for y in (mine, wanted)), rtol=1e-2, atol=1e-6)
+        # In bfloat16 the backends of the two forms may round sums at other places.
+        bounds = dict(rtol=1e-5, atol=1e-6) if dtype == jnp.float32 else dict(rtol=2e-2, atol=2e-2)
+        np.testing.assert_allclose(*(y.astype(jnp.float32) for y in (mine, wanted)), **bounds)
     dense = Dense(4, dtype=dtype)
     applied = dense.apply({"params": {"kernel": kernel, "bias": jnp.ones(4)}}, x)
     np.testing.assert_array_equal(applied, ours + jnp.ones(4, dtype))
