@@ -17,8 +17,9 @@ def activations(program: Program) -> float:
 
     JAX names the operations of a backward pass `transpose(jvp(...))`, those of the forward pass `jvp(...)`.
     Counted is where most cross from the one to the other: a step's micro-batch. Inputs in another form
-    (weights gathered or converted) are none, and what is computed again in the backward pass is none. As no
-    backward operation runs before the forward pass has ended, all of it is held together then.
+    (weights gathered or converted) are none, and what is computed again in the backward pass is none. All of
+    it is held together where no backward operation runs before the forward pass has ended. States that are
+    offloaded outside of a scan count as if they stayed.
     """
     scheduled = _scheduled(program)
     return max(_Crossing(program, program.computations[name]).bytes() for name in scheduled)

@@ -107,7 +107,7 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
         raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
     check_attention(config, mesh)
     flat = abstract_params(config)
-    places, dtype = parameter_shardings(flat, mesh), jnp.dtype(config.dtype)
+    places, dtype = parameter_shardings(flat, mesh, recipe.mesh.whole), jnp.dtype(config.dtype)
     flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=places[k]) for k, v in flat.items()}
     params = unflatten_dict(flat, sep="/")
     make = {"prefill": _prefill, "decode": _decode, "denoise": _denoise}[name]

@@ -66,18 +66,25 @@ class DreamLLM:
         tokenizer: Tokenizer,
         generation: GenerationConfig | None = None,
         mesh: Mesh | None = None,
+        whole: Sequence[str] = (),
     ):
         """Places the parameters (flat or nested) on the default device, or sharded over `mesh`.
 
+        Of the parts of the model named in `whole` ("unet", "vae", "vision", ...) every group along the mesh's
+        axis fsdp holds a copy, as `mesh.whole` of a recipe does for training: more memory, nothing to gather.
         They may be tensors that are not read yet: these are read one by one, what this host's devices need.
 
         Raises:
-          ValueError: a model without language model, or with fewer embeddings than the tokenizer has tokens.
+          ValueError: a model without language model, or with fewer embeddings than the tokenizer has tokens;
+            `whole` names a part that the model has not.
         """
         _check_language(config, tokenizer)
         flat = flatten(params)
+        parts = sorted({path.split("/")[0] for path in flat})
+        if absent := sorted(set(whole) - set(parts)):
+            raise ValueError(f"whole names {', '.join(absent)}; choose among {', '.join(parts)}.")
         alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = dict.fromkeys(flat, alone) if mesh is None else parameter_shardings(flat, mesh)
+        shardings = dict.fromkeys(flat, alone) if mesh is None else parameter_shardings(flat, mesh, whole)
         placed = {k: to_device(v, shardings[k]) for k, v in flat.items()}
         self._mesh = mesh
         self._engine = Engine(config, unflatten(placed), tokenizer)
@@ -86,13 +93,14 @@ class DreamLLM:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: str | None = None, mesh: Mesh | None = None
+        cls, path: str | Path, dtype: str | None = None, mesh: Mesh | None = None, whole: Sequence[str] = ()
     ) -> DreamLLM:
         """Loads a folder that `save_pretrained` or a training run wrote, or a checkpoint in PyTorch's form.
 
         Such a checkpoint (DreamLLM, LLaMA or Vicuna, LLaVA-1.5; a folder or an id on the hub) is converted in
         passing. Control tokens that its tokenizer lacks are added, with rows for them.
-        `dtype` ("float32", "bfloat16") casts the weights and sets what is computed in.
+        `dtype` ("float32", "bfloat16") casts the weights and sets what is computed in; `mesh` and `whole` say
+        where they lie, as above.
 
         Raises:
           ValueError: the folder is missing, foreign, incomplete or damaged, or another dtype.
@@ -102,7 +110,7 @@ class DreamLLM:
         loaded = open_pretrained(path, dtype)
         check_whole(path, loaded.config, loaded.params)
         config = loaded.config if dtype is None else dataclasses.replace(loaded.config, dtype=dtype)
-        return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh)
+        return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh, whole)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the folder that `from_pretrained` loads, whole or not at all."""

@@ -37,7 +37,7 @@ def linear(
     """`x @ kernel`, in the form that suits the backend; the type of the result is x's unless given."""
     same = preferred_element_type in (None, x.dtype)
     if same and x.dtype == kernel.dtype and platform() == "cpu":
-        one_row = x.size == x.shape[-1] and x.size % 2 == 0
+        one_row = x.size == x.shape[-1] and x.size % 2 == 0 and x.dtype == jnp.float32
         return _row_product(x, kernel) if one_row else product(x, kernel)
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=preferred_element_type)
@@ -73,7 +73,7 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def _row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel` of one row, as the sum of two halves: XLA's CPU backend gives each half a thread.
+    """`x @ kernel` of one float32 row, as the sum of two halves: XLA's CPU backend gives each half a thread.
 
     A row by itself has one: text of one row was decoded a quarter slower.
     """

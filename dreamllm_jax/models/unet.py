@@ -186,7 +186,7 @@ class UNet(nn.Module):
             level = coarsest - i
             block = UpBlock(config, level, "CrossAttn" in kind, level > 0, name=f"up_blocks_{i}", **options)
             x = block(x, time, context, skips)
-        norm = GroupNorm(config.norm_num_groups, config.norm_eps, self.dtype, True, name="conv_norm_out")
+        norm = GroupNorm(config.norm_num_groups, config.norm_eps, self.dtype, silu=True, name="conv_norm_out")
         return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(norm(x))
 
     def _time(self, timesteps: Real[Array, "B"], added: dict[str, Array] | None) -> Float[Array, "B M"]:

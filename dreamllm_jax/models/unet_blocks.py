@@ -59,7 +59,8 @@ def _normalized(
 ) -> Float[Array, "B *pixels c"]:
     """Group normalization (and SiLU) in float32; reverse-mode differentiation only.
 
-    For the backward pass x is kept as it came, not in float32, and each group's mean and deviation. Its
+    For the backward pass x is kept as it came, not in float32, and the means and inverse
+    deviations. Its
     closed form reads x and the gradient twice; what autodiff derives from the sums of squares reads them
     twice as often.
     """

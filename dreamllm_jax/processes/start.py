@@ -30,7 +30,7 @@ def initialize(timeout_seconds: int = 300) -> None:
 
     Raises:
       ValueError: the environment is incomplete or contradicts itself.
-      TimeoutError: the others cannot be reached within `timeout_seconds`.
+      TimeoutError: the others cannot be found or reached within `timeout_seconds`.
       RuntimeError: JAX was used before, so that it is too late.
     """
     if jax.distributed.is_initialized():
@@ -60,6 +60,11 @@ def initialize(timeout_seconds: int = 300) -> None:
             return
         if isinstance(error, RuntimeError) and "must be called before" in str(error):
             raise
+        if isinstance(error, RuntimeError):  # a name or a service of the cluster that did not answer in time
+            raise TimeoutError(
+                f"{first_line(error)}: the host where the others meet was not found within {timeout_seconds} "
+                "s; start all hosts, and look whether each can find the first one by its name."
+            ) from error
         mpi = hint is not None and hint.startswith(("OMPI", "PMI"))
         how = "install mpi4py" if mpi else "start them with srun or mpirun"
         raise ValueError(

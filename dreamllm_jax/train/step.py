@@ -38,10 +38,11 @@ def loss_and_metrics(
     return OBJECTIVES[stage.objective](model, params, batch, draws, stage.loss, counts)
 
 
-def for_compute(params: Flat, model: DreamLLMModule, gathered: bool) -> Flat:
+def for_compute(params: Flat, model: DreamLLMModule, gathered: bool, sliced: bool = True) -> Flat:
     """What a step computes with: matrices in the model's dtype, and whole along fsdp where `gathered`.
 
-    They are cast here, once, and before they travel: half the bytes. Vectors stay as they are.
+    They are cast here, once, and before they travel: half the bytes. Vectors stay as they are. Not all are
+    `sliced` along fsdp where a mesh keeps some whole: then what is `gathered` is not pinned to slices first.
     """
     dtype, mesh = jnp.dtype(model.config.dtype), jax.sharding.get_abstract_mesh()
 
@@ -50,7 +51,7 @@ def for_compute(params: Flat, model: DreamLLMModule, gathered: bool) -> Flat:
             return x
         if x.dtype != dtype:
             x = x.astype(dtype)
-            if not mesh.empty:  # without this pin XLA gathers first and casts then
+            if not mesh.empty and (sliced or not gathered):  # else XLA gathers first and casts then
                 x = jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh))
         if gathered and not mesh.empty:
             x = jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh, gathered))
@@ -69,7 +70,8 @@ def gradients(
     """
     counts, parts = count(batch), stage.optim.accumulation
     gathered = stage.optim.gather == "step"
-    params, frozen = (for_compute(p, model, gathered) for p in (trainable, frozen))
+    params = for_compute(trainable, model, gathered)
+    frozen = for_compute(frozen, model, gathered, sliced=False)
     model = model.clone(whole_tables=gathered)
 
     def grad(batch: Batch, keys: Array) -> tuple[Flat, dict[str, Array]]:

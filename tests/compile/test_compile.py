@@ -188,8 +188,10 @@ def test_weights_are_gathered_once_a_step_where_asked(devices):
     wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=optim)
     found, _ = compiled_step(wanted, devices)
     weights = 4 * bytes_held(found.program.arguments["parameters"]) / 2  # whole, in bfloat16
-    _, received = by_kind(found.census)["all-gather", ("fsdp",)]
-    assert 0.5 * weights < received < 1.1 * weights
+    kinds = {kind: received for (kind, _), (_, received) in by_kind(found.census).items()}
+    assert 0.5 * weights < kinds["all-gather"] < 1.1 * weights
+    # Gradients are scattered in each micro-batch; of one table XLA makes an all-reduce, here as there.
+    assert kinds["reduce-scatter"] + kinds["all-reduce"] < 2 * weights
 
 
 def test_offloaded_states_wait_on_the_host(devices):

@@ -10,6 +10,9 @@ from dreamllm_jax.compile.hlo import parse
 from dreamllm_jax.compile.topology import described_devices
 from dreamllm_jax.models.unet_blocks import GroupNorm
 
+# Programs that are kept cannot be loaded without their devices, and are compiled again.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
 SHAPE = (64, 64, 64, 320)  # Stable Diffusion's finest level; more than fits into a chip's own memory
 BYTES = 64 * 64 * 64 * 320 * 2  # in bfloat16
 

@@ -116,6 +116,13 @@ def test_the_others_are_not_found(asked):
         asked(SET, late)
 
 
+def test_a_host_that_is_late_is_no_wrong_recipe(asked):
+    """The training ends with exit code 1 then, after which clusters start it again; with 2 they do not."""
+    unknown = RuntimeError("Failed to recognize coordinator address slice-0-0.dream")
+    with pytest.raises(TimeoutError, match=r"address slice-0-0.dream: the host .* was not found within 9 s"):
+        asked({"TPU_WORKER_HOSTNAMES": "slice-0-0.dream,slice-0-1.dream"}, unknown)
+
+
 def test_too_late(asked):
     """A fault of the program, not of its user."""
     late = RuntimeError("jax.distributed.initialize() must be called before any JAX calls.")

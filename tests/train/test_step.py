@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, parameter_shardings, replicated, shard_batch
-from dreamllm_jax.train.step import gradients
+from dreamllm_jax.train.step import for_compute, gradients
 from tests.train import tiny
 
 ALONE = MeshConfig(data=1, fsdp=1)
@@ -44,6 +45,20 @@ def test_loss_and_gradients(mesh, optim, devices, params, batch, keys, packed_re
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     np.testing.assert_allclose((metrics["loss_lm"] + 10 * metrics["loss_vm"]) / 11, loss, rtol=1e-5)
     same_gradients(grads, expected)
+
+
+def test_a_tower_kept_whole_need_not_divide_fsdp(devices):
+    """Frozen in float32 it is cast, and gathered once a step: nothing is sliced on the way."""
+    mesh, model = (
+        make_mesh(MeshConfig(data=1, fsdp=8), devices),
+        DreamLLMModule(tiny.config(dtype="bfloat16")),
+    )
+    frozen = {"unet/conv_in/kernel": jax.ShapeDtypeStruct((3, 3, 4, 6), np.float32)}
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda p: for_compute(p, model, gathered=True, sliced=False), frozen)
+        with pytest.raises(ValueError, match="dimension . is not divisible"):
+            jax.eval_shape(lambda p: for_compute(p, model, gathered=True), frozen)
+    assert shapes["unet/conv_in/kernel"].dtype == model.config.dtype
 
 
 @pytest.mark.parametrize("name", ["8 fsdp", "2x2x2", "8 tensor"])

@@ -2,8 +2,8 @@
 
 Every head's numbers are brought together first, so that no product turns its operands around. What is as
 large as the scores is touched as seldom as can be: sums of weights divide the results, not the weights, and
-the backward pass keeps the weights alone. Under a causal rule the keys that no query of a block may see are
-left out.
+the backward pass keeps of it the weights alone. Under a causal rule the keys that no query of a block may
+see are left out.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ def by_heads(
     v: Float[Array, "B S K H"],
     seen: Bool[Array, "#B 1 L S"] | None = None,
     causal: bool = False,
+    named: bool = True,
 ) -> Float[Array, "B L N H"]:
     """`softmax(q k^T / sqrt(H)) v`; a query that sees nothing gets anything.
 
-    `causal` promises that `seen` hides from query i what follows key i (and L = S). Reverse-mode
-    differentiation only.
+    `causal` promises that `seen` hides from query i what follows key i (and L = S). What the backward pass
+    needs of the result is `named` "attended" for rematerialization. Reverse-mode differentiation only.
     """
     rows, length, heads, width = q.shape
     grouped = q.reshape(rows, length, k.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
     mask = None if seen is None else seen[:, :, None]
     step = min(length, max(BLOCK, -(-length // BLOCKS))) if causal else length
-    out = _attend(grouped, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask, step)
+    out = _attend(grouped, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask, step, named)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, mask: Array | None, step: int) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q: Array, k: Array, v: Array, mask: Array | None, step: int, named: bool) -> Array:
     """[B, K, G, L, H] of queries [B, K, G, L, H], keys and values [B, K, S, H], mask [#B, 1, 1, L, S].
 
     `step` queries at a time, the block from i on with the keys before i + step: all where step is L.
     """
-    return _forward(q, k, v, mask, step)[0]
+    return _forward(q, k, v, mask, step, named)[0]
 
 
 def _blocks(length: int, keys: int, step: int) -> list[tuple[slice, slice]]:
@@ -60,7 +61,7 @@ def _blocks(length: int, keys: int, step: int) -> list[tuple[slice, slice]]:
 
 
 def _forward(
-    q: Array, k: Array, v: Array, mask: Array | None, step: int
+    q: Array, k: Array, v: Array, mask: Array | None, step: int, named: bool
 ) -> tuple[Array, tuple[Array | None | list[Array], ...]]:
     scaled = q * q.shape[-1] ** -0.5
     outs, kept, totals = [], [], []
@@ -73,12 +74,14 @@ def _forward(
         totals.append(weights.sum(-1, keepdims=True))
         outs.append(jnp.einsum("bkgls,bksh->bkglh", weights, v[..., keys, :]))
     total = jnp.concatenate(totals, -2)
-    # What the backward pass needs of it is named for rematerialization here, where it is made.
-    out = checkpoint_name(jnp.concatenate(outs, -2) / total, "attended")
+    out = jnp.concatenate(outs, -2) / total
+    out = checkpoint_name(out, "attended") if named else out
     return out, (q, k, v, kept, total, out)
 
 
-def _backward(step: int, saved: tuple[Any, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
+def _backward(
+    step: int, named: bool, saved: tuple[Any, ...], d_out: Array
+) -> tuple[Array, Array, Array, None]:
     q, k, v, kept, total, out = saved
     scale = q.shape[-1] ** -0.5
     d_sum, scaled = d_out / total, q * scale

@@ -47,7 +47,7 @@ def chunked(
     @jax.checkpoint
     def some(q: Array, ids: Array | None, lengths: Array | None, wide: list[Array]) -> Array:
         part = Mask(ids, rule.key_segment_ids, lengths)
-        return reference(q, *(x.astype(q.dtype) for x in wide), part)
+        return reference(q, *(x.astype(q.dtype) for x in wide), part, named=False)
 
     chunks = constrain(split(q), None, *axes, "heads", "head_dim")
     rules = [None if x is None else split(x) for x in (rule.segment_ids, rule.key_lengths)]
