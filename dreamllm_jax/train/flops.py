@@ -6,6 +6,7 @@ attention counts whole squares. Rematerialization is not counted: it is no work 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig
 from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train.state import abstract_params, nested, partition
@@ -71,6 +72,9 @@ def forward_flops(
     config: DreamLLMConfig, rows: int, length: int, images: int, dreams: int
 ) -> dict[str, float]:
     """FLOPs of every tower's forward pass: `rows` of `length` tokens, so many pictures in all."""
+    # As attention is defined: forms for one backend and one type may leave out what a mask hides.
+    xla = AttentionConfig(*["xla"] * len(dataclasses.fields(AttentionConfig)))
+    config = dataclasses.replace(config, dtype="bfloat16", attention=xla)
     module = DreamLLMModule(config)
     variables = {"params": nested(abstract_params(config))}
     found: dict[str, float] = {}
