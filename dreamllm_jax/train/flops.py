@@ -73,7 +73,7 @@ def forward_flops(
 ) -> dict[str, float]:
     """FLOPs of every tower's forward pass: `rows` of `length` tokens, so many pictures in all."""
     # As attention is defined: forms for one backend and one type may leave out what a mask hides.
-    xla = AttentionConfig(*["xla"] * len(dataclasses.fields(AttentionConfig)))
+    xla = AttentionConfig(llama="xla", vision="xla", unet="xla", vae="xla")
     config = dataclasses.replace(config, dtype="bfloat16", attention=xla)
     module = DreamLLMModule(config)
     variables = {"params": nested(abstract_params(config))}
