@@ -7,6 +7,7 @@ valid token, which leaves its cache as it is.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.llama import KVCache, init_cache
+from dreamllm_jax.models.llama import KVCache, Params, init_cache, layers_apart
+from dreamllm_jax.sharding import platform
 from dreamllm_jax.types import Batch
 
 
@@ -54,9 +56,14 @@ def prefill(params: dict, batch: Batch, *, model: DreamLLMModule, capacity: int)
 
 
 def _read_on(
-    model: DreamLLMModule, variables: dict, reading: Reading, embeds: Array, valid: Array
+    model: DreamLLMModule,
+    variables: dict,
+    reading: Reading,
+    embeds: Array,
+    valid: Array,
+    layers: Sequence[Params] | None = None,
 ) -> tuple[Reading, Array]:
-    hidden, cache = model.apply(variables, embeds, valid, reading.cache, method="extend")
+    hidden, cache = model.apply(variables, embeds, valid, reading.cache, layers, method="extend")
     end = jnp.maximum(valid.sum(-1) - 1, 0)
     last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
     return Reading(cache, jnp.where(valid.any(-1)[:, None], last, reading.last)), hidden
@@ -77,10 +84,12 @@ def decode_text(
     """Writes text in the active rows until each has stopped, run out of its budget, or is full.
 
     Returns the reading, the tokens (-1 after the last), and each row's stop token (-1: none). A
-    stop token is not read: what follows it is the caller's business.
+    stop token is not read: what follows it is the caller's business. On CPU the language model's layers
+    are held twice meanwhile (see `layers_apart`).
     """
     variables = {"params": params}
     rows, capacity = active.shape[0], reading.cache.capacity
+    layers = layers_apart(params["llama"]) if platform() == "cpu" else None
 
     def unfinished(carry):
         return carry[1].any()
@@ -101,7 +110,7 @@ def decode_text(
             token, mode="drop"
         )
         embeds = model.apply(variables, token[:, None], method="embed_text")
-        reading, _ = _read_on(model, variables, reading, embeds, writes[:, None])
+        reading, _ = _read_on(model, variables, reading, embeds, writes[:, None], layers)
         return reading, writes, tokens, stop, written + writes
 
     start = (

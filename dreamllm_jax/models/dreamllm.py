@@ -7,6 +7,8 @@ the query slots, projected, are the U-Net's cross-attention context. Any tower m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
@@ -14,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.models.clip import ClipText, ClipVision, ContrastiveHead, normalize_pixels
 from dreamllm_jax.models.connectors import DreamQueries, GlobalProjector, Projector
-from dreamllm_jax.models.llama import KVCache, Llama
+from dreamllm_jax.models.llama import KVCache, Llama, Params
 from dreamllm_jax.models.unet import UNet
 from dreamllm_jax.models.vae import Vae, diffusion_pixels, to_uint8
 from dreamllm_jax.sharding import constrain
@@ -98,10 +100,14 @@ class DreamLLMModule(nn.Module):
         return self.llama(self.embed(batch), batch.positions, batch.segment_ids)
 
     def extend(
-        self, embeds: Float[Array, "B L D"], valid: Bool[Array, "B L"], cache: KVCache
+        self,
+        embeds: Float[Array, "B L D"],
+        valid: Bool[Array, "B L"],
+        cache: KVCache,
+        layers: Sequence[Params] | None = None,
     ) -> tuple[Float[Array, "B L D"], KVCache]:
-        """Reads on: appends the valid embeddings of each row to its cache."""
-        return self.llama.extend(embeds, valid, cache)
+        """Reads on: appends the valid embeddings of each row to its cache (see `Llama.extend`)."""
+        return self.llama.extend(embeds, valid, cache, layers)
 
     def head(self) -> Float[Array, "D V"]:
         """The matrix from hidden states to logits."""

@@ -155,6 +155,25 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(model, picture):
     )
 
 
+def test_decoding_on_a_cpu_copies_no_weights_for_every_token(model):
+    """XLA's CPU backend copies what it slices out of a stack: layers are taken apart before the loop."""
+    engine = model._engine
+    control = engine.control([], np.zeros(1, bool), 0, model._settings(max_new_tokens=6))
+    reading = engine.read(prompt_batch(["one"], model.tokenizer, model.config, None), CAPACITY)
+    parts, whole = jax.tree.flatten((reading, jnp.ones(1, bool), jnp.array([6]), prompt_keys(0, 1), control))
+
+    def write(params, parts):
+        rest = jax.tree.unflatten(whole, parts)
+        return decode_text(params, *rest, model=engine.module, max_new_tokens=6)
+
+    compiled = jax.jit(write).lower(model.params, parts).compile()
+    kernels = {x.shape for x in jax.tree.leaves(model.params["llama"]["layers"]) if x.ndim == 3}
+    slices = [line for line in compiled.as_text().splitlines() if " dynamic-slice(" in line]
+    assert slices  # of the cache
+    for shape in kernels:
+        assert not [line for line in slices if f"f32[1,{shape[1]},{shape[2]}]" in line]
+
+
 def test_a_full_cache_ends_a_row(model):
     engine = model._engine
     settings = model._settings(max_new_tokens=6)

@@ -10,7 +10,7 @@ import pytest
 
 from dreamllm_jax.config.towers import LlamaConfig, RopeScaling
 from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.models.llama import Llama, init_cache, looked_up
+from dreamllm_jax.models.llama import Llama, init_cache, layers_apart, looked_up
 from dreamllm_jax.sharding import make_mesh, parameter_shardings
 
 MHA = LlamaConfig(
@@ -87,10 +87,11 @@ def _run(model, params, tokens, positions, segment_ids):
     return model.apply({"params": params}, method=forward)
 
 
-@partial(jax.jit, static_argnums=0)
-def extend(model, params, tokens, valid, cache):
+@partial(jax.jit, static_argnums=(0, 5))
+def extend(model, params, tokens, valid, cache, apart=False):
     def forward(m):
-        hidden, new = m.extend(m.embed(tokens), valid, cache)
+        layers = layers_apart(params) if apart else None
+        hidden, new = m.extend(m.embed(tokens), valid, cache, layers)
         return m.logits(hidden), new
 
     return model.apply({"params": params}, method=forward)
@@ -223,9 +224,10 @@ def test_padding_and_other_rows_change_nothing(name):
     assert np.isfinite(first).all() and np.isfinite(second).all()
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("chunks", [[14], [1] * 14, [6, 1, 1, 6]])
 @pytest.mark.parametrize("name", ["gqa", "linear", "dynamic", "tied, biased"])
-def test_cached_equals_whole(name, chunks):
+def test_cached_equals_whole(name, chunks, apart):
     config = VARIANTS[name]
     model, params = make(config)
     tokens = tokens_of(config, 2, 14)
@@ -233,7 +235,7 @@ def test_cached_equals_whole(name, chunks):
     store, start = init_cache(config, 2, 15), 0
     for n in chunks:
         part = tokens[:, start : start + n]
-        logits, store = extend(model, params, part, jnp.ones_like(part, bool), store)
+        logits, store = extend(model, params, part, jnp.ones_like(part, bool), store, apart)
         np.testing.assert_allclose(logits, whole[:, start : start + n], atol=2e-5)
         start += n
     np.testing.assert_array_equal(store.lengths, [14, 14])

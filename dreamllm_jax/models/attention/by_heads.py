@@ -66,7 +66,7 @@ def _forward(
     scaled = q * q.shape[-1] ** -0.5
     outs, kept, totals = [], [], []
     for some, keys in _blocks(q.shape[-2], k.shape[-2], step):
-        scores = jnp.einsum("bkglh,bksh->bkgls", scaled[..., some, :], k[..., keys, :])
+        scores = _scores(scaled[..., some, :], k[..., keys, :])
         if mask is not None:
             scores = jnp.where(mask[..., some, keys], scores, jnp.finfo(scores.dtype).min)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
@@ -77,6 +77,14 @@ def _forward(
     out = jnp.concatenate(outs, -2) / total
     out = checkpoint_name(out, "attended") if named else out
     return out, (q, k, v, kept, total, out)
+
+
+def _scores(q: Array, k: Array) -> Array:
+    """`q k^T`, [B, K, G, L, S]. Those of one query are `k q`: else XLA turns all keys around to find them."""
+    if q.shape[2] * q.shape[3] > 1:
+        return jnp.einsum("bkglh,bksh->bkgls", q, k)
+    found = jax.lax.dot_general(k, q[:, :, 0], (((3,), (3,)), ((0, 1), (0, 1))))
+    return jnp.moveaxis(found, -1, -2)[:, :, None]
 
 
 def _backward(
