@@ -61,11 +61,12 @@ def order(pairs: int) -> Iterator[tuple[str, str]]:
         yield ("ours", "theirs") if i % 2 == 0 else ("theirs", "ours")
 
 
-def alternate(ours: Work, theirs: Work, pairs: int, rest: float = 0.05) -> Timing:
+def alternate(ours: Work, theirs: Work, pairs: int, rest: float = 0.01) -> Timing:
     """Times both in turns, `pairs` times; both have been warmed up before.
 
-    `rest` seconds lie between repetitions: threads of the one side that spin for more work shall not be paid
-    for by the other.
+    `rest` seconds lie between repetitions: threads of the one side that spin for more work (OpenMP's, for some
+    milliseconds) shall not be paid for by the other. Nor shall it be longer: after 0.05 s without work the
+    cores of a virtual machine took half as long again for a short prompt, on either side.
     """
     sides = {"ours": ours, "theirs": theirs}
     found: dict[str, list[float]] = {"ours": [], "theirs": []}
