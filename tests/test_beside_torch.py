@@ -2,13 +2,14 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.beside_torch import bounds, report, timing
-from benchmarks.beside_torch.__main__ import NAMES, parse, run
+from benchmarks.beside_torch.__main__ import NAMES, main, parse, run
 from benchmarks.beside_torch.sizes import make_size
 from dreamllm_jax.train.state import abstract_params
 
@@ -62,6 +63,34 @@ def test_the_command_line():
     for wrong in (["decoding"], ["decode", "--readme=x"], ["--pairs=0"]):
         with pytest.raises(SystemExit):
             parse(wrong)
+
+
+def test_on_a_cpu_each_case_has_its_own_process(monkeypatch, tmp_path, capsys):
+    commands = []
+
+    def measure(command, **_):
+        commands.append(command)
+        name = command[3]
+        one = {
+            "surroundings": {"command": name, "load": len(commands)},
+            "results": {f"{name}, 1": {"ratio": 2}},
+        }
+        Path(command[4].removeprefix("--json=")).write_text(json.dumps(one))
+        return subprocess.CompletedProcess(command, int(name == "documents"))
+
+    monkeypatch.setattr(subprocess, "run", measure)
+    monkeypatch.setattr(
+        "sys.argv", ["x", "decode", "prefill", "--pairs=3", f"--json={tmp_path / 'all.json'}"]
+    )
+    assert main() == 0
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert list(found["results"]) == ["decode, 1", "prefill, 1"]
+    about = found["surroundings"]
+    assert about["load"] == 1 and about["command"].endswith("beside_torch decode prefill --pairs=3")
+    assert all({"--pairs=3", "--size=tiny", "--device=cpu"} <= set(command) for command in commands)
+    monkeypatch.setattr("sys.argv", ["x", "decode", "documents", "--rows=2"])
+    assert main() == 1 and "documents was not measured." in capsys.readouterr().err
+    assert "--rows=2" in commands[-1]
 
 
 @pytest.fixture(scope="module")

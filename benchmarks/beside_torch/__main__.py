@@ -8,7 +8,8 @@ Both sides have the same random weights and are first seen to compute the same; 
 not timed; then repetitions go A B B A ..., and the ratio (PyTorch's seconds by ours: above 1 we are faster)
 is the median over neighbouring repetitions, with its quartiles. On CPU everything is float32, with as many
 threads on both sides; on a GPU bfloat16, and PyTorch compiles. Needs torch and diffusers; `full` is a 7B
-system and needs one GPU of 141 GB. Prints one JSON object; the exit code is 1 where the sides disagree.
+system and needs one GPU of 141 GB. On CPU each case has a process of its own: what another has left in the
+heap made drawings up to a third slower. Prints one JSON object; the exit code is 1 where the sides disagree.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs its part of a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.beside_torch.report import surroundings, write_table  # noqa: E402
+from benchmarks.beside_torch.report import command_line, surroundings, write_table  # noqa: E402
 from benchmarks.beside_torch.sizes import make_size  # noqa: E402
 from benchmarks.beside_torch.timing import Disagreement  # noqa: E402
 
@@ -90,12 +93,35 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"surroundings": about, "results": results}
 
 
+def run_apart(options: argparse.Namespace) -> dict[str, Any]:
+    """What `run` returns, of cases that each had a process of its own.
+
+    Raises:
+      ChildProcessError: one of them failed; it has said why.
+    """
+    found: dict[str, Any] = {"results": {}}
+    given = {"size": options.size, "device": options.device, "compile": options.compile}
+    given |= {"pairs": options.pairs} | ({} if options.rows is None else {"rows": options.rows})
+    for name in options.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / "found.json"
+            command = [sys.executable, "-m", "benchmarks.beside_torch", name, f"--json={written}"]
+            command += [f"--{key}={value}" for key, value in given.items()]
+            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                raise ChildProcessError(f"{name} was not measured.")
+            one = json.loads(written.read_text(encoding="utf-8"))
+        found["results"] |= one["results"]
+        found.setdefault("surroundings", one["surroundings"] | {"command": command_line()})
+    return found
+
+
 def main() -> int:
     """Parses the command line, measures, prints."""
     options = parse()
+    apart = options.device == "cpu" and len(options.cases) > 1
     try:
-        found = run(options)
-    except (Disagreement, ValueError) as error:
+        found = run_apart(options) if apart else run(options)
+    except (Disagreement, ValueError, ChildProcessError) as error:
         print(error, file=sys.stderr)
         return 1
     text = json.dumps(found, indent=1)

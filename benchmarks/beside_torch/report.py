@@ -23,7 +23,7 @@ def surroundings(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
     import torch
 
     return {
-        "command": _command(),
+        "command": command_line(),
         "size": options.size,
         "device": device_name(),
         "threads": {
@@ -40,7 +40,7 @@ def surroundings(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
     }
 
 
-def _command() -> str:
+def command_line() -> str:
     """What was typed that changes figures, and what of the environment does."""
     typed = [word for word in sys.argv[1:] if not word.startswith(("--json", "--readme"))]
     command = shlex.join(["python", "-m", "benchmarks.beside_torch", *typed])

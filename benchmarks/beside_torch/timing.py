@@ -64,7 +64,7 @@ def order(pairs: int) -> Iterator[tuple[str, str]]:
 def alternate(ours: Work, theirs: Work, pairs: int, rest: float = 0.01) -> Timing:
     """Times both in turns, `pairs` times; both have been warmed up before.
 
-    `rest` seconds lie between repetitions: threads of the one side that spin for more work (OpenMP's, for some
+    `rest` seconds lie between repetitions: threads of the one side that spin for more work (for some
     milliseconds) shall not be paid for by the other. Nor shall it be longer: after 0.05 s without work the
     cores of a virtual machine took half as long again for a short prompt, on either side.
     """
