@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests: launch/test.sh [pytest arguments]
 #
-# Makes .venv in the repository if needed. Paths among the arguments are relative to the repository.
+# Makes .venv in the repository if needed. Paths among the arguments are relative to the repository. Without arguments
+# two processes share the tests, file by file: tests compile more than they compute, on one core each.
 # Examples: launch/test.sh tests/models -k llama -x       launch/test.sh -m slow (before a release)
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}
@@ -14,6 +15,9 @@ cd "$root"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.cache/jax}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 say "Running the tests on JAX's ${JAX_PLATFORMS} (compiled programs are kept in $JAX_COMPILATION_CACHE_DIR)."
+if [ $# -eq 0 ]; then
+  set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
+fi
 if [ "${CI:-}" = true ]; then
   set -- --color=no --durations=10 "$@"
 fi

@@ -36,6 +36,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 install_import_hook("dreamllm_jax", "beartype.beartype")
 
+# They begin first: of two processes that share the files none is left with one of these at the end.
+LONGEST = (
+    "tests/processes/test_together.py",
+    "tests/test_end_to_end.py",
+    "tests/train/test_step.py",
+    "tests/convert/test_verify.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others in their order."""
+    items.sort(key=lambda item: item.nodeid.split("::")[0] not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
