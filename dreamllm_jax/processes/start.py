@@ -26,7 +26,8 @@ from dreamllm_jax.processes.environment import (
 def initialize(timeout_seconds: int = 300) -> None:
     """Joins the other processes, if there are any; a second call does nothing.
 
-    From then on an error that nobody catches ends this process at once, without waiting for the others.
+    From then on an error that nobody catches ends this process at once, without waiting for the others. On
+    CPUs several processes compile every program anew.
 
     Raises:
       ValueError: the environment is incomplete or contradicts itself.
@@ -72,6 +73,10 @@ def initialize(timeout_seconds: int = 300) -> None:
             f"({first_line(error)}); {how}, or {EXPLICIT} for each, or {COUNT}=1 for one process alone."
         ) from error
     sys.excepthook = _end_loudly
+    if jax.default_backend() == "cpu":
+        # What is loaded from the cache does not keep its collectives in the order of what is compiled (JAX
+        # 0.12.0.1): a process that loads a program beside one that compiles it is ended by gloo.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def leave(code: int) -> None:

@@ -90,6 +90,7 @@ def main(folder: Path, mapping: dict, other: Path | None) -> None:
     document = model.generate_document("Count", max_new_tokens=8, max_images=1, **DRAWN)
     (picture,) = model.generate_images("a", guidance_scale=2.0, **DRAWN)
     made = dict(
+        cached=jax.config.jax_enable_compilation_cache,
         devices=[len(jax.local_devices()), jax.device_count()],
         trained=str(trained.relative_to(folder)),
         sentence=sentence,

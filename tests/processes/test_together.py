@@ -90,6 +90,13 @@ def test_both_see_all_devices(runs):
     assert [m["devices"] for m in two.made] == [[4, 8], [4, 8]]
 
 
+def test_no_process_loads_what_another_compiles(runs):
+    """A loaded program's collectives came in another order, on CPUs, and gloo ended both."""
+    one, two = runs
+    assert [m["cached"] for m in two.made] == [False, False]
+    assert [m["cached"] for m in one.made] == [True]
+
+
 def test_training_is_the_same(runs):
     """Every step's losses, gradient norm and counts, and the weights, which two processes wrote together."""
     one, two = runs
