@@ -5,7 +5,7 @@
 # N processes find each other on localhost, each with D emulated devices (1 unless given). Lines of their output
 # begin with the number of the process. When one fails the others are ended, and its exit code is this script's.
 # Ctrl-C ends all; a TERM is handed on, and a training has 5 minutes to save its state. For trying things out and
-# for tests: a host's one process uses its cores as well.
+# for tests: a host's one process uses its cores as well. Programs are compiled anew at every start.
 # Example: launch/local_processes.sh 2 --devices 4 -- python -m dreamllm_jax.train --config=R.py --workdir=RUN
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}

@@ -2,7 +2,7 @@
 # Runs the tests: launch/test.sh [pytest arguments]
 #
 # Makes .venv in the repository if needed. Paths among the arguments are relative to the repository. Without arguments
-# two processes share the files of tests, which compile more than they compute, on one core each.
+# two processes share the files of tests, which mostly compile, on about one core each; with any there is one process.
 # Examples: launch/test.sh tests/models -k llama -x       launch/test.sh -m slow (before a release)
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}

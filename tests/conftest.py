@@ -35,6 +35,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 install_import_hook("dreamllm_jax", "beartype.beartype")
+from jax._src import compilation_cache  # noqa: E402  (JAX has no public name for it)
+
+
+def _loaded_for_one_device(read):
+    """Reading of JAX's compilation cache without the programs of several devices.
+
+    XLA's CPU backend lets devices run the collectives of a loaded program in any order, and then they may
+    wait for each other for ever (JAX 0.10.2 and 0.12.0.1).
+    """
+
+    def one(key, options, backend, devices, *rest):
+        return (None, None) if len(devices) > 1 else read(key, options, backend, devices, *rest)
+
+    return one
+
+
+compilation_cache.get_executable_and_time = _loaded_for_one_device(compilation_cache.get_executable_and_time)
 
 # They begin first: of two processes that share the files none is left with one of these at the end.
 LONGEST = (

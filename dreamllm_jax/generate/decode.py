@@ -7,6 +7,7 @@ valid token, which leaves its cache as it is.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 
 import flax.struct
@@ -85,11 +86,11 @@ def decode_text(
 
     Returns the reading, the tokens (-1 after the last), and each row's stop token (-1: none). A
     stop token is not read: what follows it is the caller's business. On CPU the language model's layers
-    are held twice meanwhile (see `layers_apart`).
+    are held twice meanwhile (see `layers_apart`), where they take no more than a quarter of the memory.
     """
     variables = {"params": params}
     rows, capacity = active.shape[0], reading.cache.capacity
-    layers = layers_apart(params["llama"]) if platform() == "cpu" else None
+    layers = layers_apart(params["llama"]) if _worth_a_copy(params["llama"]["layers"]) else None
 
     def unfinished(carry):
         return carry[1].any()
@@ -122,6 +123,12 @@ def decode_text(
     )
     reading, _, tokens, stop, _ = jax.lax.while_loop(unfinished, one, start)
     return reading, tokens, stop
+
+
+def _worth_a_copy(layers: Params) -> bool:
+    """Whether this is a CPU, with room for the layers a second time."""
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return platform() == "cpu" and 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers)) <= room
 
 
 def sample_tokens(

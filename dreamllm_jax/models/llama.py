@@ -258,7 +258,7 @@ def layers_apart(params: Params) -> list[Params]:
 
     From a stack XLA's CPU backend copies a layer's weights each time before it multiplies by them, and where
     they do not fit its caches that takes longer than the product. These are a second copy of all layers, made
-    once: decoding with 200 million parameters takes half the time.
+    once in every run of the program.
     """
     number = len(jax.tree.leaves(params["layers"])[0])
     apart = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(number)]

@@ -26,16 +26,23 @@ from dreamllm_jax.processes.environment import (
 def initialize(timeout_seconds: int = 300) -> None:
     """Joins the other processes, if there are any; a second call does nothing.
 
-    From then on an error that nobody catches ends this process at once, without waiting for the others. On
-    CPUs several processes compile every program anew.
+    From then on an error that nobody catches ends this process at once, without waiting for the others. Where
+    there are several CPU devices no program is taken from JAX's compilation cache.
 
     Raises:
       ValueError: the environment is incomplete or contradicts itself.
       TimeoutError: the others cannot be found or reached within `timeout_seconds`.
       RuntimeError: JAX was used before, so that it is too late.
     """
-    if jax.distributed.is_initialized():
-        return
+    if not jax.distributed.is_initialized():
+        _join(timeout_seconds)
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        # Devices run the collectives of a program that was loaded in any order (JAX 0.10.2 and 0.12.0.1), and
+        # wait for each other for ever; or gloo ends the process.
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _join(timeout_seconds: int) -> None:
     place, hint = explicit_place(os.environ), several_processes(os.environ)
     if place is not None and place.count == 1:
         return
@@ -73,10 +80,6 @@ def initialize(timeout_seconds: int = 300) -> None:
             f"({first_line(error)}); {how}, or {EXPLICIT} for each, or {COUNT}=1 for one process alone."
         ) from error
     sys.excepthook = _end_loudly
-    if jax.default_backend() == "cpu":
-        # What is loaded from the cache does not keep its collectives in the order of what is compiled (JAX
-        # 0.12.0.1): a process that loads a program beside one that compiles it is ended by gloo.
-        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def leave(code: int) -> None:

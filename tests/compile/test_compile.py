@@ -213,7 +213,7 @@ def test_micro_batches_compile_with_full_effort(devices):
     assert sum(c.times for c in scattered if c.kind == "reduce-scatter") >= 2 and found.memory.fits
 
 
-@pytest.mark.parametrize("name", ["decode", "denoise"])
+@pytest.mark.parametrize("name", ["prefill", "decode", "denoise"])
 def test_generation_compiles(devices, name):
     towers = ("llama", "unet", "vae") if name == "denoise" else ("llama",)
     wanted = recipe(MeshConfig(1, 2, 2), towers, trainable=("llama",))

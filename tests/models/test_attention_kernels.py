@@ -10,6 +10,7 @@ import pytest
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.models.attention import AXES, masks
 from dreamllm_jax.models.attention.chunked import chunked
+from dreamllm_jax.models.attention.cudnn import cudnn
 from dreamllm_jax.models.attention.masks import Mask
 from dreamllm_jax.models.attention.reference import reference
 from dreamllm_jax.models.attention.splash import splash
@@ -67,6 +68,23 @@ MASKS = {
 @pytest.mark.parametrize("length", [64, 37])
 def test_chunked(mask, length):
     assert_equals_reference(SMALL, *random_qkv(2, length, length), MASKS[mask](length))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_cudnn_is_given(mask, monkeypatch):
+    """The kernel's masks, with XLA's attention in the kernel's place."""
+    attend, asked = jax.nn.dot_product_attention, []
+
+    def in_its_place(*args, implementation, **options):
+        asked.append(implementation)
+        return attend(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+    qkv = random_qkv(2, 64, 64)
+    ours, expected = (results(function, *qkv, MASKS[mask](64)) for function in (cudnn, reference))
+    assert asked == ["cudnn"]
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_chunked_on_a_cache():

@@ -90,11 +90,9 @@ def test_both_see_all_devices(runs):
     assert [m["devices"] for m in two.made] == [[4, 8], [4, 8]]
 
 
-def test_no_process_loads_what_another_compiles(runs):
-    """A loaded program's collectives came in another order, on CPUs, and gloo ended both."""
-    one, two = runs
-    assert [m["cached"] for m in two.made] == [False, False]
-    assert [m["cached"] for m in one.made] == [True]
+def test_no_process_loads_compiled_programs(runs):
+    """Their collectives come in any order on CPUs: eight devices waited for each other, or gloo gave up."""
+    assert not any(m["cached"] for run in runs for m in run.made)
 
 
 def test_training_is_the_same(runs):

@@ -30,21 +30,52 @@ CASES = {
 }
 
 
+CONNECTORS = ("vision_projector", "dream_queries", "condition_projector")
+SPREAD = MeshConfig(data=2, fsdp=2, context=2)
+# What is trained, and how: as the recipes of 7B have it, with their frozen towers whole along fsdp.
+FROZEN = {
+    "2x2x2, 2 micro-batches": (CUBE, ("llama", *CONNECTORS), TWO),
+    "2x2x2 with context, 2 micro-batches, gathered once": (
+        LONG,
+        ("llama", *CONNECTORS),
+        TWO | dict(gather="step"),
+    ),
+    "data and context, connectors alone": (SPREAD, CONNECTORS, {}),
+}
+
+
+@pytest.fixture
+def check_step(devices, params, batch, keys, packed_result, same_gradients):
+    """Metrics and gradients of the trained parts, the others frozen, against those of one device."""
+
+    def check(config: MeshConfig, trained: tuple[str, ...] | None, optim: dict) -> None:
+        mesh = make_mesh(config, devices if config != ALONE else devices[:1])
+        shardings = parameter_shardings(params, mesh, () if trained is None else ("unet", "vae", "vision"))
+        placed = {k: jax.device_put(v, shardings[k]) for k, v in params.items()}
+        frozen = {k: v for k, v in placed.items() if trained is not None and k.split("/")[0] not in trained}
+        trainable = {k: v for k, v in placed.items() if k not in frozen}
+        run = jax.jit(functools.partial(gradients, model=tiny.model(), stage=tiny.stage(optim=optim)))
+        rows, drawn = shard_batch(batch, mesh), jax.device_put(keys, replicated(mesh))
+        with jax.set_mesh(mesh):
+            grads, metrics = run(trainable, frozen, rows, drawn)
+        loss, expected_metrics, expected = packed_result
+        assert metrics.keys() == expected_metrics.keys() >= {"loss_lm", "loss_vm", "token_accuracy"}
+        for name, value in expected_metrics.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose((metrics["loss_lm"] + 10 * metrics["loss_vm"]) / 11, loss, rtol=1e-5)
+        same_gradients(grads, {k: v for k, v in expected.items() if k in trainable})
+
+    return check
+
+
 @pytest.mark.parametrize(("mesh", "optim"), CASES.values(), ids=CASES)
-def test_loss_and_gradients(mesh, optim, devices, params, batch, keys, packed_result, same_gradients):
-    mesh = make_mesh(mesh, devices if mesh != ALONE else devices[:1])
-    shardings = parameter_shardings(params, mesh)
-    placed = {k: jax.device_put(v, shardings[k]) for k, v in params.items()}
-    stage = tiny.stage(optim=optim)
-    run = jax.jit(functools.partial(gradients, model=tiny.model(), stage=stage))
-    with jax.set_mesh(mesh):
-        grads, metrics = run(placed, {}, shard_batch(batch, mesh), jax.device_put(keys, replicated(mesh)))
-    loss, expected_metrics, expected = packed_result
-    assert metrics.keys() == expected_metrics.keys() >= {"loss_lm", "loss_vm", "token_accuracy"}
-    for name, value in expected_metrics.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
-    np.testing.assert_allclose((metrics["loss_lm"] + 10 * metrics["loss_vm"]) / 11, loss, rtol=1e-5)
-    same_gradients(grads, expected)
+def test_loss_and_gradients(mesh, optim, check_step):
+    check_step(mesh, None, optim)
+
+
+@pytest.mark.parametrize(("mesh", "trained", "optim"), FROZEN.values(), ids=FROZEN)
+def test_loss_and_gradients_with_frozen_towers(mesh, trained, optim, check_step):
+    check_step(mesh, trained, optim)
 
 
 def test_a_tower_kept_whole_need_not_divide_fsdp(devices):

@@ -81,10 +81,10 @@ def _forward(
 
 def _scores(q: Array, k: Array) -> Array:
     """`q k^T`, [B, K, G, L, S]. Those of one query are `k q`: else XLA turns all keys around to find them."""
-    if q.shape[2] * q.shape[3] > 1:
+    if q.shape[3] > 1:
         return jnp.einsum("bkglh,bksh->bkgls", q, k)
-    found = jax.lax.dot_general(k, q[:, :, 0], (((3,), (3,)), ((0, 1), (0, 1))))
-    return jnp.moveaxis(found, -1, -2)[:, :, None]
+    found = jax.lax.dot_general(k, q[:, :, :, 0], (((3,), (3,)), ((0, 1), (0, 1))))
+    return jnp.moveaxis(found, -1, -2)[:, :, :, None]
 
 
 def _backward(
