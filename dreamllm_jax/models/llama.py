@@ -272,7 +272,7 @@ def looked_up(
 
     On a mesh the table is gathered along fsdp, unless it comes `whole`, and looked up where the tokens are:
     less traffic than moving what was found. Every device adds up the gradient of its own tokens, which is
-    scattered along fsdp.
+    scattered along fsdp (XLA for TPUs may make it an all-reduce, of which a part is kept).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
