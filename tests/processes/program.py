@@ -72,6 +72,7 @@ def ended(recipe: Recipe, run: Path, at: int) -> str:
 
 def main(folder: Path, mapping: dict, other: Path | None) -> None:
     processes.initialize()
+    jax.clear_caches = lambda: None  # the run goes on in this process: its programs are not compiled again
     recipe, run = build_recipe(mapping), folder / "run"
     rows = recorded(recipe.stages[-1])
     if other is None:
