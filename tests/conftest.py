@@ -39,14 +39,16 @@ from jax._src import compilation_cache  # noqa: E402  (JAX has no public name fo
 
 
 def _loaded_for_one_device(read):
-    """Reading of JAX's compilation cache without the programs of several devices.
+    """Reading of JAX's compilation cache without the programs of several CPU devices.
 
-    XLA's CPU backend lets devices run the collectives of a loaded program in any order, and then they may
-    wait for each other for ever (JAX 0.10.2 and 0.12.0.1).
+    `processes.initialize` does it for a whole process, tests need it for some programs. XLA's CPU backend
+    lets devices run the collectives of a loaded program in any order, and then they may wait for each other
+    for ever (JAX 0.10.2 and 0.12.0.1).
     """
 
     def one(key, options, backend, devices, *rest):
-        return (None, None) if len(devices) > 1 else read(key, options, backend, devices, *rest)
+        several_cpus = backend.platform == "cpu" and len(devices) > 1
+        return (None, None) if several_cpus else read(key, options, backend, devices, *rest)
 
     return one
 

@@ -8,6 +8,7 @@ import pytest
 from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.data.pieces import Picture, Text
 from dreamllm_jax.data.sequences import encode_pieces
+from dreamllm_jax.generate import decode
 from dreamllm_jax.generate.decode import decode_text, dream, look, sample_tokens
 from dreamllm_jax.generate.engine import prompt_keys
 from dreamllm_jax.generate.prompts import prompt_batch
@@ -172,6 +173,15 @@ def test_decoding_on_a_cpu_copies_no_weights_for_every_token(model):
     assert slices  # of the cache
     for shape in kernels:
         assert not [line for line in slices if f"f32[1,{shape[1]},{shape[2]}]" in line]
+
+
+def test_layers_are_held_twice_only_where_memory_has_room(model, monkeypatch):
+    layers = model.params["llama"]["layers"]
+    size = sum(x.nbytes for x in jax.tree.leaves(layers))
+    for pages, worth in ((4 * size, True), (4 * size - 1, False)):
+        memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}
+        monkeypatch.setattr(decode.os, "sysconf", memory.__getitem__)
+        assert decode._worth_a_copy(layers) == worth
 
 
 def test_a_full_cache_ends_a_row(model):
