@@ -7,7 +7,7 @@
 # Until a Python is found, only the shell's own commands are used.
 
 suitable="Python 3.11, 3.12 or 3.13"
-torch="torch==2.13.0" # as in pyproject.toml
+torch="torch==2.13.0" # as in launch/constraints/py311.txt
 root=$(CDPATH='' cd -- "${BASH_SOURCE[0]%/*}/.." && pwd -P)
 venv=$root/.venv
 

@@ -1,11 +1,25 @@
-"""Folders of models, read whole."""
+"""Folders of models, read whole or taken apart."""
 
+import json
 from pathlib import Path
 
 from dreamllm_jax.convert.pretrained import Pretrained, open_pretrained
+from dreamllm_jax.convert.storage import open_params, save_params
 
 
 def load_pretrained(folder: str | Path) -> Pretrained:
     """`open_pretrained` with every parameter read: path -> numpy array."""
     opened = open_pretrained(folder)
     return opened._replace(params={path: tensor.read() for path, tensor in opened.params.items()})
+
+
+def take_towers(folder: Path, target: Path, *towers: str) -> Path:
+    """Writes a converted folder again with these towers only, without connectors; returns `target`."""
+    params = {path: tensor.read() for path, tensor in open_params(folder).items()}
+    save_params(target, {path: value for path, value in params.items() if path.split("/")[0] in towers})
+    content = json.loads((folder / "config.json").read_text())
+    for tower in ("llama", "vision", "unet", "vae"):
+        if tower not in towers:
+            content["model"][tower] = None
+    (target / "config.json").write_text(json.dumps(content))
+    return target

@@ -6,9 +6,10 @@
     python tools/convert_weights.py to-torch SRC DST [--dtype float32]
 
 SRC of to-jax and inspect is recognized: a DreamLLM, LLaMA / Vicuna, LLaVA-1.5, CLIP or diffusers Stable
-Diffusion folder, or a Stable Diffusion in one .safetensors file. torch is not needed, nor memory for the
-whole model. With --llm the towers of several sources become one model, where stage I begins: control tokens
-join the vocabulary, connectors are drawn.
+Diffusion folder, or a Stable Diffusion in one .safetensors file. Tensors are streamed, so that a model may be
+larger than memory. PyTorch is needed only where to-torch writes a whole DreamLLM: its plugins' files are
+written from memory, one at a time. With --llm the towers of several sources become one model, where stage I
+begins: control tokens join the vocabulary, connectors are drawn.
 """
 
 from __future__ import annotations

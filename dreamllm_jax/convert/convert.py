@@ -15,7 +15,6 @@ from dreamllm_jax.convert.compose import check_belongs, draw, with_control_token
 from dreamllm_jax.convert.dreamllm_files import MOUNTS
 from dreamllm_jax.convert.engine import Report, to_torch
 from dreamllm_jax.convert.hub_files import check_downloads
-from dreamllm_jax.convert.pickles_out import write_pickle
 from dreamllm_jax.convert.pretrained import FORMAT, check_whole
 from dreamllm_jax.convert.safetensors_files import SHARD_BYTES, write_json, write_sharded
 from dreamllm_jax.convert.source import TOKENIZER_FILES, Source, control_ids
@@ -29,6 +28,7 @@ from dreamllm_jax.convert.storage import (
     save_params,
 )
 from dreamllm_jax.convert.tensors import DTYPES, Tensor, is_floating, num_bytes
+from dreamllm_jax.convert.torch_files import require_torch, write_torch_file
 from dreamllm_jax.convert.weights import read_config
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokenizer_files import has_tokenizer
@@ -100,10 +100,12 @@ def convert_to_torch(
 
     With a language model `folder` itself loads as `transformers.LlamaForCausalLM` and, with the
     plugins' files, as the reference's DreamLLM; `clip/` loads as `CLIPVisionModel`, `sd/unet` and
-    `sd/vae` with diffusers, `text/` as `CLIPTextModel`.
+    `sd/vae` with diffusers, `text/` as `CLIPTextModel`. Tensors are streamed, except those of the plugins'
+    files: they are in memory one file at a time.
 
     Raises:
-      ValueError: the source is no converted folder, or is damaged.
+      ValueError: the source is not a converted folder or is damaged, or PyTorch is needed and not installed;
+        before anything is written.
     """
     source = Path(source)
     params = cast(open_params(source), dtype)
@@ -119,6 +121,8 @@ def convert_to_torch(
     report.raise_if_faulty(str(source))
     tokens = _special_tokens(source, model)
     _check_target(folder, [source])
+    if _has_plugins(model):
+        require_torch()
     with new_folder(folder, overwrite) as beside:
         plan = _files(model, loss, parts, tokens)
         total = sum(num_bytes(t) for _, tensors, _ in plan for t in tensors.values())
@@ -157,7 +161,7 @@ def _files(
 ) -> list[tuple[str, dict[str, Tensor], dict[str, Any] | None]]:
     """(place, tensors, config): a folder to write safetensors into, or a plugin's `.bin` file."""
     plan: list[tuple[str, dict[str, Tensor], dict[str, Any] | None]] = []
-    joint = model.llama is not None and (model.vision is not None or model.unet is not None)
+    joint = _has_plugins(model)
     if model.llama is not None:
         dtype = _dtype(parts["llama"])
         config = (
@@ -196,6 +200,11 @@ def _files(
     return plan
 
 
+def _has_plugins(model: DreamLLMConfig) -> bool:
+    """Whether the model is exported as the reference's DreamLLM: a language model with other towers."""
+    return model.llama is not None and (model.vision is not None or model.unet is not None)
+
+
 def _plugins(model: DreamLLMConfig, parts: Parts) -> dict[str, dict[str, Tensor]]:
     """The reference's plugin files, by the same table that they are read with."""
     head = "stable_diffusion_xl_head" if "global_projector" in parts else "stable_diffusion_head"
@@ -211,7 +220,7 @@ def _write(
     place: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None, limit: int, step: Step
 ) -> None:
     if config is None:
-        write_pickle(place, tensors, step)
+        write_torch_file(place, tensors, step)
         return
     place.mkdir(parents=True, exist_ok=True)
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"

@@ -4,6 +4,10 @@ A file of `torch.save` is a zip archive (stored, not compressed) of one pickle a
 storage; before torch 1.6 it was a sequence of pickles followed by the raw storages. The pickle is
 executed by a reader that knows the few globals that a state dict needs; any other one is refused
 by name, so that no file can run code.
+
+No library does this without PyTorch: safetensors reads its own format only, and Python's `pickle` runs
+whatever code a file asks for. `torch.load(weights_only=True)` is as safe, but needs PyTorch, which users of
+this package otherwise do without, and does not read single rows of a tensor.
 """
 
 from __future__ import annotations

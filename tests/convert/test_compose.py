@@ -16,7 +16,7 @@ from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.storage import open_params, save_params
 from dreamllm_jax.convert.tensors import ArrayTensor
 from dreamllm_jax.data.tokenizer import ADDED_TOKENS, Tokenizer, train_tokenizer
-from tests.folders import load_pretrained
+from tests.folders import load_pretrained, take_towers
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
 ROWS = 512  # of the golden vocabulary, without the control tokens
@@ -34,21 +34,22 @@ def sources(golden, tmp_path_factory):
     """Folders as they are published: a Vicuna without control tokens, a CLIP tower, a Stable Diffusion."""
     home = tmp_path_factory.mktemp("sources")
     convert_to_jax(open_source(golden / "dreamllm-a" / "checkpoint"), home / "jax")
-    convert_to_torch(home / "jax", home / "torch")
-    params = {path: t.read() for path, t in open_params(home / "jax").items() if path.startswith("llama/")}
+    for name, towers in (("llama", ("llama",)), ("clip", ("vision",)), ("sd", ("unet", "vae"))):
+        take_towers(home / "jax", home / f"{name}-jax", *towers)
+    params = {path: t.read() for path, t in open_params(home / "llama-jax").items()}
     params["llama/embed_tokens/embedding"] = params["llama/embed_tokens/embedding"][:ROWS]
     params["llama/lm_head/kernel"] = params["llama/lm_head/kernel"][:, :ROWS]
-    content = json.loads((home / "jax" / "config.json").read_text())
-    content["model"] |= {"vision": None, "unet": None, "vae": None}
+    content = json.loads((home / "llama-jax" / "config.json").read_text())
     content["model"]["llama"]["vocab_size"] = ROWS
     save_params(home / "llama-jax", params)
     (home / "llama-jax" / "config.json").write_text(json.dumps(content))
-    convert_to_torch(home / "llama-jax", home / "vicuna")
-    shutil.copy(golden / "dreamllm-a" / "checkpoint" / "tokenizer.model", home / "vicuna" / "tokenizer.model")
+    for name in ("llama", "clip", "sd"):
+        convert_to_torch(home / f"{name}-jax", home / name)
+    shutil.copy(golden / "dreamllm-a" / "checkpoint" / "tokenizer.model", home / "llama" / "tokenizer.model")
     return {
-        "llm": home / "vicuna",
-        "vision": home / "torch" / "clip",
-        "diffusion": home / "torch" / "sd",
+        "llm": home / "llama",
+        "vision": home / "clip",
+        "diffusion": home / "sd",
         "all": golden / "dreamllm-a" / "checkpoint",
     }
 

@@ -9,10 +9,11 @@ import pytest
 from dreamllm_jax import DreamLLM
 from dreamllm_jax.convert.compose import compose
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
-from dreamllm_jax.convert.pickles_out import write_pickle
+from dreamllm_jax.convert.safetensors_files import write_safetensors
 from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.convert.storage import open_params
 from dreamllm_jax.convert.tensors import ArrayTensor
+from tests.folders import take_towers
 
 CONFIG = dict(
     mm_vision_tower="openai/clip-small",
@@ -29,20 +30,20 @@ def published(golden, tmp_path_factory):
     """dreamllm-a without its decoder, in LLaVA's files, and its vision tower in a folder beside."""
     home = tmp_path_factory.mktemp("llava")
     convert_to_jax(open_source(golden / "dreamllm-a" / "checkpoint"), home / "jax")
-    convert_to_torch(home / "jax", home / "torch")
-    shutil.copytree(home / "torch" / "clip", home / "clip-small")
+    convert_to_torch(take_towers(home / "jax", home / "clip-jax", "vision"), home / "clip-small")
     folder = home / "llava"
     folder.mkdir()
-    llama = open_source(home / "torch").parts
+    checkpoint = golden / "dreamllm-a" / "checkpoint"
+    llama = open_source(checkpoint).parts
     tensors = {name: t.read() for name, t in llama["llama"].items()}
     for name, tensor in llama["vision_projector"].items():
         tensors[f"model.mm_projector.{name.removeprefix('projector.')}"] = tensor.read()
-    write_pickle(folder / "pytorch_model.bin", {n: ArrayTensor(n, v) for n, v in tensors.items()})
-    raw = json.loads((home / "torch" / "config.json").read_text())
+    write_safetensors(folder / "model.safetensors", {n: ArrayTensor(n, v) for n, v in tensors.items()})
+    raw = json.loads((checkpoint / "config.json").read_text())
     raw = {k: v for k, v in raw.items() if not k.startswith(("plugins", "special", "loss"))}
     (folder / "config.json").write_text(json.dumps(raw | CONFIG | {"model_type": "llava"}))
     for name in ("tokenizer.model", "tokenizer_config.json", "added_tokens.json"):
-        shutil.copy(home / "torch" / name, folder)
+        shutil.copy(checkpoint / name, folder)
     return folder
 
 
