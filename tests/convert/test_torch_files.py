@@ -1,4 +1,4 @@
-"""The plugins' files: PyTorch reads back the same values, and its absence is said before anything is written."""
+"""The plugins' files: PyTorch reads the same values back; its absence is said before anything is written."""
 
 import sys
 
