@@ -5,7 +5,9 @@ import os
 import shutil
 import time
 
+import huggingface_hub
 import pytest
+from huggingface_hub._local_folder import write_download_metadata  # the library has no public name for it
 
 from dreamllm_jax.convert.convert import convert_to_jax
 from dreamllm_jax.convert.hub_files import check_downloads, recorded_digest
@@ -21,12 +23,16 @@ def flip(file, at=-1):
 
 
 def test_the_cache_of_the_hub(tmp_path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    blobs.mkdir(), snapshot.mkdir(parents=True)
+    repo, commit = tmp_path / "models--someone--model", "c" * 40
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / commit
+    blobs.mkdir(parents=True), snapshot.mkdir(parents=True), (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
     digest = hashlib.sha256(b"weights").hexdigest()
     (blobs / digest).write_bytes(b"weights")
     file = snapshot / "model.safetensors"
     file.symlink_to(blobs / digest)
+    # this is the layout of the library's cache: it finds the file there
+    assert huggingface_hub.try_to_load_from_cache("someone/model", file.name, tmp_path) == str(file)
     assert recorded_digest(file) == digest
     check_downloads([file])
     flip(blobs / digest)
@@ -36,30 +42,37 @@ def test_the_cache_of_the_hub(tmp_path):
 
 def test_a_folder_downloaded_into(tmp_path):
     file = tmp_path / "unet" / "model.safetensors"
-    record = tmp_path / ".cache/huggingface/download/unet/model.safetensors.metadata"
-    file.parent.mkdir(), record.parent.mkdir(parents=True)
+    file.parent.mkdir()
     file.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
     assert recorded_digest(file) is None
-    record.write_text(f"abcdef\n{digest}\n{time.time()}\n")
+    write_download_metadata(tmp_path, "unet/model.safetensors", "abcdef", digest)
     assert recorded_digest(file) == digest
     flip(file)
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
         check_downloads([file])
     os.utime(file, (time.time() + 60,) * 2)  # written anew: its owner's business
     assert recorded_digest(file) is None
-    record.write_text(f"abcdef\n{'0' * 40}\n{time.time() + 99}\n")  # a small file's digest is another kind
+    os.utime(file)
+    write_download_metadata(tmp_path, "unet/model.safetensors", "abcdef", "0" * 40)  # a small file's Git hash
     assert recorded_digest(file) is None
+
+
+@pytest.mark.parametrize("content", ["", "abcdef\n", "abcdef\n{digest}\nyesterday\n", "abcdef\n{digest}"])
+def test_a_record_that_cannot_be_parsed_is_ignored(content, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    record = tmp_path / ".cache/huggingface/download/model.safetensors.metadata"
+    record.parent.mkdir(parents=True)
+    record.write_text(content.format(digest="0" * 64))
+    assert recorded_digest(tmp_path / "model.safetensors") is None
 
 
 def test_a_conversion_looks_at_them_before_it_writes(golden, tmp_path):
     source = tmp_path / "b" / "checkpoint"
     shutil.copytree(golden / "dreamllm-b", tmp_path / "b")
-    record = source / ".cache" / "huggingface" / "download"
-    record.mkdir(parents=True)
     shard = sorted(source.glob("*.safetensors"))[0]
     digest = hashlib.sha256(shard.read_bytes()).hexdigest()
-    (record / f"{shard.name}.metadata").write_text(f"abcdef\n{digest}\n{time.time() + 5}\n")
+    write_download_metadata(source, shard.name, "abcdef", digest)
     convert_to_jax(open_source(source), tmp_path / "whole")
     flip(shard)
     with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
