@@ -3,7 +3,7 @@
 Reproduces: the composition of arXiv 2309.11499: Vicuna-7B v1.1, CLIP ViT-L/14 (224 px), Stable Diffusion
 2.1-base (512 px), joined by linear projectors and 64 dream queries; bf16, AdamW as there.
 Hardware, time: see the stages. This file trains nothing itself; run it to see that it is sound:
-Command: python -c "from dreamllm_jax.train.__main__ import load_recipe; load_recipe('configs/base_7b.py')"
+Command: python -c "from dreamllm_jax.config.recipe_files import *; load_recipe('configs/base_7b.py')"
 
 Stages read and write below one folder, the current one or the recipe's argument
 (`--config=configs/stage2.py:/mnt/all`):

@@ -1,6 +1,6 @@
 """DreamLLM in JAX: a language model that reads and writes documents of text and images."""
 
-from dreamllm_jax.types import Document
+from dreamllm_jax.document import Document
 
 __version__ = "0.1.0"
 __all__ = ["Document", "DreamLLM"]

@@ -41,7 +41,7 @@ from jax._src import compilation_cache  # noqa: E402  (JAX has no public name fo
 def _loaded_for_one_device(read):
     """Reading of JAX's compilation cache without the programs of several CPU devices.
 
-    `processes.initialize` does it for a whole process, tests need it for some programs. XLA's CPU backend
+    `distributed.initialize` does it for a whole process, tests need it for some programs. XLA's CPU backend
     lets devices run the collectives of a loaded program in any order, and then they may wait for each other
     for ever (JAX 0.10.2 and 0.12.0.1).
     """
@@ -57,10 +57,10 @@ compilation_cache.get_executable_and_time = _loaded_for_one_device(compilation_c
 
 # They begin first: of two processes that share the files none is left with one of these at the end.
 LONGEST = (
-    "tests/processes/test_together.py",
+    "tests/distributed/test_together.py",
     "tests/test_end_to_end.py",
     "tests/train/test_step.py",
-    "tests/convert/test_verify.py",
+    "tests/parity/test_parity.py",
 )
 
 

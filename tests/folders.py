@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-from dreamllm_jax.convert.pretrained import Pretrained, open_pretrained
-from dreamllm_jax.convert.storage import open_params, save_params
+from dreamllm_jax.checkpoint.model_folder import Pretrained
+from dreamllm_jax.checkpoint.storage import open_params, save_params
+from dreamllm_jax.convert.opening import open_model
 
 
 def load_pretrained(folder: str | Path) -> Pretrained:
-    """`open_pretrained` with every parameter read: path -> numpy array."""
-    opened = open_pretrained(folder)
+    """`open_model` with every parameter read: path -> numpy array."""
+    opened = open_model(folder)
     return opened._replace(params={path: tensor.read() for path, tensor in opened.params.items()})
 
 

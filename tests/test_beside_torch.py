@@ -11,7 +11,7 @@ import pytest
 from benchmarks.beside_torch import bounds, report, timing
 from benchmarks.beside_torch.__main__ import NAMES, main, parse, run
 from benchmarks.beside_torch.sizes import make_size
-from dreamllm_jax.train.state import abstract_params
+from dreamllm_jax.models.parameters import abstract_params
 
 
 def test_sides_take_turns():

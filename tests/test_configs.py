@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from dreamllm_jax.config.base import to_dict
+from dreamllm_jax.config.recipe_files import load_recipe
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, KNOWN_DIFFUSION
-from dreamllm_jax.train.__main__ import load_recipe
-from dreamllm_jax.train.state import abstract_params, partition
+from dreamllm_jax.models.parameters import abstract_params
+from dreamllm_jax.train.state import partition
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = tuple(sorted(path.stem for path in CONFIGS.glob("*.py")))

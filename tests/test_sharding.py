@@ -14,6 +14,7 @@ from configs.handwriting import model as handwriting
 from dreamllm_jax.config.model import model_config
 from dreamllm_jax.config.towers import UNetConfig
 from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.sharding import (
     BATCH_AXES,
     MESH_AXIS_NAMES,
@@ -28,7 +29,6 @@ from dreamllm_jax.sharding import (
     parameter_spec,
     shard_batch,
 )
-from dreamllm_jax.train.state import abstract_params
 
 SD21 = dict(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
 SDXL = dict(

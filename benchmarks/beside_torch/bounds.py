@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from benchmarks.beside_torch.sizes import Size, Training
-from dreamllm_jax.compile.chips import CHIPS
+from dreamllm_jax.aot.chips import CHIPS
 from dreamllm_jax.train.flops import PEAKS, forward_flops, step_flops
 
 BANDWIDTHS = {chip.kind: chip.hbm_bandwidth for chip in CHIPS.values()}

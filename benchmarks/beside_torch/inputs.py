@@ -8,9 +8,9 @@ import functools
 import numpy as np
 
 from benchmarks.beside_torch.sizes import Size
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.data.tokenizer import SpecialTokens
-from dreamllm_jax.train.state import abstract_params
-from dreamllm_jax.types import Batch
+from dreamllm_jax.models.parameters import abstract_params
 
 SPECIAL = SpecialTokens(
     bos=1,

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.beside_torch.inputs import FIRST_WORD, SPECIAL, Inputs
 from benchmarks.beside_torch.sizes import Size, Training
+from dreamllm_jax.checkpoint.storage import unflatten
 from dreamllm_jax.config.train import MeshConfig, Recipe
-from dreamllm_jax.convert.storage import unflatten
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.schedule import row_normal
 from dreamllm_jax.generate.decode import Reading, decode_text

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.fidelity import cases
 from benchmarks.fidelity.cases import CASES
-from dreamllm_jax.convert.verify.__main__ import missed, verify
+from dreamllm_jax.parity.__main__ import missed, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = {

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.fidelity.cases import CASES, distance, numbers, output_error
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.checkpoint.storage import to_device, unflatten
 from dreamllm_jax.convert.sources import open_source
-from dreamllm_jax.convert.storage import to_device, unflatten
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.types import Batch
 
 Arrays = dict[str, np.ndarray]
 PICTURES = ("pixels", "latents", "unet", "moments", "decoded")

@@ -7,18 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreamllm_jax.config.base import build, to_dict
-from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
-from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.convert import hugging_face
-from dreamllm_jax.convert.compose import check_belongs, draw, with_control_tokens
-from dreamllm_jax.convert.dreamllm_files import MOUNTS
-from dreamllm_jax.convert.engine import Report, to_torch
-from dreamllm_jax.convert.hub_files import check_downloads
-from dreamllm_jax.convert.pretrained import FORMAT, check_whole
-from dreamllm_jax.convert.safetensors_files import SHARD_BYTES, write_json, write_sharded
-from dreamllm_jax.convert.source import TOKENIZER_FILES, Source, control_ids
-from dreamllm_jax.convert.storage import (
+from dreamllm_jax.checkpoint.json_files import read_json, write_json
+from dreamllm_jax.checkpoint.model_folder import FORMAT, check_complete
+from dreamllm_jax.checkpoint.safetensors_files import SHARD_BYTES, write_sharded
+from dreamllm_jax.checkpoint.storage import (
     INDEX,
     cast,
     need_space,
@@ -27,9 +19,18 @@ from dreamllm_jax.convert.storage import (
     progress_bar,
     save_params,
 )
-from dreamllm_jax.convert.tensors import DTYPES, Tensor, is_floating, num_bytes
+from dreamllm_jax.checkpoint.tensors import DTYPES, Tensor, is_floating, num_bytes
+from dreamllm_jax.checkpoint.vocabulary import check_tokenizer_fits, with_control_tokens
+from dreamllm_jax.config.base import build, to_dict
+from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
+from dreamllm_jax.config.train import LossConfig
+from dreamllm_jax.convert import hugging_face
+from dreamllm_jax.convert.compose import init_connectors
+from dreamllm_jax.convert.dreamllm_files import MOUNTS
+from dreamllm_jax.convert.hub_files import check_downloads
+from dreamllm_jax.convert.mapping import Report, to_torch
+from dreamllm_jax.convert.source import TOKENIZER_FILES, Source, control_ids
 from dreamllm_jax.convert.torch_files import require_torch, write_torch_file
-from dreamllm_jax.convert.weights import read_config
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokenizer_files import has_tokenizer
 
@@ -57,7 +58,7 @@ def convert_to_jax(
     _check_target(folder, [source.path, *source.files])
     model, tokenizer = source.model, None
     if source.fresh:  # put together to be trained: with all that training needs
-        connectors = draw(model, source.fresh)
+        connectors = init_connectors(model, source.fresh)
         params |= connectors
         report.made += [f"{path} {tensor.shape}, drawn afresh" for path, tensor in connectors.items()]
         rows = model.llama.vocab_size if model.llama else 0
@@ -66,7 +67,7 @@ def convert_to_jax(
             more = f"{rows} to {model.llama.vocab_size - 1}"
             report.made.append(f"rows {more} of the vocabulary, the mean of the others, for control tokens")
     elif has_tokenizer(source.folder):
-        check_belongs(Tokenizer.load(source.folder, extend=True), model, source.folder)
+        check_tokenizer_fits(Tokenizer.load(source.folder, extend=True), model, source.folder)
     generation = GenerationConfig(template=source.template)
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -109,14 +110,14 @@ def convert_to_torch(
     """
     source = Path(source)
     params = cast(open_params(source), dtype)
-    content = read_config(source / "config.json")
+    content = read_json(source / "config.json")
     if "model" not in content:
         raise ValueError(
             f"{source}/config.json does not describe a model; the folder is not a converted one."
         )
     model = model_config(content["model"])
     loss = build(LossConfig, content["loss"], "loss") if "loss" in content else LossConfig()
-    check_whole(source, model, params)
+    check_complete(source, model, params)
     parts, report = to_torch(params)
     report.raise_if_faulty(str(source))
     tokens = _special_tokens(source, model)

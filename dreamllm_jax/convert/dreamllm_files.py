@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dreamllm_jax.checkpoint.json_files import read_json
+from dreamllm_jax.checkpoint.tensors import Tensor
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import (
     ClipVisionConfig,
@@ -22,9 +24,8 @@ from dreamllm_jax.config.towers import (
     VaeConfig,
 )
 from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.convert.engine import Report
-from dreamllm_jax.convert.tensors import Tensor
-from dreamllm_jax.convert.weights import DIFFUSERS_STEMS, find_weights, read_config, read_file, read_weights
+from dreamllm_jax.convert.mapping import Report
+from dreamllm_jax.convert.weights import DIFFUSERS_STEMS, find_weights, read_file, read_weights
 
 
 class Mount(NamedTuple):
@@ -150,7 +151,7 @@ def configs_from_dreamllm(folder: str | Path, parts_dir: str | Path | None = Non
       ValueError: a missing config, or an option that is not supported, by name.
     """
     folder = Path(folder)
-    raw = read_config(folder / "config.json")
+    raw = read_json(folder / "config.json")
     plugins = _object(raw, "plugins_init_kwargs")
     places = [Path(parts_dir)] if parts_dir else [folder, folder / "parts", folder.parent / "parts"]
     model: dict[str, Any] = {"llama": LlamaConfig.from_hf(raw)}
@@ -205,7 +206,7 @@ def _clip(options: Mapping, name: str, places: list[Path], model: dict[str, Any]
     if found is None and source not in KNOWN_CLIP:
         raise ValueError(_not_found("CLIP", source, places, "clip/config.json"))
     model["vision"] = (
-        KNOWN_CLIP[source] if found is None else ClipVisionConfig.from_hf(read_config(found / "config.json"))
+        KNOWN_CLIP[source] if found is None else ClipVisionConfig.from_hf(read_json(found / "config.json"))
     )
     model["vision_projector"] = _projector(options, name, bias=True)
     model["vision_select_layer"] = _option(options, name, "select_layer", -2)
@@ -218,9 +219,9 @@ def _diffusion(
     source = _option(options, name, "diffusion_name_or_path", "")
     found = _find(places, source, DIFFUSION_FOLDERS, "unet/config.json")
     if found is not None:
-        unet = UNetConfig.from_hf(read_config(found / "unet" / "config.json"))
-        vae = VaeConfig.from_hf(read_config(found / "vae" / "config.json"))
-        schedule = ScheduleConfig.from_hf(read_config(found / "scheduler" / "scheduler_config.json"))
+        unet = UNetConfig.from_hf(read_json(found / "unet" / "config.json"))
+        vae = VaeConfig.from_hf(read_json(found / "vae" / "config.json"))
+        schedule = ScheduleConfig.from_hf(read_json(found / "scheduler" / "scheduler_config.json"))
     elif source in KNOWN_DIFFUSION:
         unet, vae, schedule = KNOWN_DIFFUSION[source]
     else:

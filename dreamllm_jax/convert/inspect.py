@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+from dreamllm_jax.checkpoint.storage import INDEX, open_params
+from dreamllm_jax.checkpoint.tensors import Tensor, num_bytes
 from dreamllm_jax.convert.sources import open_source
-from dreamllm_jax.convert.storage import INDEX, open_params
-from dreamllm_jax.convert.tensors import Tensor, num_bytes
 
 
 def describe(

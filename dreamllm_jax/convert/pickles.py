@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.convert.byte_ranges import Checksums, Storage
-from dreamllm_jax.convert.tensors import DTYPES, FileTensor, Tensor
+from dreamllm_jax.checkpoint.byte_ranges import Checksums, Storage
+from dreamllm_jax.checkpoint.tensors import DTYPES, FileTensor, Tensor
 
 MAX_PICKLE_BYTES = 256 * 2**20
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

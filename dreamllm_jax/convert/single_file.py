@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from dreamllm_jax.checkpoint.tensors import Tensor
 from dreamllm_jax.config.towers import ScheduleConfig, UNetConfig, VaeConfig
-from dreamllm_jax.convert.tensors import Tensor
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from dreamllm_jax.checkpoint.tensors import FileTensor, Tensor
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.convert.engine import Report, to_jax
-from dreamllm_jax.convert.shapes import expected_shapes
-from dreamllm_jax.convert.tensors import FileTensor, Tensor
+from dreamllm_jax.convert.mapping import Report, to_jax
 from dreamllm_jax.data.tokenizer import CONTROL_NAMES, Tokenizer
 from dreamllm_jax.data.tokenizer_files import has_tokenizer
+from dreamllm_jax.models.parameters import parameter_shapes
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -62,7 +62,7 @@ class Source:
 
     def params(self) -> tuple[dict[str, Tensor], Report]:
         """Our parameters but the fresh ones, unread, and the report of what did not fit or was ignored."""
-        shapes = expected_shapes(self.model)
+        shapes = parameter_shapes(self.model)
         expected = {path: shape for path, shape in shapes.items() if path.split("/")[0] not in self.fresh}
         params, report = to_jax(self.parts, expected)
         report.add(self.report)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dreamllm_jax.checkpoint.json_files import read_json
+from dreamllm_jax.checkpoint.storage import INDEX
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import (
     ClipTextConfig,
@@ -20,16 +22,9 @@ from dreamllm_jax.config.towers import (
 )
 from dreamllm_jax.convert import single_file
 from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, configs_from_dreamllm, read_dreamllm
-from dreamllm_jax.convert.engine import Report
+from dreamllm_jax.convert.mapping import Report
 from dreamllm_jax.convert.source import Mount, Source, mount
-from dreamllm_jax.convert.storage import INDEX
-from dreamllm_jax.convert.weights import (
-    DIFFUSERS_STEMS,
-    find_weights,
-    read_config,
-    read_file,
-    read_weights,
-)
+from dreamllm_jax.convert.weights import DIFFUSERS_STEMS, find_weights, read_file, read_weights
 from dreamllm_jax.data.chat_templates import template_of
 from dreamllm_jax.data.templates import OWN
 from dreamllm_jax.data.tokenizer import Tokenizer
@@ -151,7 +146,7 @@ def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
         llama=LlamaConfig.from_hf(raw),
         vision=KNOWN_CLIP[name]
         if tower is None
-        else ClipVisionConfig.from_hf(read_config(tower / "config.json")),
+        else ClipVisionConfig.from_hf(read_json(tower / "config.json")),
         vision_projector=ProjectorConfig("linear" if depth == 1 else "mlp", depth),
         vision_select_layer=int(raw.get("mm_vision_select_layer") or -2),
     )
@@ -199,18 +194,18 @@ def _clip_folder(folder: Path, name: str, parts_dir: Path | None) -> Path | None
     ]
     for candidate in candidates:
         config = candidate / "config.json"
-        if config.is_file() and str(read_config(config).get("model_type", "")).startswith("clip"):
+        if config.is_file() and str(read_json(config).get("model_type", "")).startswith("clip"):
             return candidate
     return None
 
 
 def _open_diffusers(folder: Path) -> Source:
-    unet = UNetConfig.from_hf(read_config(folder / "unet" / "config.json"))
-    vae = VaeConfig.from_hf(read_config(folder / "vae" / "config.json"))
-    schedule = ScheduleConfig.from_hf(read_config(folder / "scheduler" / "scheduler_config.json"))
+    unet = UNetConfig.from_hf(read_json(folder / "unet" / "config.json"))
+    vae = VaeConfig.from_hf(read_json(folder / "vae" / "config.json"))
+    schedule = ScheduleConfig.from_hf(read_json(folder / "scheduler" / "scheduler_config.json"))
     text = None
     if (folder / "text_encoder" / "config.json").is_file():
-        text = ClipTextConfig.from_hf(read_config(folder / "text_encoder" / "config.json"))
+        text = ClipTextConfig.from_hf(read_json(folder / "text_encoder" / "config.json"))
         # SDXL joins two encoders to one context, which DreamLLM never uses.
         text = text if text.hidden_size == unet.cross_attention_dim else None
     size = unet.sample_size * vae.downscale
@@ -283,7 +278,7 @@ def open_source(
         raise ValueError(
             f"{path} has neither config.json nor unet/config.json; expected a folder of weights."
         )
-    raw = read_config(path / "config.json")
+    raw = read_json(path / "config.json")
     return _named(path, _OPENERS[_kind(path, raw)], path, raw, parts)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamllm_jax.convert.tensors import DTYPE_NAMES, DTYPES, Tensor, contiguous, num_bytes
+from dreamllm_jax.checkpoint.tensors import DTYPE_NAMES, DTYPES, Tensor, contiguous, num_bytes
 
 # Older releases of PyTorch cannot load the others: float8 and the wide unsigned integers.
 _WRITABLE = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from dreamllm_jax.checkpoint.safetensors_files import read_index, read_safetensors
+from dreamllm_jax.checkpoint.tensors import Tensor
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.safetensors_files import read_index, read_safetensors
-from dreamllm_jax.convert.tensors import Tensor
 
 # What transformers and diffusers call them, in order of preference.
 MODEL_STEMS = ("model", "pytorch_model")
@@ -60,21 +59,3 @@ def read_weights(folder: str | Path, stems: tuple[str, ...] = MODEL_STEMS) -> di
         faults += [f"named but absent: {', '.join(absent[:20])}"] if absent else []
         raise ValueError(f"{file}: {'; '.join(faults)}; the shards do not belong together.")
     return tensors
-
-
-def read_config(file: str | Path) -> dict:
-    """A JSON object from a file.
-
-    Raises:
-      ValueError: it is missing or is not one.
-    """
-    file = Path(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; the folder is incomplete or of another kind.") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} is not readable JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}; expected a JSON object.")
-    return content

@@ -45,7 +45,7 @@ from dreamllm_jax.data.pieces import (
     interleaved,
     pair,
 )
-from dreamllm_jax.types import Document
+from dreamllm_jax.document import Document
 
 # Largest changes of augmentation: in pixels of the 8x8 original, degrees, and factor.
 _SHIFT, _ROTATION, _SCALE = 0.3, 8.0, 0.08

@@ -14,10 +14,10 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.data.images import ImageLike, to_diffusion, to_vision
 from dreamllm_jax.data.sequences import Sequence
 from dreamllm_jax.data.tokenizer import SpecialTokens
-from dreamllm_jax.types import Batch
 
 # What a stream counts. `empty_documents` had nothing left to learn, `broken_documents` could not be read;
 # they are in no row.

@@ -21,6 +21,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.data.files import BrokenRecord
@@ -31,7 +32,6 @@ from dreamllm_jax.data.pieces import Beside, End, Picture, Piece
 from dreamllm_jax.data.records import check_sources, open_mixture
 from dreamllm_jax.data.sequences import Sequence, encode_pieces
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.types import Batch
 
 
 @runtime_checkable

@@ -13,13 +13,13 @@ from dreamllm_jax.config.data import DataConfig, SourceConfig
 from dreamllm_jax.data.archives import open_images
 from dreamllm_jax.data.chat_templates import template_of
 from dreamllm_jax.data.files import JsonRecords, find_files
-from dreamllm_jax.data.llava import Conversations
-from dreamllm_jax.data.mmc4 import Documents, Instructions
+from dreamllm_jax.data.formats.llava import Conversations
+from dreamllm_jax.data.formats.mmc4 import Documents, Instructions
+from dreamllm_jax.data.formats.tar_index import update_index
+from dreamllm_jax.data.formats.webdataset import Pairs, caption_suffix
 from dreamllm_jax.data.pieces import Piece, conversation
-from dreamllm_jax.data.tar_index import update_index
 from dreamllm_jax.data.templates import Template
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.webdataset import Pairs, caption_suffix
 
 # Sources change places within so many documents; a row then reads all of them, whatever the number of rows.
 _WINDOW = 4096

@@ -35,14 +35,14 @@ from dreamllm_jax.data.pieces import (
     question,
 )
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.types import Document
+from dreamllm_jax.document import Document
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sequence:
     """One document in tokens.
 
-    `supervised[l]`: token l is a training target. Slots as in `types.Batch`, images and dreams
+    `supervised[l]`: token l is a training target. Slots as in `batch.Batch`, images and dreams
     counted within the sequence. `dropped_images` and `dropped_tokens` (of text) did not fit,
     `broken_images` could not be read, nor `broken_documents` (1: this one, and nothing is left of it).
     """

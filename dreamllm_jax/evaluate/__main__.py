@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dreamllm_jax import processes
+from dreamllm_jax import distributed
 
 
 def main() -> None:
@@ -18,20 +18,20 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, help="work folder of a finished training run")
     workdir = Path(parser.parse_args().workdir)
     try:
-        processes.initialize()
-        if not processes.is_main():  # one measures
-            processes.barrier("evaluated")
+        distributed.initialize()
+        if not distributed.is_main():  # one measures
+            distributed.barrier("evaluated")
             return
         from dreamllm_jax.evaluate.run import evaluate, summary
 
         new = evaluate(workdir)
-        processes.barrier("evaluated")
+        distributed.barrier("evaluated")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        processes.leave(2)
+        distributed.leave(2)
     except OSError as error:  # a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
-        processes.leave(1)
+        distributed.leave(1)
     print(summary(workdir))
     print(f"{'evaluated' if new else 'evaluated before, nothing to do'}: {workdir / 'report.html'}")
 

@@ -16,8 +16,8 @@ from sklearn.svm import SVC
 
 from dreamllm_jax.data.handwriting import Case, Digits, load_digits, unseen_cases
 from dreamllm_jax.data.numbers import QUESTION, WORDS, Part, caption
+from dreamllm_jax.document import Document
 from dreamllm_jax.generate.api import DreamLLM
-from dreamllm_jax.types import Document
 
 ANSWER_TOKENS = 8
 # A picture nearer to a training picture than all but this share of real, unseen digits are, counts as copied.

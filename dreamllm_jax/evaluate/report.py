@@ -12,9 +12,9 @@ from PIL import Image
 
 from dreamllm_jax.data.handwriting import Digits
 from dreamllm_jax.data.numbers import QUESTION, WORDS, caption
+from dreamllm_jax.document import image_html
 from dreamllm_jax.evaluate.handwriting import Comprehension, Creation, Written
 from dreamllm_jax.evaluate.plots import line_chart
-from dreamllm_jax.types import image_html
 
 Curves = Sequence[Mapping[str, float | int]]
 REAL_PER_DIGIT, MISTAKES_SHOWN, ANSWERS_SHOWN = 20, 40, 2

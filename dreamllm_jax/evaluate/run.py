@@ -17,10 +17,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from dreamllm_jax.checkpoint.model_folder import open_pretrained, write_pretrained
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
-from dreamllm_jax.convert.pretrained import open_pretrained, write_pretrained
 from dreamllm_jax.evaluate.handwriting import (
     COPY_QUANTILE,
     Comprehension,

@@ -15,12 +15,15 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.checkpoint.model_folder import check_complete, save_pretrained
+from dreamllm_jax.checkpoint.storage import flatten, to_device, unflatten
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
-from dreamllm_jax.convert.pretrained import check_whole, open_pretrained, save_pretrained
-from dreamllm_jax.convert.storage import flatten, to_device, unflatten
+from dreamllm_jax.convert.opening import open_model
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
+from dreamllm_jax.distributed import to_host
 from dreamllm_jax.generate.decode import decode_text, dream
 from dreamllm_jax.generate.documents import write_documents
 from dreamllm_jax.generate.engine import Engine, prompt_keys
@@ -32,9 +35,7 @@ from dreamllm_jax.generate.prompts import (
     longest_prompt,
     prompt_batch,
 )
-from dreamllm_jax.processes import to_host
 from dreamllm_jax.sharding import parameter_shardings
-from dreamllm_jax.types import Batch
 
 
 def _on_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,8 +108,8 @@ class DreamLLM:
         """
         if dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'.")
-        loaded = open_pretrained(path, dtype)
-        check_whole(path, loaded.config, loaded.params)
+        loaded = open_model(path, dtype)
+        check_complete(path, loaded.config, loaded.params)
         config = loaded.config if dtype is None else dataclasses.replace(loaded.config, dtype=dtype)
         return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh, whole)
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.llama import KVCache, Params, init_cache, layers_apart
 from dreamllm_jax.sharding import platform
-from dreamllm_jax.types import Batch
 
 
 @flax.struct.dataclass

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import GenerationConfig
+from dreamllm_jax.distributed import to_host
+from dreamllm_jax.document import Document
 from dreamllm_jax.generate.decode import Reading, decode_text, dream, look
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.generate.images import NullCondition, draw_rows
 from dreamllm_jax.generate.prompts import bucket, longest_prompt
-from dreamllm_jax.processes import to_host
-from dreamllm_jax.types import Batch, Document
 
 
 def block_length(engine: Engine) -> int:

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.generate.decode import Control, Reading, prefill
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Key, UInt8
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.diffusion.sampling import guided, sample
 from dreamllm_jax.diffusion.schedule import row_normal
+from dreamllm_jax.distributed import to_host
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.processes import to_host
 
 # The U-Net's context and (SDXL) its pooled condition: of M pictures, and of the empty or negative prompt.
 Condition = tuple[Float[Array, "M Q X"], Float[Array, "M G"] | None]

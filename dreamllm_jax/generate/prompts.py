@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.data.sequences import encode_prompt
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.types import Batch, Document
+from dreamllm_jax.document import Document
 
 Prompt = str | Document
 

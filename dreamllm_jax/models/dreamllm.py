@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.models.clip import ClipText, ClipVision, ContrastiveHead, normalize_pixels
 from dreamllm_jax.models.connectors import DreamQueries, GlobalProjector, Projector
@@ -20,7 +21,6 @@ from dreamllm_jax.models.llama import KVCache, Llama, Params
 from dreamllm_jax.models.unet import UNet
 from dreamllm_jax.models.vae import Vae, diffusion_pixels, to_uint8
 from dreamllm_jax.sharding import constrain
-from dreamllm_jax.types import Batch
 
 
 class DreamLLMModule(nn.Module):
@@ -170,8 +170,8 @@ class DreamLLMModule(nn.Module):
         """CLIP's two embeddings, normalized, and the temperature's inverse."""
         return self.contrastive(self.vision.pooled(normalize_pixels(images)), self.text(tokens)[1])
 
-    def everything(self, batch: Batch, caption: Int[Array, "B S"]) -> None:
-        """Touches every parameter once: what `init_params` traces."""
+    def call_every_tower(self, batch: Batch, caption: Int[Array, "B S"]) -> None:
+        """Calls every tower and connector once, so that `init` creates all parameters."""
         c = self.config
         if c.llama is not None:
             self.logits(self.read(batch))

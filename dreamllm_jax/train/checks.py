@@ -14,8 +14,9 @@ from dreamllm_jax.data.pipeline import check_source, row_layout
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.models.attention.choice import LONG, chosen
+from dreamllm_jax.models.parameters import Flat, abstract_params
 from dreamllm_jax.sharding import parameter_shardings
-from dreamllm_jax.train.state import Flat, abstract_params, partition
+from dreamllm_jax.train.state import partition
 
 # The towers without which an objective has nothing to minimize.
 NEEDED_TOWERS = {

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig
 from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.train.state import abstract_params, nested, partition
+from dreamllm_jax.models.parameters import abstract_params, nested
+from dreamllm_jax.train.state import partition
 
 # Published dense bfloat16 peaks of a device as JAX counts them, in FLOP/s (a v2 or v3 device is a core).
 PEAKS = {

@@ -30,23 +30,24 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dreamllm_jax import processes
+from dreamllm_jax import distributed
+from dreamllm_jax.checkpoint.model_folder import open_pretrained, save_pretrained
+from dreamllm_jax.checkpoint.train_states import StageCheckpoints
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
-from dreamllm_jax.convert.pretrained import open_pretrained, save_pretrained
 from dreamllm_jax.data.pipeline import BatchStream, batches, joined, statistics
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.models.parameters import Flat, nested
 from dreamllm_jax.sharding import make_mesh, process_rows, shard_batch
-from dreamllm_jax.train.checkpoint import StageCheckpoints
 from dreamllm_jax.train.checks import check_recipe
 from dreamllm_jax.train.flops import step_flops
 from dreamllm_jax.train.metrics import Meter, MetricWriter
 from dreamllm_jax.train.optim import learning_rates
 from dreamllm_jax.train.speed import Speedometer
-from dreamllm_jax.train.start import prepare_index, prepare_tokenizer, starting_point
-from dreamllm_jax.train.state import Flat, TrainState, create_state, final_params, nested, stage_seed
+from dreamllm_jax.train.start import OpenModel, prepare_index, prepare_tokenizer, starting_point
+from dreamllm_jax.train.state import TrainState, create_state, final_params, stage_seed
 from dreamllm_jax.train.step import train_step
 
 
@@ -55,7 +56,9 @@ def stage_folder(workdir: Path, recipe: Recipe, stage: StageConfig) -> Path:
     return workdir / "stages" / f"{recipe.stages.index(stage)}_{stage.name}"
 
 
-def train(recipe: Recipe, workdir: Path, until: str | None = None) -> Path:
+def train(
+    recipe: Recipe, workdir: Path, until: str | None = None, open_model: OpenModel = open_pretrained
+) -> Path:
     """Runs every stage that is not done yet (up to the stage named `until`); returns the model's folder.
 
     Raises:
@@ -71,15 +74,15 @@ def train(recipe: Recipe, workdir: Path, until: str | None = None) -> Path:
     _check_folder(workdir, recipe)
     tokenizer = prepare_tokenizer(recipe)
     check_recipe(recipe, stages, mesh, tokenizer)
-    processes.check_same("recipe", _recipe_text(recipe))
+    distributed.check_same("recipe", _recipe_text(recipe))
     done = [(stage_folder(workdir, recipe, stage) / "done.json").exists() for stage in stages]
     point = program = None
-    for stage, finished in zip(stages, processes.from_main(done), strict=True):
+    for stage, finished in zip(stages, distributed.from_main(done), strict=True):
         folder = stage_folder(workdir, recipe, stage)
         if finished:
-            processes.say(f"{stage.name}: done")
+            distributed.say(f"{stage.name}: done")
         else:
-            config, params = starting_point(recipe) if point is None else _load(point)
+            config, params = starting_point(recipe, open_model) if point is None else _load(point)
             _claim(workdir, recipe)
             if stage.program() != program:
                 jax.clear_caches()
@@ -126,20 +129,20 @@ def run_stage(
             state, place = found
             data.load_state(place["data"])
             meter.resume(place["meter"])
-            processes.say(f"{stage.name}: resumes after step {int(state.step)} of {stage.steps}")
+            distributed.say(f"{stage.name}: resumes after step {int(state.step)} of {stage.steps}")
         state = _run_steps(recipe, stage, config, state, data, mesh, checkpoints, meter, folder / "logs")
         params = final_params(state, params)
         if stage.objective == "vae":
             rows = shard_batch(next(data), mesh, stage.data.rows)
-            config = with_measured_scale(config, params, processes.to_host(rows.dream_images))
+            config = with_measured_scale(config, params, distributed.to_host(rows.dream_images))
         counts = statistics(_place(data, meter)["data"], stage.data.length)
         _say_losses(stage, counts)
     save_pretrained(folder / "model", params, config, tokenizer, recipe.generation)
     summary = _place(data, meter)["meter"] | {"steps": stage.steps, "data": counts}
-    if processes.is_main():
+    if distributed.is_main():
         _write(folder / "done.json", json.dumps(summary, indent=1))
         shutil.rmtree(folder / "states", ignore_errors=True)
-    processes.barrier(f"{stage.name} is done")
+    distributed.barrier(f"{stage.name} is done")
 
 
 def _run_steps(
@@ -158,10 +161,10 @@ def _run_steps(
     rates = learning_rates(stage.optim, stage.steps)
     kind, slots = mesh.devices.flat[0].device_kind, stage.data.rows * stage.data.length
     speed = Speedometer(step_flops(config, stage), mesh.size, kind, slots)
-    shown = processes.is_main()
+    shown = distributed.is_main()
     with (
         jax.set_mesh(mesh),
-        processes.Notice() as notice,
+        distributed.Notice() as notice,
         closing(MetricWriter(logs)) as writer,
         tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step", disable=not shown) as bar,
     ):
@@ -169,10 +172,10 @@ def _run_steps(
             rows = next(data)
             speed.count(rows)
             args = (state, shard_batch(rows, mesh, stage.data.rows), rates[step - 1])
-            if step == start + 1 and processes.several():
+            if step == start + 1 and distributed.several():
                 # Compiling takes each process another time; on CPUs the first collective waits 30 s only.
                 train_step.lower(*args, model=model, stage=program).compile()
-                processes.barrier("compiled")
+                distributed.barrier("compiled")
             state, metrics = train_step(*args, model=model, stage=program)
             del args
             if step == start + 1:  # compiled
@@ -191,7 +194,7 @@ def _run_steps(
             if due:
                 checkpoints.save(step, state, _place(data, meter))
             if preempted:
-                raise processes.Preempted(
+                raise distributed.Preempted(
                     f"{stage.name}: asked to end; the state after step {step} of {stage.steps} is saved, and "
                     "the same command goes on from there."
                 )
@@ -200,7 +203,7 @@ def _run_steps(
 
 def _place(data: BatchStream, meter: Meter) -> dict[str, Any]:
     """Where all processes together are in the data, their longest time and largest memory."""
-    found = processes.gather({"data": data.state_dict(), "meter": meter.read()})
+    found = distributed.gather({"data": data.state_dict(), "meter": meter.read()})
     meters = [place["meter"] for place in found]
     largest = {name: max(m[name] for m in meters) for name in meters[0]}
     return {"data": joined([place["data"] for place in found]), "meter": largest}
@@ -211,7 +214,7 @@ def _say_losses(stage: StageConfig, counts: dict[str, int | float]) -> None:
     lost = {name: n for name, n in counts.items() if n and name.startswith(("dropped", "broken", "empty"))}
     if lost:
         listed = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in lost.items())
-        processes.say(f"{stage.name}: in {counts['documents']} documents {listed}")
+        distributed.say(f"{stage.name}: in {counts['documents']} documents {listed}")
 
 
 def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> DreamLLMConfig:
@@ -220,7 +223,7 @@ def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> Dr
     flat = jnp.asarray(images).reshape(-1, *images.shape[2:])
     encode = jax.jit(functools.partial(DreamLLMModule(config).apply, method="encode_image"))
     vae = {k: v for k, v in params.items() if k.startswith("vae/")}
-    vae = {k: processes.to_host(v) if isinstance(v, jax.Array) else v.read() for k, v in vae.items()}
+    vae = {k: distributed.to_host(v) if isinstance(v, jax.Array) else v.read() for k, v in vae.items()}
     moments = encode({"params": nested(vae)}, flat)
     mean, logvar = np.split(np.asarray(moments, np.float32), 2, axis=-1)
     deviation = float(np.sqrt(mean.var() + np.exp(logvar).mean()))
@@ -240,8 +243,8 @@ def _check_folder(workdir: Path, recipe: Recipe) -> None:
 
 def _claim(workdir: Path, recipe: Recipe) -> None:
     """Writes the recipe into the work folder: from now on it is this recipe's."""
-    processes.check_shared(workdir)
-    if processes.is_main():
+    distributed.check_shared(workdir)
+    if distributed.is_main():
         workdir.mkdir(parents=True, exist_ok=True)
         _write(workdir / "recipe.json", _recipe_text(recipe))
 
@@ -271,7 +274,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _load(folder: Path) -> tuple[DreamLLMConfig, Flat]:
-    processes.wait_for(folder / "config.json")
+    distributed.wait_for(folder / "config.json")
     loaded = open_pretrained(folder)
     return loaded.config, loaded.params
 

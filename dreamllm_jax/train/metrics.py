@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from dreamllm_jax.processes import is_main
+from dreamllm_jax.distributed import is_main
 
 
 class MetricWriter:

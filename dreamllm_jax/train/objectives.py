@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.diffusion import schedule as diffusion
-from dreamllm_jax.losses import (
+from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
+from dreamllm_jax.models.vae import sample_latents
+from dreamllm_jax.sharding import constrain
+from dreamllm_jax.train.losses import (
     chunked_cross_entropy,
     contrastive_loss,
     distillation_errors,
     kl_to_unit_gaussian,
     loss_scale,
 )
-from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
-from dreamllm_jax.models.vae import sample_latents
-from dreamllm_jax.sharding import constrain
-from dreamllm_jax.types import Batch
 
 
 @typing.no_type_check  # single rows and shapes travel in the same container

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dreamllm_jax.processes import total
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.distributed import total
 from dreamllm_jax.train.flops import PEAKS
-from dreamllm_jax.types import Batch
 
 
 class Speedometer:

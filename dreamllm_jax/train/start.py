@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from dreamllm_jax import processes
+from dreamllm_jax import distributed
+from dreamllm_jax.checkpoint.model_folder import Pretrained, open_pretrained
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe
-from dreamllm_jax.convert.pretrained import open_pretrained
 from dreamllm_jax.data import numbers
 from dreamllm_jax.data.records import index_sources
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
-from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.train.state import Flat, abstract_params, init_params
+from dreamllm_jax.models.parameters import Flat, abstract_params, init_on_host
+
+# Opens the model that a recipe starts from; commands pass one that also reads PyTorch's formats.
+OpenModel = Callable[[str], Pretrained]
 
 
 def prepare_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -44,19 +46,19 @@ def prepare_index(config: DataConfig, folder: Path) -> None:
     if all(source.kind != "pairs" for source in config.sources):
         return
     files, problem, failed = [], None, False
-    if processes.is_main():
+    if distributed.is_main():
         try:
             files = [str(file) for file in index_sources(config.sources, folder)]
         except (ValueError, OSError) as error:
             problem, failed = str(error), isinstance(error, OSError)
-    files, problem, failed = processes.from_main([files, problem, failed])
+    files, problem, failed = distributed.from_main([files, problem, failed])
     if problem is not None:
         raise (OSError if failed else ValueError)(problem)
     for file in files:
-        processes.wait_for(Path(file))
+        distributed.wait_for(Path(file))
 
 
-def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
+def starting_point(recipe: Recipe, open_model: OpenModel = open_pretrained) -> tuple[DreamLLMConfig, Flat]:
     """Weights of `recipe.init_from`, unread, with fresh ones for what that folder lacks; or all fresh.
 
     Says which towers are fresh, and which of the folder's the model has no place for.
@@ -66,20 +68,20 @@ def starting_point(recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
         latents another scale.
     """
     expected = abstract_params(recipe.model)
-    loaded = {} if recipe.init_from is None else _load_fitting(recipe, expected)
-    fresh = _draw(recipe, expected.keys() - loaded.keys())
+    loaded = {} if recipe.init_from is None else _load_fitting(recipe, expected, open_model)
+    fresh = init_on_host(recipe.model, jax.random.key(recipe.seed), expected.keys() - loaded.keys())
     if recipe.init_from is not None:
         for names, what in ((fresh, "drawn afresh"), (loaded.keys() - expected.keys(), "left out")):
             towers = sorted({name.split("/")[0] for name in names})
             if towers:
-                processes.say(f"{recipe.init_from}: {what}, {len(names)} tensors of {', '.join(towers)}")
+                distributed.say(f"{recipe.init_from}: {what}, {len(names)} tensors of {', '.join(towers)}")
     return recipe.model, {k: fresh[k] if k in fresh else loaded[k] for k in expected}
 
 
-def _load_fitting(recipe: Recipe, expected: Flat) -> Flat:
+def _load_fitting(recipe: Recipe, expected: Flat, open_model: OpenModel) -> Flat:
     """The parameters of `init_from`, checked against the recipe's model."""
     assert recipe.init_from is not None
-    pretrained = open_pretrained(recipe.init_from)
+    pretrained = open_model(recipe.init_from)
     wrong = [
         f"{k}: {v.shape} there, {expected[k].shape} in the recipe"
         for k, v in pretrained.params.items()
@@ -94,17 +96,3 @@ def _load_fitting(recipe: Recipe, expected: Flat) -> Flat:
             f"{ours.scaling_factor}; its U-Net knows latents of its own scale: set the recipe's to that."
         )
     return pretrained.params
-
-
-def _draw(recipe: Recipe, names: Set[str]) -> Flat:
-    """Fresh parameters of these names, on the host; the others are not made."""
-    if not names:
-        return {}
-
-    def init() -> Flat:
-        params = init_params(DreamLLMModule(recipe.model), jax.random.key(recipe.seed))
-        return {k: v for k, v in params.items() if k in names}
-
-    # Run once: compiled quickly rather than well.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.device_get(jax.jit(init, compiler_options=options)())

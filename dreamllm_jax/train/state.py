@@ -13,18 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.checkpoint.storage import to_device
 from dreamllm_jax.config.train import Recipe, StageConfig
-from dreamllm_jax.convert.storage import to_device
-from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import parameter_shardings, path_string, replicated
 from dreamllm_jax.train.optim import make_optimizer
-from dreamllm_jax.types import Batch
-
-Flat = dict[str, Any]
 
 
 @typing.no_type_check  # shapes, shardings and checkpoint masks travel in the same container
@@ -41,52 +36,6 @@ class TrainState:
     frozen: Flat
     opt_state: Any
     ema: Flat
-
-
-def example_batch(model: DreamLLMConfig, rows: int = 1, length: int | None = None) -> Batch:
-    """A batch of zeros with one image and one dream in each row, to trace and to measure with."""
-    queries = model.num_dream_queries if model.draws else 0
-    length = length or model.num_patches + queries + 2
-    ints = jnp.zeros((rows, length), jnp.int32)
-    images = dream_images = sizes = None
-    if model.vision is not None:
-        images = jnp.zeros((rows, 1, model.vision.image_size, model.vision.image_size, 3), jnp.uint8)
-    if model.vae is not None:
-        dream_images = jnp.zeros((rows, 1, model.image_size, model.image_size, 3), jnp.uint8)
-        sizes = jnp.zeros((rows, 1, 6), jnp.int32)
-    return Batch(
-        tokens=ints,
-        targets=ints,
-        segment_ids=ints + 1,
-        positions=ints + jnp.arange(length, dtype=jnp.int32),
-        loss_weights=jnp.ones((rows, length), jnp.float32),
-        image_slots=ints - 1,
-        dream_slots=ints - 1,
-        image_mask=jnp.ones((rows, 1), bool),
-        dream_mask=jnp.ones((rows, 1), bool),
-        null_dream=jnp.full((rows,), -1, jnp.int32),
-        images=images,
-        dream_images=dream_images,
-        dream_sizes=sizes,
-    )
-
-
-def init_params(model: DreamLLMModule, key: jax.Array) -> Flat:
-    """Fresh float32 parameters of every tower, flat. Traceable: `jax.eval_shape` works at any size."""
-    caption = jnp.zeros((1, 2), jnp.int32)
-    variables = model.init(key, example_batch(model.config), caption, method="everything")
-    return flatten_dict(variables["params"], sep="/")
-
-
-def abstract_params(config: DreamLLMConfig) -> Flat:
-    """Shapes and dtypes of every parameter, without allocating any."""
-    model = DreamLLMModule(config)
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-
-
-def nested(params: Flat) -> dict[str, Any]:
-    """The nested tree that `Module.apply` takes."""
-    return unflatten_dict(params, sep="/")
 
 
 def is_trainable(path: str, patterns: Sequence[str]) -> bool:

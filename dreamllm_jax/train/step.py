@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.models.parameters import Flat, nested
 from dreamllm_jax.sharding import match_rule, parameter_spec, platform
 from dreamllm_jax.train.objectives import OBJECTIVES, Counts, count, draw
 from dreamllm_jax.train.optim import make_optimizer
-from dreamllm_jax.train.state import Flat, TrainState, nested
-from dreamllm_jax.types import Batch
+from dreamllm_jax.train.state import TrainState
 
 
 def row_keys(key: Array, step: Array, rows: int) -> Array:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from dreamllm_jax import DreamLLM
-from dreamllm_jax.convert.compose import Extended, check_belongs, compose
+from dreamllm_jax.checkpoint.storage import open_params, save_params
+from dreamllm_jax.checkpoint.tensors import ArrayTensor
+from dreamllm_jax.checkpoint.vocabulary import Extended, check_tokenizer_fits
+from dreamllm_jax.convert.compose import compose
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.sources import open_source
-from dreamllm_jax.convert.storage import open_params, save_params
-from dreamllm_jax.convert.tensors import ArrayTensor
 from dreamllm_jax.data.tokenizer import ADDED_TOKENS, Tokenizer, train_tokenizer
 from tests.folders import load_pretrained, take_towers
 
@@ -171,7 +172,7 @@ def test_a_tokenizer_of_another_model(sources, tmp_path, capsys):
     roomy = open_source(sources["llm"]).model
     roomy = dataclasses.replace(roomy, llama=dataclasses.replace(roomy.llama, vocab_size=32000))
     with pytest.raises(ValueError, match="has 512 tokens and its weights embed 32000"):
-        check_belongs(Tokenizer.load(sources["llm"], extend=True), roomy, sources["llm"])
+        check_tokenizer_fits(Tokenizer.load(sources["llm"], extend=True), roomy, sources["llm"])
 
 
 def test_a_chat_model_answers_in_its_own_template(sources, tmp_path):

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dreamllm_jax.checkpoint.model_folder import save_pretrained
+from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
+from dreamllm_jax.checkpoint.storage import open_params, unflatten
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.inspect import describe
+from dreamllm_jax.convert.opening import open_model
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.pretrained import open_pretrained, save_pretrained
-from dreamllm_jax.convert.safetensors_files import read_safetensors
 from dreamllm_jax.convert.sources import open_source
-from dreamllm_jax.convert.storage import open_params, unflatten
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from tests.train import tiny
 
@@ -154,7 +155,7 @@ def test_a_config_that_contradicts_its_tokenizer(tmp_path, golden, capsys):
         assert f"config.json says that {name} is {said}; it is {right}, as the tokenizer says" in out
     assert "differing (3)" in out and "differing (3)" in describe(source)
     with pytest.warns(UserWarning, match="config.json says that <s> is 0; it is 1"):
-        special = open_pretrained(source).tokenizer.special
+        special = open_model(source).tokenizer.special
     assert (special.bos, special.pad, special.dream) == (1, 512, 519)
     assert command("to-torch", tmp_path / "jax", tmp_path / "torch", "--quiet") == 0
     ids = json.loads((tmp_path / "torch" / "config.json").read_text())["special_tokens2ids_dict"]
@@ -218,7 +219,7 @@ def test_a_killed_conversion_leaves_no_model(tmp_path, golden, direction):
     assert not (tmp_path / "out").exists()
     (left,) = tmp_path.glob(".out.partial-*")
     with pytest.raises(ValueError):  # nor does what is left pass for a model
-        open_pretrained(left)
+        open_model(left)
     assert command(direction, source, tmp_path / "out", "--quiet") == 0
 
 

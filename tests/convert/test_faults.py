@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dreamllm_jax.checkpoint.json_files import write_json
+from dreamllm_jax.checkpoint.safetensors_files import write_safetensors
+from dreamllm_jax.checkpoint.storage import open_params, save_params
+from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.safetensors_files import write_json, write_safetensors
 from dreamllm_jax.convert.sources import open_source
-from dreamllm_jax.convert.storage import open_params, save_params
-from dreamllm_jax.convert.tensors import ArrayTensor
 from dreamllm_jax.convert.torch_files import write_torch_file
 from tests.convert.test_convert import command
 from tests.folders import take_towers

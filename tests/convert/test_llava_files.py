@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from dreamllm_jax import DreamLLM
+from dreamllm_jax.checkpoint.safetensors_files import write_safetensors
+from dreamllm_jax.checkpoint.storage import open_params
+from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.convert.compose import compose
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
-from dreamllm_jax.convert.safetensors_files import write_safetensors
 from dreamllm_jax.convert.sources import open_source
-from dreamllm_jax.convert.storage import open_params
-from dreamllm_jax.convert.tensors import ArrayTensor
 from tests.folders import take_towers
 
 CONFIG = dict(

@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 
+from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import ProjectorConfig
 from dreamllm_jax.convert.dreamllm_files import configs_from_dreamllm, read_dreamllm
-from dreamllm_jax.convert.engine import to_jax, to_torch
+from dreamllm_jax.convert.mapping import to_jax, to_torch
 from dreamllm_jax.convert.patterns import TRANSFORMS, to_ours, to_theirs
 from dreamllm_jax.convert.rules import RULES
-from dreamllm_jax.convert.shapes import expected_shapes
-from dreamllm_jax.convert.tensors import ArrayTensor
+from dreamllm_jax.models.parameters import parameter_shapes
 
 FOLDERS = ("dreamllm-a", "dreamllm-b")
 
@@ -27,7 +27,7 @@ def test_every_golden_tensor_lands_once_and_comes_back(golden, name):
     folder = golden / name / "checkpoint"
     settings = configs_from_dreamllm(folder)
     parts, found = read_dreamllm(folder, settings)
-    expected = expected_shapes(settings.model)
+    expected = parameter_shapes(settings.model)
     params, report = to_jax(parts, expected)
     report.raise_if_faulty(name)
     assert not found.faulty and not found.ignored
@@ -63,7 +63,7 @@ def test_settings_of_the_goldens(golden):
 def test_projectors_of_every_kind(golden, kind):
     model = configs_from_dreamllm(golden / "dreamllm-a/checkpoint").model
     config = ProjectorConfig(*kind, bias=kind[0] != "sam")
-    shapes = expected_shapes(DreamLLMConfig(llama=model.llama, vision=model.vision, vision_projector=config))
+    shapes = parameter_shapes(DreamLLMConfig(llama=model.llama, vision=model.vision, vision_projector=config))
     shapes = {path: shape for path, shape in shapes.items() if path.startswith("vision_projector/")}
     arrays = {
         path: ArrayTensor(path, np.random.default_rng(0).random(shape)) for path, shape in shapes.items()
@@ -87,7 +87,7 @@ def test_faults_are_reported_together_by_name_and_shape(golden):
     folder = golden / "dreamllm-a/checkpoint"
     settings = configs_from_dreamllm(folder)
     parts, _ = read_dreamllm(folder, settings)
-    expected = {p: s for p, s in expected_shapes(settings.model).items() if p.startswith("llama/")}
+    expected = {p: s for p, s in parameter_shapes(settings.model).items() if p.startswith("llama/")}
     llama = dict(parts["llama"])
     del llama["model.norm.weight"]
     del llama["model.layers.1.mlp.up_proj.weight"]
@@ -127,7 +127,7 @@ def test_a_tied_output_layer_is_ignored(golden):
     settings = configs_from_dreamllm(folder)
     tied = dataclasses.replace(settings.model.llama, tie_word_embeddings=True)
     parts, _ = read_dreamllm(folder, settings)
-    _, report = to_jax({"llama": parts["llama"]}, expected_shapes(DreamLLMConfig(llama=tied)))
+    _, report = to_jax({"llama": parts["llama"]}, parameter_shapes(DreamLLMConfig(llama=tied)))
     assert not report.faulty and any("lm_head.weight" in line for line in report.ignored)
 
 
@@ -192,7 +192,7 @@ def test_published_towers_are_known_without_their_folders(tmp_path, golden):
         plugins["stable_diffusion_head"]["diffusion_name_or_path"] = f"stabilityai/{name}"
         (tmp_path / "config.json").write_text(json.dumps(raw))
         model = configs_from_dreamllm(tmp_path).model
-        shapes = {path: s for path, s in expected_shapes(model).items() if path.startswith("unet/")}
+        shapes = {path: s for path, s in parameter_shapes(model).items() if path.startswith("unet/")}
         assert sum(math.prod(shape) for shape in shapes.values()) == count and model.image_size == size
     plugins["stable_diffusion_head"]["diffusion_name_or_path"] = "somebody/else"
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -201,7 +201,7 @@ def test_published_towers_are_known_without_their_folders(tmp_path, golden):
 
 
 def test_the_expected_shapes_are_those_of_the_whole_model(golden):
-    from dreamllm_jax.train.state import abstract_params
+    from dreamllm_jax.models.parameters import abstract_params
 
     model = configs_from_dreamllm(golden / "dreamllm-b/checkpoint").model
-    assert expected_shapes(model) == {path: leaf.shape for path, leaf in abstract_params(model).items()}
+    assert parameter_shapes(model) == {path: leaf.shape for path, leaf in abstract_params(model).items()}

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import UNetConfig, VaeConfig
 from dreamllm_jax.convert import single_file
-from dreamllm_jax.convert.engine import to_torch
-from dreamllm_jax.convert.shapes import expected_shapes
+from dreamllm_jax.convert.mapping import to_torch
 from dreamllm_jax.convert.sources import open_source
-from dreamllm_jax.convert.tensors import ArrayTensor
+from dreamllm_jax.models.parameters import parameter_shapes
 
 WIDTHS = (64, 128, 128, 128)
 FAMILIES = {
@@ -50,7 +50,7 @@ def their_tensors(model: DreamLLMConfig) -> dict[str, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     params = {
         path: ArrayTensor(path, rng.normal(size=shape).astype(np.float32))
-        for path, shape in expected_shapes(model).items()
+        for path, shape in parameter_shapes(model).items()
     }
     parts, _ = to_torch(params)
     return {part: {name: t.read() for name, t in tensors.items()} for part, tensors in parts.items()}

@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dreamllm_jax.checkpoint.tensors import ArrayTensor, Mapped
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.pickles import read_pickle
 from dreamllm_jax.convert.sources import open_source
-from dreamllm_jax.convert.tensors import ArrayTensor, Mapped
 from dreamllm_jax.convert.torch_files import write_torch_file
 from tests.convert.test_convert import command
 from tests.folders import take_towers

@@ -17,7 +17,7 @@ from dreamllm_jax.data.pieces import (
 )
 from dreamllm_jax.data.sequences import encode_pieces, encode_prompt
 from dreamllm_jax.data.templates import get_template
-from dreamllm_jax.types import Document
+from dreamllm_jax.document import Document
 from tests.data.fakes import SPECIAL, WordTokenizer
 
 P, Q = 4, 3

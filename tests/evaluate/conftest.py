@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreamllm_jax.checkpoint.model_folder import save_pretrained
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.config.towers import ClipTextConfig, ClipVisionConfig, LlamaConfig, UNetConfig, VaeConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
-from dreamllm_jax.convert.pretrained import save_pretrained
 from dreamllm_jax.data.handwriting import load_digits, unseen_cases
 from dreamllm_jax.data.numbers import WORDS, corpus_text
 from dreamllm_jax.data.tokenizer import train_tokenizer
+from dreamllm_jax.document import Document
 from dreamllm_jax.generate.api import DreamLLM
+from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train.loop import stage_folder
-from dreamllm_jax.train.state import abstract_params
-from dreamllm_jax.types import Document
 from tests.folders import load_pretrained
 
 SIZE = 16

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from dreamllm_jax.data.handwriting import Case
+from dreamllm_jax.document import Document
 from dreamllm_jax.evaluate.handwriting import (
     Creation,
     Judge,
@@ -14,7 +15,6 @@ from dreamllm_jax.evaluate.handwriting import (
     mark,
     mean_distance,
 )
-from dreamllm_jax.types import Document
 
 
 @pytest.fixture(scope="module")

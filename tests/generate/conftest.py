@@ -18,7 +18,7 @@ from dreamllm_jax.config.towers import (
 from dreamllm_jax.data.numbers import corpus_text
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.generate.api import DreamLLM
-from dreamllm_jax.train.state import abstract_params
+from dreamllm_jax.models.parameters import abstract_params
 
 VOCABULARY = 512
 CONFIG = DreamLLMConfig(

@@ -9,11 +9,11 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from dreamllm_jax.checkpoint.model_folder import save_pretrained
 from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.convert.pretrained import save_pretrained
+from dreamllm_jax.document import Document
 from dreamllm_jax.generate.api import DreamLLM
 from dreamllm_jax.sharding import make_mesh
-from dreamllm_jax.types import Document
 
 
 def same_pictures(a, b):

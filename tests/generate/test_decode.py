@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.data.pieces import Picture, Text
 from dreamllm_jax.data.sequences import encode_pieces
+from dreamllm_jax.document import Document
 from dreamllm_jax.generate import decode
 from dreamllm_jax.generate.decode import decode_text, dream, look, sample_tokens
 from dreamllm_jax.generate.engine import prompt_keys
 from dreamllm_jax.generate.prompts import prompt_batch
 from dreamllm_jax.models.dreamllm import query_states
-from dreamllm_jax.types import Batch, Document
 
 CAPACITY = 64
 

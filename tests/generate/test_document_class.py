@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import dreamllm_jax
-from dreamllm_jax.types import Document, image_html
+from dreamllm_jax.document import Document, image_html
 
 
 @pytest.fixture

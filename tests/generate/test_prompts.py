@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreamllm_jax.document import Document
 from dreamllm_jax.generate.prompts import as_list, bucket, longest_prompt, prompt_batch
-from dreamllm_jax.types import Document
 
 
 def test_buckets_stay_within_the_context():

@@ -67,7 +67,7 @@ def test_xla_knows_the_flags_of_cpu_and_gpu():
 @pytest.mark.parametrize(("name", "topology"), TOPOLOGIES.items())
 def test_the_tpu_compiler_knows_the_flags(name, topology):
     pytest.importorskip("libtpu")
-    from dreamllm_jax.compile.topology import described_devices
+    from dreamllm_jax.aot.topology import described_devices
 
     device = described_devices(topology)[0]
     shape = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))

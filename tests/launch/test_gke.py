@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
-from dreamllm_jax.train.__main__ import load_recipe
+from dreamllm_jax.config.recipe_files import load_recipe
 from tests.launch.jobset_schema import JOBSET
 
 ROOT = Path(__file__).resolve().parents[2]

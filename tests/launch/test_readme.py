@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamllm_jax.train.__main__ import load_recipe
+from dreamllm_jax.config.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "launch" / "README.md").read_text()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from dreamllm_jax.compile.topology import described_devices
+from dreamllm_jax.aot.topology import described_devices
 from dreamllm_jax.config.towers import LlamaConfig
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.models.attention import AXES, attention, masks

@@ -11,8 +11,8 @@ from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.models.attention import choice
 from dreamllm_jax.models.clip import normalize_pixels
 from dreamllm_jax.models.dreamllm import DreamLLMModule, fill_slots, query_states
+from dreamllm_jax.models.parameters import abstract_params, nested
 from dreamllm_jax.models.vae import diffusion_pixels
-from dreamllm_jax.train.state import abstract_params, nested
 from tests.train import tiny
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dreamllm_jax.convert.sources import open_source
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.train.state import example_batch, nested
+from dreamllm_jax.models.parameters import example_batch, nested
 
 IMAGE = 63
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from dreamllm_jax.compile.census import take
-from dreamllm_jax.compile.hlo import parse
-from dreamllm_jax.compile.topology import described_devices
+from dreamllm_jax.aot.census import take
+from dreamllm_jax.aot.hlo import parse
+from dreamllm_jax.aot.topology import described_devices
 from dreamllm_jax.models.unet_blocks import GroupNorm
 
 # Programs that are kept cannot be loaded without their devices, and are compiled again.

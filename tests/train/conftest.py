@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamllm_jax.models.parameters import nested
 from dreamllm_jax.train.objectives import OBJECTIVES, count, draw
-from dreamllm_jax.train.state import nested
 from dreamllm_jax.train.step import row_keys
 from tests.train import tiny
 

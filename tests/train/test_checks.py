@@ -8,12 +8,12 @@ import jax
 import pytest
 
 from dreamllm_jax.config.model import AttentionConfig
+from dreamllm_jax.config.recipe_files import load_recipe
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.sharding import make_mesh
 from dreamllm_jax.train import checks, loop
-from dreamllm_jax.train.__main__ import load_recipe
 from dreamllm_jax.train.checks import check_recipe
 from dreamllm_jax.train.start import prepare_tokenizer
 from tests.train.test_loop import RECIPE, changed

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamllm_jax.checkpoint.model_folder import open_pretrained
 from dreamllm_jax.config.train import recipe as build_recipe
-from dreamllm_jax.convert.pretrained import open_pretrained
 from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.models.parameters import abstract_params, nested
 from dreamllm_jax.train import checks, loop, start
 from dreamllm_jax.train.metrics import read_curves
 from dreamllm_jax.train.optim import learning_rates
-from dreamllm_jax.train.state import abstract_params, nested, partition
+from dreamllm_jax.train.state import partition
 from tests.folders import load_pretrained
 from tests.train import tiny
 
@@ -316,7 +317,7 @@ def test_what_does_not_fit_is_said_before_anything_happens(
 ):
     monkeypatch.setattr(checks, "abstract_params", functools.cache(abstract_params))
     monkeypatch.setattr(start, "abstract_params", functools.cache(abstract_params))
-    monkeypatch.setattr(start, "_draw", None)
+    monkeypatch.setattr(start, "init_on_host", None)
     monkeypatch.setattr(loop, "run_stage", None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
@@ -342,7 +343,7 @@ def test_a_folder_of_another_recipe(whole, monkeypatch):
 
 
 def test_weights_of_another_shape(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "_draw", None)
+    monkeypatch.setattr(start, "init_on_host", None)
     mapping = changed("init_from", str(whole.joint))
     mapping["model"] = {**tiny.MODEL, "num_dream_queries": 5}
     with pytest.raises(
@@ -352,7 +353,7 @@ def test_weights_of_another_shape(whole, tmp_path, monkeypatch):
 
 
 def test_latents_of_another_scale(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "_draw", None)
+    monkeypatch.setattr(start, "init_on_host", None)
     with pytest.raises(ValueError, match=r"has model.vae.scaling_factor=.* latents of its own scale: set"):
         loop.train(build_recipe(changed("init_from", str(whole.joint))), tmp_path / "work")
     assert not (tmp_path / "work").exists()
@@ -363,7 +364,7 @@ def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch, capsys):
     mapping = changed("init_from", str(whole.joint))
     vae = {**tiny.MODEL["vae"], "scaling_factor": theirs.config.vae.scaling_factor}
     mapping["model"] = {**tiny.MODEL, "vae": vae, "contrastive": True, "text": TEXT}
-    monkeypatch.setattr(start, "_draw", lambda recipe, names: dict.fromkeys(names, "drawn"))
+    monkeypatch.setattr(start, "init_on_host", lambda config, key, names: dict.fromkeys(names, "drawn"))
     params = start.starting_point(build_recipe(mapping))[1]
     drawn = {path for path, value in params.items() if isinstance(value, str)}
     assert {path.split("/")[0] for path in drawn} == {"text", "contrastive"}

@@ -13,7 +13,7 @@ from dreamllm_jax.data.pieces import interleaved
 from dreamllm_jax.data.sequences import Sequence, encode_pieces
 from dreamllm_jax.data.tokenizer import SpecialTokens, Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.train.state import Flat, abstract_params
+from dreamllm_jax.models.parameters import Flat, abstract_params
 
 VOCABULARY = 408
 ROWS = 8

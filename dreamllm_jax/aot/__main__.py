@@ -1,0 +1,171 @@
+"""`python -m dreamllm_jax.compile --config=configs/stage2.py --topology=v5p:4x4x4`: compiles without chips.
+
+The TPU's own compiler (libtpu, which needs no TPU) makes a recipe's exact train step, or a program of its
+generation, for a described topology. Printed, and written to --out, are the memory of a chip by kind, model
+and compiled FLOPs, collectives, and how fast the program can be at most. Any setting of the recipe can be
+changed behind it: `--config.mesh.fsdp=16`, `--config.stages.stage2.optim.accumulation=4`. `--search` looks
+for the mesh, the accumulation and the remat itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dreamllm_jax.aot.activations import activations
+from dreamllm_jax.aot.census import take
+from dreamllm_jax.aot.chips import chip_of
+from dreamllm_jax.aot.hlo import parse
+from dreamllm_jax.aot.memory import FREE, DoesNotFit, gib, measure, too_large
+from dreamllm_jax.aot.picture import draw
+from dreamllm_jax.aot.program import (
+    EFFORTS,
+    GENERATION,
+    Described,
+    compile_program,
+    generation_program,
+    train_program,
+)
+from dreamllm_jax.aot.report import Finding, numbers, table
+from dreamllm_jax.aot.roofline import roofline
+from dreamllm_jax.aot.search import search
+from dreamllm_jax.aot.search_report import searched, summary
+from dreamllm_jax.aot.topology import described_devices
+from dreamllm_jax.config.recipe_files import load_recipe
+from dreamllm_jax.config.train import Recipe, StageConfig
+
+
+def find(recipe: Recipe, program: Described, topology: str, effort: str) -> tuple[Finding, str]:
+    """Compiles a program: what it found, and the compiled text.
+
+    Raises:
+      DoesNotFit: it needs more memory than a chip has, so that there is no program.
+    """
+    chip, begin = chip_of(program.mesh.devices.flat[0].device_kind), time.perf_counter()
+    try:
+        compiled = compile_program(program, effort)
+    except Exception as error:
+        if (said := too_large(error)) is None:
+            raise
+        raise DoesNotFit(
+            f"{recipe.name}, {program.name} does not fit on {topology}: {said}; take more chips, more "
+            "optim.accumulation, or let --search look."
+        ) from error
+    seconds, text = time.perf_counter() - begin, compiled.as_text()
+    parsed = parse(text)
+    census = take(parsed, program.mesh.shape)
+    roof = roofline(census, math.fsum(program.model_flops.values()), program.mesh, chip)
+    memory = measure(program.arguments, compiled, activations(parsed), chip)
+    found = Finding(recipe.name, topology, effort, program, chip, memory, census, roof, seconds)
+    return found, text
+
+
+def main() -> None:
+    """Parses the command line and compiles; the exit code is 1 where that is impossible or does not fit."""
+    options, overrides = _parser().parse_known_args()
+    try:
+        _run(options, overrides)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # a folder that cannot be written
+        sys.exit(f"error: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dreamllm_jax.compile", description=__doc__)
+    add = parser.add_argument
+    add("--config", required=True, help="recipe file, e.g. configs/stage2.py[:ARG]")
+    add("--topology", required=True, help="e.g. v5p:4x4x4, v5e:16x16, or v5p:4x4x4*2 for two slices")
+    add("--stage", help="the recipe's stage of this name (default: its first)")
+    add("--program", choices=("train", *GENERATION), default="train")
+    add("--rows", type=int, default=8, help="prompts or pictures at once, for programs of generation")
+    add(
+        "--effort",
+        choices=tuple(EFFORTS),
+        default="low",
+        help="full: as a run compiles; takes 8 times as long",
+    )
+    add(
+        "--search",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="look for the fastest mesh, accumulation and remat that fit, with up to N compilations (3)",
+    )
+    add("--out", type=Path, help="folder for compile.json, compile.png and program.hlo.txt")
+    return parser
+
+
+def _run(options: Any, overrides: list[str]) -> None:
+    recipe = load_recipe(options.config, overrides)
+    stage = recipe.stages[0] if options.stage is None else recipe.stage(options.stage)
+    if options.rows < 1:
+        raise ValueError(f"--rows={options.rows}: give at least 1.")
+    devices = described_devices(options.topology)
+    if options.search is not None:
+        _search(options, recipe, stage, devices)
+        return
+    if options.program == "train":
+        program = train_program(recipe, stage, devices)
+    else:
+        program = generation_program(recipe, options.program, options.rows, devices)
+    found, text = find(recipe, program, options.topology, options.effort)
+    print(table(found), flush=True)
+    if options.out is not None:
+        write(found, text, options.out)
+    if not found.memory.fits:
+        raise ValueError(
+            f"{recipe.name}, {program.name} does not fit on {options.topology}: of {gib(found.memory.hbm)} a "
+            f"chip {found.memory.free:.1%} stay free, and {FREE:.0%} must."
+        )
+
+
+def _search(options: Any, recipe: Recipe, stage: StageConfig, devices: list[Any]) -> None:
+    if options.search < 1 or options.program != "train":
+        raise ValueError(f"--search={options.search}: give at least 1, and --program=train.")
+
+    def compiled(recipe: Recipe, stage: StageConfig) -> Finding:
+        return find(recipe, train_program(recipe, stage, devices), options.topology, options.effort)[0]
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    chip = chip_of(devices[0].device_kind)
+    found = search(recipe, stage, devices, chip, options.search, compiled, say)
+    say(summary(found, stage, chip))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(searched(found, stage), indent=1) + "\n"
+        (options.out / "search.json").write_text(text, encoding="utf-8")
+    if found.best is None:
+        raise ValueError(
+            f"{recipe.name}, {stage.name}: of {len(found.tried)} candidates that were compiled none fits on "
+            f"{options.topology}; give --search more than {options.search}, or take more chips."
+        )
+
+
+def write(found: Finding, text: str, folder: Path) -> None:
+    """Leaves the numbers, the picture and the compiled text in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compile.json").write_text(json.dumps(numbers(found), indent=1) + "\n", encoding="utf-8")
+    (folder / "program.hlo.txt").write_text(text, encoding="utf-8")
+    draw(found).save(folder / "compile.png")
+
+
+def run() -> None:
+    """Runs the command; programs of described devices cannot be loaded from JAX's compilation cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    main()
+
+
+if __name__ == "__main__":
+    run()

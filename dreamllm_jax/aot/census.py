@@ -1,0 +1,159 @@
+"""What a compiled program does on one device: FLOPs, HBM bytes, collectives; loops as often as they run."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+from dreamllm_jax.aot.arithmetic import flops
+from dreamllm_jax.aot.groups import axes_of, replica_groups
+from dreamllm_jax.aot.hlo import Computation, Instruction, Program, Shape, trips
+from dreamllm_jax.aot.traffic import hbm_bytes
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+# XLA for TPUs writes a reduce-scatter as a fusion with a computation of this name.
+_SCATTER = "all-reduce-scatter"
+# Parts of the model as they show in the names that JAX gives to operations.
+_TOWERS = re.compile(r"\b(unet|vae|vision|text|llama)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program, as often as it runs (`times`).
+
+    `operand` and `result` are bytes on one device, each time. `group` devices, which differ along the mesh
+    axes `axes`, take part together.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: int
+    operand: float
+    result: float
+    shapes: tuple[Shape, ...]
+    source: str
+    times: float = 1.0
+
+    @property
+    def received(self) -> float:
+        """Bytes that a device takes in, all times together.
+
+        By a ring's algorithm, which moves the least: of n devices each has an n-th, and passes on (n - 1) of
+        them; an all-reduce does so twice.
+        """
+        share = (self.group - 1) / self.group
+        each = {
+            "all-gather": share * self.result,
+            "reduce-scatter": share * self.operand,
+            "all-reduce": 2 * share * self.operand,
+            "all-to-all": share * self.operand,
+            "collective-permute": self.operand,
+        }
+        return self.times * each[self.kind]
+
+
+@dataclasses.dataclass
+class Census:
+    """Sums over a program. `flops` is by part of the model, "other" where the operation names none."""
+
+    flops: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    hbm: float = 0.0
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    endless: list[str] = dataclasses.field(default_factory=list)  # loops ended by data, counted once
+
+    def add(self, other: Census, times: float = 1.0) -> None:
+        """Adds what another does, so many times."""
+        for part, n in other.flops.items():
+            self.flops[part] += times * n
+        self.hbm += times * other.hbm
+        self.collectives += [dataclasses.replace(c, times=c.times * times) for c in other.collectives]
+        self.endless += other.endless
+
+    @property
+    def total_flops(self) -> float:
+        return math.fsum(self.flops.values())
+
+
+def take(program: Program, mesh: Mapping[str, int]) -> Census:
+    """The census of a program partitioned over a mesh (axis -> size)."""
+    return _Taker(program, dict(mesh)).of(program.entry, scheduled=True)
+
+
+class _Taker:
+    def __init__(self, program: Program, mesh: dict[str, int]):
+        self._program, self._mesh, self._known = program, mesh, {}
+
+    def of(self, name: str, scheduled: bool) -> Census:
+        """`scheduled`: its instructions run one by one, and move bytes; those of a fusion do not."""
+        if (name, scheduled) not in self._known:
+            within, found = self._program.computations[name], Census()
+            for instruction in within.instructions.values():
+                self._one(found, within, instruction, scheduled)
+            self._known[name, scheduled] = found
+        return self._known[name, scheduled]
+
+    def _one(self, found: Census, within: Computation, instruction: Instruction, scheduled: bool) -> None:
+        if scheduled:
+            found.hbm += hbm_bytes(self._program, within, instruction)
+        opcode = instruction.opcode
+        if opcode.removesuffix("-start") in KINDS:
+            self._collective(
+                found, within, instruction, opcode.removesuffix("-start"), instruction.attributes
+            )
+        elif opcode == "while":
+            self._loop(found, within, instruction, scheduled)
+        elif opcode == "conditional":
+            branches = [self.of(name, scheduled) for name in instruction.called]
+            found.add(max(branches, key=lambda b: (b.total_flops, b.hbm)))  # the costliest
+        elif opcode == "fusion" and instruction.called[0].startswith(_SCATTER):
+            inner = self._program.computations[instruction.called[0]].instructions.values()
+            attributes = next(i.attributes for i in inner if i.opcode == "all-reduce")
+            self._collective(found, within, instruction, "reduce-scatter", attributes)
+        elif opcode in ("fusion", "async-start"):
+            found.add(self.of(instruction.called[0], scheduled=False))
+        elif opcode == "call":
+            found.add(self.of(instruction.called[0], scheduled))
+        elif opcode in ("convolution", "dot", "custom-call"):
+            n = flops(instruction, self._operands(within, instruction))
+            if n:
+                found.add(Census(flops={_tower(instruction): n}))
+
+    def _loop(self, found: Census, within: Computation, loop: Instruction, scheduled: bool) -> None:
+        body = loop.attribute(r"body=%?([\w.\-]+)")
+        assert body is not None
+        times = trips(self._program, loop, within)
+        if times is None:
+            found.endless.append(loop.name)
+        found.add(self.of(body, scheduled), 1.0 if times is None else float(times))
+
+    def _collective(
+        self, found: Census, within: Computation, instruction: Instruction, kind: str, attributes: str
+    ) -> None:
+        groups = replica_groups(attributes, math.prod(self._mesh.values()))
+        axes = axes_of(groups, self._mesh)
+        if not axes:
+            return  # each device with itself
+        results = instruction.made
+        operands = self._operands(within, instruction)
+        found.collectives.append(
+            Collective(
+                kind=kind,
+                axes=axes,
+                group=groups.shape[1] if kind != "collective-permute" else 2,
+                operand=math.fsum(s.bytes for s in operands),
+                result=math.fsum(s.bytes for s in results),
+                shapes=tuple(results if kind != "reduce-scatter" else operands),
+                source=instruction.attribute(r'op_name="([^"]*)"') or "",
+            )
+        )
+
+    def _operands(self, within: Computation, instruction: Instruction) -> list[Shape]:
+        return [s for name in instruction.operands for s in within.instructions[name].results]
+
+
+def _tower(instruction: Instruction) -> str:
+    found = _TOWERS.search(instruction.attribute(r'op_name="([^"]*)"') or "")
+    return found.group(1) if found else "other"

@@ -1,0 +1,189 @@
+"""The programs that a recipe runs, lowered for described devices: the train step, and those of generation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+
+from dreamllm_jax.config.model import AttentionConfig
+from dreamllm_jax.config.train import Recipe, StageConfig
+from dreamllm_jax.data.packing import blank
+from dreamllm_jax.data.pipeline import row_layout
+from dreamllm_jax.generate.decode import Control, decode_text, prefill
+from dreamllm_jax.generate.images import draw_images
+from dreamllm_jax.generate.prompts import bucket
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.models.parameters import abstract_params
+from dreamllm_jax.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
+from dreamllm_jax.train.checks import check_attention, check_places, check_rows
+from dreamllm_jax.train.flops import flops, step_flops
+from dreamllm_jax.train.state import described_state
+from dreamllm_jax.train.step import train_step
+
+GENERATION = ("prefill", "decode", "denoise")
+# By effort: what the compiler is told. At low effort a 7B step compiles in about an eighth of the time; FLOPs
+# and memory are the same to a few percent. 9 is XLA's EFFORT_O0: "exec_time_optimization_effort" -1 before,
+# which libtpu 0.0.50 refuses. 0 would be no choice at all, that is full effort.
+EFFORTS: dict[str, dict[str, int]] = {"low": {"optimization_level": 9}, "full": {}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A program before it is compiled.
+
+    `arguments` are its inputs by kind, as shapes in their places; `model_flops` is its useful work by tower,
+    of all devices together, each time that it runs.
+    """
+
+    name: str
+    mesh: Mesh
+    arguments: dict[str, Any]
+    model_flops: dict[str, float]
+    lowered: jax.stages.Lowered
+
+
+def compile_program(program: Described, effort: str) -> jax.stages.Compiled:
+    """The compiler's output; `effort` is a key of EFFORTS."""
+    return program.lowered.compile(compiler_options=EFFORTS[effort])
+
+
+def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> Described:
+    """The train step of a stage, as `train.loop` runs it.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or the parameters, rows or kernels do not fit the mesh.
+    """
+    mesh = make_mesh(recipe.mesh, devices)
+    check_attention(recipe.model, mesh)
+    check_rows(stage, mesh)
+    params = abstract_params(recipe.model)
+    check_places(stage, params, mesh, recipe.mesh.whole)
+    state = described_state(params, stage, recipe, mesh)
+    batch = described_batch(recipe, stage, mesh)
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    with jax.set_mesh(mesh):
+        lowered = train_step.lower(
+            state, batch, rate, model=DreamLLMModule(recipe.model), stage=stage.program()
+        )
+    arguments = {
+        "parameters": state.trainable,
+        "frozen": state.frozen,
+        "optimizer": (state.opt_state, state.ema),
+        "batch": batch,
+    }
+    return Described(stage.name, mesh, arguments, step_flops(recipe.model, stage), lowered)
+
+
+def described_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Any:
+    """Shapes and places of a stage's batches."""
+    layout = row_layout(stage.data, recipe.model, null_dream=stage.loss.condition_dropout > 0)
+    sharding, rows = batch_sharding(mesh), stage.data.rows
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, blank(1, layout, pad=0))
+
+
+def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any]) -> Described:
+    """One of GENERATION for `rows` prompts (pictures), with weights in the model's dtype.
+
+    Prompts fill what `generation.max_new_tokens` leaves of the context. The decoding loop ends by what is
+    written; its costs are those of one token.
+
+    Raises:
+      ValueError: the mesh does not fit the devices or the parameters, or the model cannot do this.
+    """
+    # A saved model names no kernels: `DreamLLM` runs with the default ones.
+    config = dataclasses.replace(recipe.model, attention=AttentionConfig())
+    recipe, mesh = dataclasses.replace(recipe, model=config), make_mesh(recipe.mesh, devices)
+    if config.llama is None or (name == "denoise" and not config.draws):
+        raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
+    check_attention(config, mesh)
+    flat = abstract_params(config)
+    places, dtype = parameter_shardings(flat, mesh, recipe.mesh.whole), jnp.dtype(config.dtype)
+    flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=places[k]) for k, v in flat.items()}
+    params = unflatten_dict(flat, sep="/")
+    make = {"prefill": _prefill, "decode": _decode, "denoise": _denoise}[name]
+    with jax.set_mesh(mesh):
+        run, inputs = make(recipe, params, rows)
+        lowered = run.lower(params, *inputs)
+        work = {name: flops(run, params, *inputs)}
+    return Described(name, mesh, {"parameters": flat, "batch": inputs}, work, lowered)
+
+
+def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
+    config = recipe.model
+    capacity = config.context_length
+    length = bucket(max(1, capacity - recipe.generation.max_new_tokens), capacity)
+    stage = dataclasses.replace(recipe.stages[0].data, length=length, max_images=1, max_dreams=0)
+    batch = blank(1, row_layout(stage, config, null_dream=False), pad=0).replace(
+        dream_images=None, dream_sizes=None
+    )
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+    model = DreamLLMModule(config)
+    return jax.jit(functools.partial(prefill, model=model, capacity=capacity)), (batch,)
+
+
+def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
+    config, new = recipe.model, recipe.generation.max_new_tokens
+    read, inputs = _prefill(recipe, params, rows)
+    read, reading_of = _flat(read)
+    # The cache lies where reading the prompts leaves it.
+    compiled = jax.jit(read).lower(params, *inputs).compile(compiler_options=EFFORTS["low"])
+    shapes = jax.eval_shape(read, params, *inputs)
+    reading = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        for x, place in zip(shapes, compiled.output_shardings, strict=True)
+    ]
+
+    def others() -> tuple[Any, ...]:
+        keys = jax.random.split(jax.random.key(0), rows)
+        ints, flags = jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool)
+        forbidden, number = jnp.zeros(config.llama.vocab_size, bool), jnp.int32(0)
+        temperature, top_p = jnp.float32(0), jnp.float32(1)
+        return flags, ints, keys, Control(forbidden, ints[:1], number, flags, number, temperature, top_p)
+
+    others, others_of = _flat(others)
+
+    def run(params: Any, reading: list[Any], others: list[Any]) -> Any:
+        model = DreamLLMModule(config)
+        return decode_text(params, reading_of(reading), *others_of(others), model=model, max_new_tokens=new)
+
+    return jax.jit(run, donate_argnums=1), (reading, jax.eval_shape(others))
+
+
+def _flat(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], Callable[[list[Any]], Any]]:
+    """A function with its result as a list of arrays, and what makes the result of such a list.
+
+    Containers whose fields are checked to be arrays cannot hold shapes.
+    """
+    structures = []
+
+    def leaves(*inputs: Any) -> list[Any]:
+        result = function(*inputs)
+        structures.append(jax.tree.structure(result))
+        return jax.tree.leaves(result)
+
+    return leaves, lambda values: jax.tree.unflatten(structures[0], values)
+
+
+def _denoise(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
+    config = recipe.model
+    assert config.unet is not None
+
+    def others():
+        context = jnp.zeros((rows, config.num_dream_queries, config.unet.cross_attention_dim), config.dtype)
+        pooled = config.unet.pooled_text_dim
+        condition = (context, None if pooled is None else jnp.zeros((rows, pooled), config.dtype))
+        return condition, condition, jax.random.split(jax.random.key(0), rows)
+
+    run = functools.partial(draw_images, settings=recipe.generation, model=DreamLLMModule(config))
+    return jax.jit(run), jax.eval_shape(others)

@@ -1,0 +1,90 @@
+"""How fast a program can be at most: the seconds that each resource of the chips is busy at its peak."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+
+from jax.sharding import Mesh
+
+from dreamllm_jax.aot.census import Census, Collective
+from dreamllm_jax.aot.chips import Chip
+from dreamllm_jax.aot.topology import links, slices_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds by resource: "compute", "hbm", "ici AXES" for each combination of mesh axes, "dcn"."""
+
+    seconds: dict[str, float]
+    model_flops: float
+    peak: float  # of all chips together
+
+    @property
+    def limit(self) -> str:
+        """The resource that is busy longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def bound(self) -> float:
+        """Seconds that it takes at least: all resources are busy at once."""
+        return max(self.seconds.values())
+
+    @property
+    def serial(self) -> float:
+        """Seconds where one resource waits for another all the time."""
+        return math.fsum(self.seconds.values())
+
+    def mfu(self, seconds: float) -> float:
+        """The share of the chips' bfloat16 peak that the model's own work is, in a run of so long."""
+        return self.model_flops / (self.peak * seconds) if seconds else 0.0
+
+
+def roofline(census: Census, model_flops: float, mesh: Mesh, chip: Chip) -> Roofline:
+    """The bound of a program from its census; `model_flops` are those of all devices together."""
+    seconds = collections.defaultdict(float)
+    seconds |= {"compute": census.total_flops / chip.peak, "hbm": census.hbm / chip.hbm_bandwidth}
+    for collective in census.collectives:
+        for name, time in _seconds(collective, mesh, chip).items():
+            seconds[name] += time
+    return Roofline(dict(seconds), model_flops, mesh.size * chip.peak)
+
+
+def _seconds(collective: Collective, mesh: Mesh, chip: Chip) -> dict[str, float]:
+    """By network. Among several slices it goes in two steps: within each, then each chip with its like."""
+    slices = slices_of(mesh, collective.axes)
+    found = {}
+    if slices > 1:
+        inside = max(1, collective.group // slices)
+        part = 1 if collective.kind in ("all-to-all", "collective-permute") else inside
+        between = dataclasses.replace(
+            collective,
+            group=slices,
+            operand=collective.operand / part,
+            result=collective.result / part,
+        )
+        found["dcn"] = between.received / chip.dcn
+        collective = dataclasses.replace(collective, group=inside)
+    if collective.group > 1:
+        within = [name for name in collective.axes if slices == 1 or name != "data" or inside_data(mesh) > 1]
+        found["ici " + "+".join(within)] = collective.received / _bandwidth(collective, mesh, within, chip)
+    return found
+
+
+def inside_data(mesh: Mesh) -> int:
+    """Devices along `data` within one slice."""
+    return max(1, mesh.shape["data"] // slices_of(mesh))
+
+
+def _bandwidth(collective: Collective, mesh: Mesh, axes: list[str], chip: Chip) -> float:
+    """Bytes per second that a chip takes in. A permutation's go to one neighbour, along one link.
+
+    In an all-to-all on a ring of n, what two chips have for each other passes n / 4 links on average.
+    """
+    if collective.kind == "collective-permute":
+        return chip.link
+    total = links(mesh, axes, chip) * chip.link
+    if collective.kind == "all-to-all" and chip.kind.startswith("TPU"):
+        return total / max(1.0, collective.group / 4)
+    return total

@@ -1,0 +1,97 @@
+"""Described TPUs: `v5p:4x4x4` to devices that programs can be compiled for, but not run on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from dreamllm_jax.aot.chips import CHIPS, Chip
+
+# A compiler without its chips is told what it would ask them and their cloud; the type is any that it knows,
+# since the topology is named in the call.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# Where JAX sees two devices a chip unless it is told to join its cores, as TPU machines do.
+JOINED_CORES = {"v4": {"chip_config_name": "megacore"}}
+
+
+def described_devices(topology: str) -> list[Any]:
+    """The devices of `v5p:4x4x4`, or of several such slices: `v5p:4x4x4*2`.
+
+    Sets environment variables that libtpu reads when it is loaded, those that are not set yet.
+
+    Raises:
+      ValueError: libtpu is not installed, or the topology is none that it knows.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", topology)
+    name, shape, slices = found.groups() if found else ("", "", None)
+    if name not in CHIPS or not CHIPS[name].kind.startswith("TPU") or slices == "0":
+        raise ValueError(
+            f"--topology={topology} is unknown; give a TPU and the shape of its slice, such as v5p:4x4x4, "
+            "v5e:16x16, or v5p:4x4x4*2 for two slices; TPUs: "
+            f"{', '.join(k for k, c in CHIPS.items() if c.kind.startswith('TPU'))}."
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "libtpu, which holds the TPU's compiler, is not installed; pip install 'jax[tpu]' (Linux on x86 "
+            "only; no TPU is needed)."
+        )
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")  # libtpu is for its compiler only: no TPU is looked for
+    more = JOINED_CORES[name] if name in JOINED_CORES else {}
+    if slices is not None:
+        more = more | {"num_slices": int(slices)}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **more)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        said = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise ValueError(
+            f"--topology={topology}: the TPU's compiler knows no such slice ({said}); its TPUs come in "
+            "shapes such as v5p:2x2x1, v5p:4x4x4, v5e:2x2 and v5e:16x16."
+        ) from error
+    return list(described.devices)
+
+
+def links(mesh: Mesh, axes: Sequence[str], chip: Chip) -> int:
+    """ICI links of a chip that a collective along these mesh axes can use at once.
+
+    They may lie along several dimensions of the network. One that they fill and that closes to a ring gives
+    two links, any other one: at the ends of a line everything passes through one link.
+    """
+    group = _group(mesh, axes)
+    group = [device for device in group if _slice(device) == _slice(group[0])]
+    if not hasattr(group[0], "coords"):
+        return 2 * chip.dimensions
+    extent = np.max([device.coords for device in mesh.devices.flat], axis=0) + 1
+    filled = [len({device.coords[i] for device in group}) for i in range(len(extent))]
+    rings = [n == length and length % chip.wraps_at == 0 for n, length in zip(filled, extent, strict=True)]
+    return sum(2 if ring else 1 for n, ring in zip(filled, rings, strict=True) if n > 1) or 1
+
+
+def slices_of(mesh: Mesh, axes: Sequence[str] | None = None) -> int:
+    """How many slices the devices along these mesh axes (default: all) are of."""
+    return len({_slice(device) for device in _group(mesh, mesh.axis_names if axes is None else axes)})
+
+
+def _group(mesh: Mesh, axes: Sequence[str]) -> list[Any]:
+    """The devices along these axes that are first along all others."""
+    place = tuple(slice(None) if name in axes else slice(1) for name in mesh.axis_names)
+    return list(mesh.devices[place].flat)
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", 0)  # a single described slice has none

@@ -1,0 +1,99 @@
+"""Bytes that single instructions of a compiled program move between a chip and its HBM."""
+
+from __future__ import annotations
+
+import math
+
+from dreamllm_jax.aot.arithmetic import estimate
+from dreamllm_jax.aot.hlo import Computation, Instruction, Program, Shape
+
+# What moves nothing itself: names and parts of arrays, control, and the ends of what began elsewhere.
+STILL = frozenset(
+    "parameter constant tuple get-tuple-element bitcast while conditional call after-all add-dependency "
+    "partition-id replica-id opt-barrier async-start async-update async-done copy-done slice-done "
+    "all-gather-done all-reduce-done collective-permute-done send send-done recv recv-done".split()
+)
+_PARTS = ("dynamic-slice", "slice", "gather")
+
+
+def hbm_bytes(program: Program, within: Computation, instruction: Instruction) -> float:
+    """Bytes read and written by a scheduled instruction, each operand and result once.
+
+    Of an array of which a slice is taken or overwritten only the slice counts. What lies in on-chip memory
+    does not. Arrays are taken without the padding of their tiles.
+    """
+    opcode = instruction.opcode
+    if opcode in STILL:
+        return 0.0
+    if opcode == "fusion":
+        return _fusion(program, within, instruction)
+    if opcode == "custom-call":
+        if said := estimate(instruction)["bytes_accessed"]:
+            return said
+        if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+            return 0.0
+    if opcode == "dynamic-update-slice":
+        return 2 * _held(within.instructions[instruction.operands[1]].results)
+    if opcode in _PARTS:
+        return 2 * _held(instruction.results)
+    if opcode in ("copy-start", "slice-start"):
+        return math.fsum(s.bytes for s in instruction.results[:2] if s.in_hbm)
+    read = math.fsum(_held(within.instructions[name].results) for name in instruction.operands)
+    return read + _held(instruction.made)
+
+
+def _held(results: tuple[Shape, ...]) -> float:
+    return math.fsum(s.bytes for s in results if s.in_hbm)
+
+
+def _fusion(program: Program, within: Computation, instruction: Instruction) -> float:
+    fused = program.computations[instruction.called[0]]
+    total = 0.0
+    for name, parameter in zip(instruction.operands, fused.parameters, strict=True):
+        if all(s.in_hbm for s in within.instructions[name].results):
+            total += _read(program, fused, parameter)
+    root = _source(fused, fused.root)
+    parts = (
+        [_source(fused, fused.instructions[n]) for n in root.operands] if root.opcode == "tuple" else [root]
+    )
+    for part, result in zip(parts, instruction.results, strict=False):
+        if result.in_hbm:
+            total += _written(program, fused, part, result)
+    return total
+
+
+def _source(fused: Computation, instruction: Instruction) -> Instruction:
+    """What a chain of other names for it began with."""
+    while instruction.opcode == "bitcast":
+        instruction = fused.instructions[instruction.operands[0]]
+    return instruction
+
+
+def _written(program: Program, fused: Computation, part: Instruction, result: Shape) -> float:
+    if part.opcode == "dynamic-update-slice":
+        return math.fsum(s.bytes for s in fused.instructions[part.operands[1]].results)
+    if part.opcode == "fusion":
+        inner = program.computations[part.called[0]]
+        return _written(program, inner, _source(inner, inner.root), result)
+    return result.bytes
+
+
+def _read(program: Program, fused: Computation, value: Instruction) -> float:
+    """Bytes of a parameter that a fusion reads."""
+    whole = math.fsum(s.bytes for s in value.results)
+    total = 0.0
+    for user in fused.users[value.name] if value.name in fused.users else ():
+        if user.opcode == "bitcast":
+            total += _read(program, fused, user)
+        elif user.opcode in _PARTS and user.operands[0] == value.name:
+            total += math.fsum(s.bytes for s in user.results)
+        elif user.opcode == "fusion":
+            inner = program.computations[user.called[0]]
+            total += math.fsum(
+                _read(program, inner, parameter)
+                for name, parameter in zip(user.operands, inner.parameters, strict=True)
+                if name == value.name
+            )
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
+            return whole
+    return min(whole, total)

@@ -1,0 +1,121 @@
+"""What one row or picture costs a tower in a step: FLOPs, and bytes kept for the backward pass; by remat."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dreamllm_jax.config.model import DreamLLMConfig, RematConfig
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.models.parameters import Flat, abstract_params, nested
+from dreamllm_jax.sharding import match_rule
+from dreamllm_jax.train.flops import count_flops
+
+# A U-Net's layers are of several sizes; its largest keeps about this part of all. A guess, for SD's shapes.
+UNET_LAYERS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one row (llama) or one picture: `again` are FLOPs of the forward pass that remat repeats.
+
+    Bytes that wait for the backward pass: `kept` on the device, `offloaded` on the host, without weights;
+    `layer`: what one layer keeps of itself while its backward pass runs, whatever the remat.
+    """
+
+    again: float = 0.0
+    kept: float = 0.0
+    offloaded: float = 0.0
+    layer: float = 0.0
+
+
+def work(config: DreamLLMConfig, tower: str, remat: str, trained: bool, length: int) -> Work:
+    """The work of a tower through which gradients flow, to its weights too if `trained`.
+
+    Traced on shapes alone, with XLA's attention; the llama's logits are not in it.
+    """
+    config = dataclasses.replace(config, remat=RematConfig())  # one key for all that is traced already
+    flops, kept, offloaded = _traced(config, tower, remat, trained, length)
+    least, all_kept, _ = _traced(config, tower, "none", trained, length)
+    return Work(max(0.0, flops - least), kept, offloaded, all_kept / _layers(config, tower))
+
+
+def _layers(config: DreamLLMConfig, tower: str) -> int:
+    """By what a tower's largest layer is smaller than the whole, in bytes kept."""
+    if tower == "unet":
+        return UNET_LAYERS
+    return getattr(config, tower).num_hidden_layers
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(
+    config: DreamLLMConfig, tower: str, remat: str, trained: bool, length: int
+) -> tuple[float, float, float]:
+    """FLOPs of both passes, bytes kept, bytes offloaded."""
+    policy = dataclasses.replace(config.remat, **{tower: remat})
+    module = DreamLLMModule(dataclasses.replace(_without_kernels(config), remat=policy))
+    dtype = jnp.dtype(config.dtype)
+    weights = {
+        path: jax.ShapeDtypeStruct(x.shape, dtype if match_rule(path)[1] else x.dtype)  # as a step casts them
+        for path, x in _params(config).items()
+        if path.split("/")[0] in (tower, f"{tower}_projector")
+    }
+    method, inputs, steered = _call(config, tower, length)
+
+    def run(weights: Flat, steering: Any) -> Any:
+        given = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), x) for x in inputs]
+        given[steered] = steering
+        return module.apply({"params": nested(weights)}, *given, method=method)
+
+    def both(weights: Flat, steering: Any) -> Any:
+        learning = (weights, steering) if trained else (steering,)
+        out, pull = jax.vjp(lambda *x: run(*(x if trained else (weights, *x))), *learning)
+        return jax.tree.leaves(pull), pull(jax.tree.map(jnp.ones_like, out))
+
+    jaxpr, (residuals, _) = jax.make_jaxpr(both, return_shape=True)(weights, inputs[steered])
+    known = {(x.shape, x.dtype) for x in weights.values()}
+    held = {jax.memory.Space.Device: 0.0, jax.memory.Space.Host: 0.0}
+    for aval in {id(v): v.aval for v in jaxpr.jaxpr.outvars[: len(residuals)]}.values():
+        if (aval.shape, aval.dtype) not in known:
+            held[aval.memory_space] += math.prod(aval.shape) * aval.dtype.itemsize
+    return count_flops(jaxpr.jaxpr), *held.values()
+
+
+@functools.lru_cache(maxsize=2)
+def _params(config: DreamLLMConfig) -> Flat:
+    return abstract_params(config)
+
+
+def _without_kernels(config: DreamLLMConfig) -> DreamLLMConfig:
+    """With XLA's attention in chunks, which keeps about what kernels keep; theirs is not traced."""
+    kinds = {k: v if v in ("xla", "auto") else "chunked" for k, v in vars(config.attention).items()}
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, **kinds))
+
+
+def _call(config: DreamLLMConfig, tower: str, length: int) -> tuple[Any, list[Any], int]:
+    """The tower's method, the shapes of its inputs, and which of them gradients flow to."""
+
+    def floats(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
+
+    if tower == "llama":
+        assert config.llama is not None
+        ints = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        return (lambda m, *x: m.llama(*x)), [floats(1, length, config.llama.hidden_size), ints, ints], 0
+    if tower == "vision":
+        assert config.vision is not None
+        side = config.vision.image_size
+        return "see", [floats(1, side, side, 3)], 0
+    assert tower == "unet" and config.unet is not None
+    size, added = config.latent_size, None
+    if config.unet.pooled_text_dim is not None:
+        times = jax.ShapeDtypeStruct((1, 6), jnp.int32)
+        added = {"text_embeds": floats(1, config.unet.pooled_text_dim), "time_ids": times}
+    context = floats(1, config.num_dream_queries, config.unet.cross_attention_dim)
+    steps = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return "denoise", [floats(1, size, size, config.unet.in_channels), steps, context, added], 2

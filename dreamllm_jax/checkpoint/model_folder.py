@@ -1,0 +1,137 @@
+"""A model as a folder: `config.json`, the parameters in safetensors shards, the tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dreamllm_jax.checkpoint.json_files import read_json
+from dreamllm_jax.checkpoint.storage import cast, new_folder, open_params, read_along, save_params
+from dreamllm_jax.checkpoint.tensors import Tensor
+from dreamllm_jax.checkpoint.vocabulary import with_control_tokens
+from dreamllm_jax.config.base import build, to_dict
+from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig, GenerationConfig, model_config
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.distributed import barrier, is_main
+from dreamllm_jax.models.parameters import parameter_shapes
+
+FORMAT = "dreamllm_jax"
+
+
+class Pretrained(NamedTuple):
+    """What such a folder holds; `params` are flat: path -> tensor, unread."""
+
+    config: DreamLLMConfig
+    params: dict[str, Tensor]
+    tokenizer: Tokenizer
+    generation: GenerationConfig
+
+
+def save_pretrained(
+    folder: str | Path,
+    params: Mapping[str, Any],
+    config: DreamLLMConfig,
+    tokenizer: Tokenizer,
+    generation: GenerationConfig,
+) -> None:
+    """Writes the folder whole or not at all (beside, then renamed), in place of an older model there.
+
+    Of several processes, which all call this, process 0 writes.
+
+    Raises:
+      ValueError: the folder holds something else than such a model.
+    """
+    if is_main():
+        write_pretrained(Path(folder), params, config, tokenizer, generation)
+    else:
+        read_along(params)
+    barrier(f"{folder} is written")
+
+
+def write_pretrained(
+    folder: Path,
+    params: Mapping[str, Any],
+    config: DreamLLMConfig,
+    tokenizer: Tokenizer,
+    generation: GenerationConfig,
+) -> None:
+    """`save_pretrained` of one process alone, whatever others do: it holds all parameters or their files."""
+    if folder.is_dir() and any(folder.iterdir()) and not _holds_model(folder):
+        raise ValueError(f"{folder} holds something else than a saved model; give a new or empty folder.")
+    with new_folder(folder, overwrite=True) as beside:
+        save_params(beside, params)
+        tokenizer.save(beside)
+        # Kernels belong to the machine that trains, not to the model.
+        config = dataclasses.replace(config, attention=AttentionConfig())
+        content = {"format": FORMAT, "model": to_dict(config), "generation": to_dict(generation)}
+        (beside / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder was written by `save_pretrained`, and may be written anew."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "format" in content and content["format"] == FORMAT
+
+
+def open_pretrained(path: str | Path, dtype: str | None = None) -> Pretrained:
+    """Opens a folder that `save_pretrained` wrote; its parameters are not read yet, `dtype` casts them.
+
+    `convert.opening.open_model` also opens checkpoints in PyTorch's formats and models on the hub.
+
+    Raises:
+      ValueError: the folder is missing, incomplete, damaged, or was not written by `save_pretrained`.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}; give the folder of a saved model.")
+    if not is_model_folder(folder):
+        raise ValueError(
+            f"{folder} was not written by save_pretrained; give the folder of a saved model, or convert it "
+            "first: python tools/convert_weights.py to-jax SRC DST."
+        )
+    content = read_json(folder / "config.json")
+    missing = [key for key in ("model", "generation") if key not in content]
+    if missing:
+        raise ValueError(f"{folder}/config.json has no {' and no '.join(missing)}; the folder is damaged.")
+    generation = build(GenerationConfig, content["generation"], "generation")
+    params = cast(open_params(folder), dtype)
+    config, params, tokenizer = with_control_tokens(model_config(content["model"]), params, folder)
+    return Pretrained(config, params, tokenizer, generation)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Returns whether the folder's config.json says that `save_pretrained` (or a conversion) wrote it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    content = read_json(path)
+    return "format" in content and content["format"] == FORMAT
+
+
+def check_complete(folder: str | Path, config: DreamLLMConfig, params: Mapping[str, Any]) -> None:
+    """Checks that a folder's (flat) parameters are those of its config's model.
+
+    Raises:
+      ValueError: some are missing, misshapen or have no place in it, by name.
+    """
+    expected = parameter_shapes(config)
+    wrong = [f"{name} is missing" for name in expected.keys() - params.keys()]
+    wrong += [f"{name} has no place in it" for name in params.keys() - expected.keys()]
+    wrong += [
+        f"{name} has shape {tuple(params[name].shape)}, not {shape}"
+        for name, shape in expected.items()
+        if name in params and tuple(params[name].shape) != tuple(shape)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{folder} does not hold the model that its config.json describes: {'; '.join(sorted(wrong)[:5])}"
+            f"{more}; the folder is incomplete or damaged."
+        )

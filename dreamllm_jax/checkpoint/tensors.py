@@ -1,0 +1,339 @@
+"""Tensors that are read only when asked for: from files, from memory, and as views of each other.
+
+Every reader, rule and writer of the conversion speaks `Tensor`: a name for error messages, a
+shape, a dtype and `read`, which returns (rows of) the values. Nothing is held in memory longer
+than its caller holds it, so checkpoints larger than memory pass through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+
+from dreamllm_jax.checkpoint.byte_ranges import CHUNK_BYTES, Storage
+from dreamllm_jax.distributed import is_spread, to_host
+
+Shape = tuple[int, ...]
+
+# Names of the safetensors format, and what numpy (with ml_dtypes) calls them.
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+DTYPE_NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+# Threads that read and transform pieces ahead of the writer.
+READERS = 2
+
+
+@runtime_checkable
+class Tensor(Protocol):
+    """Values somewhere: `origin` says where, `read(start, stop)` fetches rows of the first axis.
+
+    `by_rows` says that some rows cost less than all of them.
+    """
+
+    @property
+    def origin(self) -> str: ...
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def by_rows(self) -> bool: ...
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray: ...
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """True for float16/32/64, bfloat16 and the float8 kinds (numpy knows only its own)."""
+    return np.issubdtype(dtype, np.floating) or dtype in (
+        DTYPES["BF16"],
+        DTYPES["F8_E4M3"],
+        DTYPES["F8_E5M2"],
+    )
+
+
+def num_bytes(tensor: Tensor) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A strided view of a storage: `start` and `strides` count elements, as torch counts them."""
+
+    name: str
+    storage: Storage
+    dtype: np.dtype
+    shape: Shape
+    start: int = 0
+    strides: Shape | None = None
+
+    def __post_init__(self):
+        if self.strides is not None and self.strides == _contiguous(self.shape):
+            object.__setattr__(self, "strides", None)
+        steps = zip(self.shape, self.strides or _contiguous(self.shape), strict=True)
+        inside = 0 not in self.shape
+        last = self.start + sum((n - 1) * s for n, s in steps) if inside else self.start - 1
+        negative = self.start < 0 or min(self.shape + (self.strides or ()), default=0) < 0
+        if negative or (last + 1) * self.dtype.itemsize > self.storage.size:
+            raise ValueError(
+                f"{self.origin}: a tensor of shape {self.shape} does not lie inside its storage of "
+                f"{self.storage.size} bytes; the file is damaged."
+            )
+
+    @property
+    def origin(self) -> str:
+        return f"{self.storage.file}: {self.name or 'the tensor'}"
+
+    @property
+    def by_rows(self) -> bool:
+        return bool(self.shape)
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        start, stop, shape = _rows(self.shape, start, stop)
+        strides = self.strides or _contiguous(self.shape)
+        first = self.start + (start * strides[0] if shape else 0)
+        if 0 in shape:
+            return np.empty(shape, self.dtype)
+        count = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+        item = self.dtype.itemsize
+        flat = self.storage.read(first * item, (first + count) * item).view(self.dtype)
+        if self.strides is None:
+            return flat.reshape(shape)
+        return np.lib.stride_tricks.as_strided(flat, shape, [s * item for s in strides]).copy()
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+    """An array in memory (numpy, or a jax.Array, fetched from its devices when read)."""
+
+    name: str
+    array: Any
+
+    @property
+    def origin(self) -> str:
+        return self.name
+
+    @property
+    def by_rows(self) -> bool:
+        return bool(self.shape)
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.array.dtype)
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        return to_host(self.array, start, stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """A tensor seen through a function that only moves its elements (transposes, drops axes of 1)."""
+
+    base: Tensor
+    function: Callable[[np.ndarray], np.ndarray]
+    by_rows = False
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    @property
+    def shape(self) -> Shape:
+        # A broadcast scalar has every shape and no memory.
+        return self.function(np.broadcast_to(np.zeros((), np.uint8), self.base.shape)).shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        mapped = self.function(self.base.read())
+        return mapped if start is None and stop is None else mapped[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Tensors of one shape and dtype along a new first axis."""
+
+    parts: tuple[Tensor, ...]
+    by_rows = True
+
+    @property
+    def origin(self) -> str:
+        return f"{self.parts[0].origin} (and {len(self.parts) - 1} more layers)"
+
+    @property
+    def shape(self) -> Shape:
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        rows = self.parts[start:stop]
+        if len(rows) == 1:
+            return contiguous(rows[0].read())[None]
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for i, part in enumerate(rows):
+            out[i] = contiguous(part.read())
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One entry of another tensor's first axis."""
+
+    base: Tensor
+    index: int
+    by_rows = False
+
+    @property
+    def origin(self) -> str:
+        return f"{self.base.origin}[{self.index}]"
+
+    @property
+    def shape(self) -> Shape:
+        return self.base.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        row = self.base.read(self.index, self.index + 1)[0]
+        return row if start is None and stop is None else row[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """A tensor in another floating dtype; integers and booleans stay what they are."""
+
+    base: Tensor
+    to: np.dtype
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    @property
+    def by_rows(self) -> bool:
+        return self.base.by_rows
+
+    @property
+    def shape(self) -> Shape:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.to if is_floating(self.base.dtype) else self.base.dtype
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        return self.base.read(start, stop).astype(self.dtype, copy=False)
+
+
+def is_read_together(tensor: Tensor) -> bool:
+    """Whether the values lie on devices of several processes, which all read the same pieces in one order."""
+    base = tensor.base if isinstance(tensor, Cast) else tensor
+    return isinstance(base, ArrayTensor) and is_spread(base.array)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in row-major order; transposed matrices are copied in strips that fit the cache.
+
+    numpy's own copy of a large transposed matrix misses the cache at nearly every element and is
+    several times slower.
+    """
+    if array.ndim != 2 or array.flags.c_contiguous or not array.T.flags.c_contiguous:
+        return np.ascontiguousarray(array)
+    out = np.empty(array.shape, array.dtype)
+    strip = max(8, 32 // array.dtype.itemsize)
+    for start in range(0, array.shape[1], strip):
+        out[:, start : start + strip] = array[:, start : start + strip]
+    return out
+
+
+def pieces(tensor: Tensor) -> list[Callable[[], np.ndarray]]:
+    """Readers of the values in order, as contiguous whole rows, small where rows can be read apart."""
+    if num_bytes(tensor) <= CHUNK_BYTES or not tensor.by_rows:
+        return [lambda: contiguous(tensor.read())]
+    return [functools.partial(_read_rows, tensor, *ends) for ends in row_ranges(tensor, 0, tensor.shape[0])]
+
+
+def _read_rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+    return contiguous(tensor.read(start, stop))
+
+
+def row_ranges(tensor: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
+    """Rows start..stop in ranges that are read at once: small ones, where rows can be read apart."""
+    if not tensor.by_rows:
+        return [(start, stop)]
+    rows = max(1, CHUNK_BYTES * tensor.shape[0] // max(num_bytes(tensor), 1))
+    return [(first, min(first + rows, stop)) for first in range(start, stop, rows)]
+
+
+def stream(tensors: Iterable[Tensor]) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the tensor, next piece of it), in order; a few pieces are read ahead by threads."""
+    waiting: deque[tuple[int, Future]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for number, tensor in enumerate(tensors):
+                submit = _now if is_read_together(tensor) else pool.submit
+                for read in pieces(tensor):
+                    waiting.append((number, submit(read)))
+                    if len(waiting) > READERS:
+                        done, future = waiting.popleft()
+                        yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _now(read: Callable[[], np.ndarray]) -> Future:
+    """Reads at once, in this thread: what processes do together keeps its order."""
+    future: Future = Future()
+    future.set_result(read())
+    return future
+
+
+def _contiguous(shape: Sequence[int]) -> Shape:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))
+
+
+def _rows(shape: Shape, start: int | None, stop: int | None) -> tuple[int, int, Shape]:
+    if not shape:
+        return 0, 0, shape
+    start, stop, _ = slice(start, stop).indices(shape[0])
+    return start, stop, (max(stop - start, 0), *shape[1:])

@@ -1,0 +1,184 @@
+"""Applies the conversion tables in both directions, lazily, and reports every fault together.
+
+A source is a mapping of part ("llama", "unet", ...) to {PyTorch name: tensor}; the result a mapping
+of our paths to tensors, whose values are read only when they are written or placed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Callable, Container, Mapping
+
+from dreamllm_jax.checkpoint.tensors import Mapped, Row, Shape, Stacked, Tensor
+from dreamllm_jax.convert.patterns import TRANSFORMS, Rule
+from dreamllm_jax.convert.rules import IGNORED, RULES
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+_IGNORED = re.compile("|".join(f"(?:{pattern})" for pattern in IGNORED))
+
+
+@dataclasses.dataclass
+class Report:
+    """What did not fit, each entry a line with the tensor's name and shape.
+
+    `ignored` is harmless; `differing` are statements of config.json that its tokenizer contradicts; `made` is
+    what no source has.
+    """
+
+    missing: list[str] = dataclasses.field(default_factory=list)
+    unexpected: list[str] = dataclasses.field(default_factory=list)
+    duplicate: list[str] = dataclasses.field(default_factory=list)
+    misshapen: list[str] = dataclasses.field(default_factory=list)
+    ignored: list[str] = dataclasses.field(default_factory=list)
+    differing: list[str] = dataclasses.field(default_factory=list)
+    made: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        """Takes over all of another report's lines."""
+        for field in dataclasses.fields(self):
+            getattr(self, field.name).extend(getattr(other, field.name))
+
+    @property
+    def faulty(self) -> bool:
+        return bool(self.missing or self.unexpected or self.duplicate or self.misshapen)
+
+    def raise_if_faulty(self, what: str) -> None:
+        """Raises ValueError with all faults, named, where there are any."""
+        if self.faulty:
+            raise ValueError(f"{what} does not fit the model.\n{self}")
+
+    def __str__(self) -> str:
+        sections = []
+        for field in dataclasses.fields(self):
+            lines = getattr(self, field.name)
+            if lines:
+                sections.append("\n  ".join([f"{field.name} ({len(lines)}):", *lines]))
+        return "\n".join(sections) or "every tensor has its place"
+
+
+def to_jax(
+    parts: Parts, expected: Mapping[str, Shape], rules: Mapping[str, tuple[Rule, ...]] = RULES
+) -> tuple[dict[str, Tensor], Report]:
+    """Our parameters out of PyTorch's tensors.
+
+    Args:
+      parts: part -> {PyTorch name inside the part: tensor}.
+      expected: the model's parameters, path -> shape (`models.init` under `jax.eval_shape`). Parts
+        of which it has nothing are ignored, and listed.
+
+    Returns:
+      path -> tensor, in the order of `expected`, and the report; incomplete where that is faulty.
+    """
+    report = Report()
+    found: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
+    unfit: set[str] = set()
+    towers = {path.split("/")[0] for path in expected}
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            place = _target(rules[part], name, tensor, expected)
+            if _IGNORED.fullmatch(name):
+                report.ignored.append(_line(tensor))
+            elif part not in towers:
+                report.ignored.append(f"{_line(tensor)} (the model has no {part})")
+            elif place is None:
+                report.unexpected.append(_line(tensor))
+            else:
+                rule, path, layer = place
+                if path not in expected:
+                    (report.ignored if rule.harmless else report.unexpected).append(_line(tensor))
+                elif layer in found[path]:
+                    report.duplicate.append(
+                        f"{_line(tensor)} and {_line(found[path][layer])} are both {path}"
+                    )
+                elif (mapped := _mapped(tensor, rule)) is None:
+                    report.misshapen.append(f"{_line(tensor)} cannot become {path} {tuple(expected[path])}")
+                    unfit.add(path)
+                else:
+                    found[path][layer] = mapped
+    params = {}
+    for path, shape in expected.items():
+        if path in unfit:
+            continue
+        if not found[path]:
+            report.missing.append(f"{path} {tuple(shape)}")
+            continue
+        params[path] = _join(path, tuple(shape), found[path], report)
+    return params, report
+
+
+def to_torch(
+    params: Mapping[str, Tensor], rules: Mapping[str, tuple[Rule, ...]] = RULES
+) -> tuple[dict[str, dict[str, Tensor]], Report]:
+    """PyTorch's tensors out of our parameters (path -> tensor): part -> {name: tensor}, and the report."""
+    report = Report()
+    parts: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in params.items():
+        part = path.split("/")[0]
+        found = _source(rules[part], path, tensor, params) if part in rules else None
+        if found is None:
+            report.unexpected.append(f"{path} {tensor.shape}")
+            continue
+        rule, name = found
+        names = parts.setdefault(part, {})
+        for layer in range(tensor.shape[0]) if rule.stacked else (None,):
+            entry = tensor if layer is None else Row(tensor, layer)
+            if name(layer) in names:
+                report.duplicate.append(f"{path} and {names[name(layer)].origin} are both {name(layer)}")
+            names[name(layer)] = Mapped(entry, TRANSFORMS[rule.transform].backward)
+    return parts, report
+
+
+def _target(
+    rules: tuple[Rule, ...], name: str, tensor: Tensor, known: Container[str]
+) -> tuple[Rule, str, int | None] | None:
+    for rule in rules:
+        place = rule.to_target(name, len(tensor.shape), known)
+        if place is not None:
+            return rule, *place
+    return None
+
+
+def _source(
+    rules: tuple[Rule, ...], path: str, tensor: Tensor, known: Container[str]
+) -> tuple[Rule, Callable[[int | None], str]] | None:
+    for rule in rules:
+        name = rule.to_source(path, len(tensor.shape), known)
+        if name is not None:
+            return rule, name
+    return None
+
+
+def _mapped(tensor: Tensor, rule: Rule) -> Tensor | None:
+    """The tensor in our layout; None for one whose axes are not those of its family."""
+    mapped = Mapped(tensor, TRANSFORMS[rule.transform].forward)
+    try:
+        mapped.shape  # noqa: B018
+    except ValueError:
+        return None
+    return mapped
+
+
+def _join(path: str, shape: Shape, layers: dict[int | None, Tensor], report: Report) -> Tensor:
+    """The one tensor, or the stack of its layers, after a look at what is missing or does not fit."""
+    faults = len(report.missing) + len(report.misshapen)
+    wanted = shape if None in layers else shape[1:]
+    numbers = [None] if None in layers else range(shape[0])
+    report.missing.extend(f"{path}, layer {i} {wanted}" for i in numbers if i not in layers)
+    for i, tensor in layers.items():
+        if i not in numbers:
+            report.unexpected.append(f"{_line(tensor)} (the model has {len(numbers)} layers)")
+        elif tensor.shape != wanted:
+            report.misshapen.append(f"{_line(tensor)} becomes {tensor.shape}; {path} needs {wanted}")
+        elif tensor.dtype != next(iter(layers.values())).dtype:
+            report.misshapen.append(f"{_line(tensor)} is {tensor.dtype}, other layers are not")
+    if None in layers or len(report.missing) + len(report.misshapen) > faults:
+        return next(iter(layers.values()))
+    return Stacked(tuple(layers[i] for i in numbers))
+
+
+def _line(tensor: Tensor) -> str:
+    base = tensor.base if isinstance(tensor, Mapped) else tensor
+    return f"{base.origin} {base.shape}"

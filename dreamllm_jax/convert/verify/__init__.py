@@ -1,1 +1,0 @@
-"""Our numbers beside those that the reference computed: `python -m dreamllm_jax.convert.verify FOLDER`."""

@@ -1,0 +1,1 @@
+"""Our numbers beside those that the reference computed: `python -m dreamllm_jax.parity FOLDER`."""

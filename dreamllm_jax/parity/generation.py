@@ -1,0 +1,133 @@
+"""Two generations: text after a picture, decoded greedily, and a picture by guided DDPM."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.diffusion.sampling import guided, make_plan, sample
+from dreamllm_jax.generate.decode import Control, decode_text, dream, prefill
+from dreamllm_jax.parity.case import Case, channels_last, slots
+
+
+def prompt_rows(sequences: list[list[int]], **pictures: Any) -> Batch:
+    """Token ids as left-aligned rows, one prompt each."""
+    length = max(map(len, sequences))
+    tokens = np.array([s + [0] * (length - len(s)) for s in sequences], np.int32)
+    nowhere = np.full_like(tokens, -1)
+    batch = Batch(
+        tokens=tokens,
+        targets=nowhere,
+        segment_ids=np.array([[1] * len(s) + [0] * (length - len(s)) for s in sequences], np.int32),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
+        loss_weights=np.zeros(tokens.shape, np.float32),
+        image_slots=nowhere,
+        dream_slots=nowhere,
+        image_mask=np.zeros((len(tokens), 1), bool),
+        dream_mask=np.zeros((len(tokens), 1), bool),
+        null_dream=np.full(len(tokens), -1, np.int32),
+    )
+    return jax.tree.map(jnp.asarray, dataclasses.replace(batch, **pictures))
+
+
+def compare_greedy(case: Case) -> dict[str, float]:
+    """How many of the greedily decoded tokens after a prompt with a picture are others."""
+    prompt = case.reference["gen.prompt_ids"][0].tolist()
+    wanted = case.reference["gen.greedy_ids"][0].tolist()[len(prompt) :]
+    tokens, special = np.array([prompt], np.int32), case.tokenizer.special
+    image = channels_last(case.reference["in.images"][0])
+    batch = prompt_rows(
+        [prompt],
+        image_slots=slots(tokens, special.im_start, case.config.num_patches),
+        images=image[None, None],
+    )
+    assert case.config.llama is not None
+    anything = Control(
+        forbidden=jnp.zeros(case.config.llama.vocab_size, bool),
+        stops=jnp.zeros(0, jnp.int32),
+        dream_start=jnp.int32(special.dream_start),
+        may_dream=jnp.ones(1, bool),
+        dream_room=jnp.int32(0),
+        temperature=jnp.float32(0),
+        top_p=jnp.float32(1),
+    )
+    number, params = len(wanted), case.variables["params"]
+    reading = prefill(params, batch, model=case.module, capacity=len(prompt) + number)
+    _, written, _ = decode_text(
+        params,
+        reading,
+        jnp.ones(1, bool),
+        jnp.full(1, number, jnp.int32),
+        jax.random.key(0)[None],
+        anything,
+        model=case.module,
+        max_new_tokens=number,
+    )
+    return {"gen.greedy_ids": float((np.asarray(written[0]) != np.array(wanted)).sum())}
+
+
+def compare_picture(case: Case) -> dict[str, float]:
+    """Errors of text-to-image: query states and conditions, timesteps, guided DDPM steps, the picture."""
+    reference, settings = case.reference, case.settings
+    states = np.concatenate([reference["t2i.prompt_embeds"], reference["t2i.negative_embeds"][:1]])
+    prompts = [*settings["prompts"], ""]
+    context, _ = case.apply(jnp.asarray(states), method="conditions")
+    steps = settings["num_inference_steps"]
+    timesteps = make_plan(case.config.schedule, "ddpm", steps).timestep
+    both = np.concatenate([reference["t2i.negative_embeds"], reference["t2i.prompt_embeds"]])
+    latents, picture = _draw(case, both, steps)
+    return {
+        "t2i.states": float(np.max([_state_error(case, *ps) for ps in zip(prompts, states, strict=True)])),
+        "t2i.conditions": float(np.abs(_conditions(case, prompts) - context).max()),
+        "t2i.timesteps": float(np.abs(timesteps - reference["t2i.timesteps"]).max()),
+        "t2i.final_latents": float(np.abs(latents - channels_last(reference["t2i.final_latents"])).max()),
+        "t2i.image": float(np.abs(picture - channels_last(reference["t2i.image"])).max()),
+    }
+
+
+def _conditions(case: Case, prompts: list[str]) -> np.ndarray:
+    """The U-Net's contexts after some prompts in one batch, through the cache, as generation makes them."""
+    special, params = case.tokenizer.special, case.variables["params"]
+    sequences = [[special.bos, *case.tokenizer.encode(prompt)] for prompt in prompts]
+    capacity = max(map(len, sequences)) + 1 + case.config.num_dream_queries
+    reading = prefill(params, prompt_rows(sequences), model=case.module, capacity=capacity)
+    active, start = jnp.ones(len(prompts), bool), jnp.int32(special.dream_start)
+    return np.asarray(dream(params, reading, active, start, model=case.module)[1])
+
+
+def _state_error(case: Case, prompt: str, wanted: np.ndarray) -> float:
+    """The error of a prompt's query states, read in one piece as in training."""
+    special, queries = case.tokenizer.special, case.config.num_dream_queries
+    before = [special.bos, *case.tokenizer.encode(prompt), special.dream_start]
+    tokens = [*before, *[special.im_patch] * queries, special.dream_end]
+    at = slots(np.array([tokens], np.int32), special.dream_start, queries)
+    hidden = case.apply(prompt_rows([tokens], dream_slots=at), method="read")
+    return float(np.abs(hidden[0, len(before) : len(before) + queries] - wanted).max())
+
+
+def _draw(case: Case, states: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(final latents, picture before clipping) of guided DDPM from the reference's noise."""
+    config, reference = case.config, case.reference
+    assert config.vae is not None
+    scale, factor = case.settings["guidance_scale"], config.vae.scaling_factor
+
+    @jax.jit
+    def draw(variables, states, init, step_noise):
+        context, _ = case.module.apply(variables, states, method="conditions")
+
+        def denoise(latents, timesteps):
+            return case.module.apply(variables, latents, timesteps, context, None, method="denoise")
+
+        process = guided(denoise, scale)
+        latents = sample(
+            process, init, config.schedule, method="ddpm", num_steps=steps, step_noise=step_noise
+        )
+        return latents, case.module.apply(variables, latents / factor, method=lambda m, x: m.vae.decode(x))
+
+    init, noise = (channels_last(reference[f"t2i.{name}"]) for name in ("init_latents", "step_noise"))
+    return jax.tree.map(np.asarray, draw(case.variables, states, init, noise))

@@ -1,0 +1,222 @@
+"""Small programs through the real TPU compiler, without a TPU: what they move, hold and compute."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import pytest
+from PIL import Image
+
+from dreamllm_jax.aot import __main__ as command
+from dreamllm_jax.aot.memory import bytes_held, too_large
+from dreamllm_jax.aot.program import generation_program, train_program
+from dreamllm_jax.aot.report import by_kind, numbers
+from dreamllm_jax.aot.topology import described_devices
+from dreamllm_jax.config.data import DataConfig
+from dreamllm_jax.config.model import RematConfig
+from dreamllm_jax.config.train import MeshConfig, Recipe
+from tests.train import tiny
+
+# Programs that are kept cannot be loaded without their devices, and are compiled again.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
+TOPOLOGY = "v5e:2x2"
+ROWS, LENGTH = 8, 104  # no dimension of a parameter is a multiple of this length
+
+# The recipe of a file, for the command line: a vision projector learns, before a frozen language model.
+FILE = """
+from tests.train.tiny import MODEL
+
+def get_config(arg=None):
+    model = {k: v for k, v in MODEL.items() if k not in ("unet", "vae", "schedule")} | {"dtype": "bfloat16"}
+    data = dict(rows=8, length=64, max_images=2)
+    stage = dict(name="seeing", trainable=("vision_projector",), steps=1, data=data)
+    return dict(name="small", model=model, stages=[stage])
+"""
+
+
+@pytest.fixture(scope="module")
+def devices():
+    pytest.importorskip(
+        "libtpu", reason="libtpu, the TPU's compiler, is not installed (pip install 'jax[tpu]')"
+    )
+    return described_devices(TOPOLOGY)
+
+
+def recipe(mesh, towers=("llama", "vision"), **stage):
+    """A joint stage of the tiny model; without `unet` nothing is drawn."""
+    config = tiny.config(dtype="bfloat16")
+    absent = {name: None for name in ("vision", "unet", "vae") if name not in towers}
+    data = DataConfig(rows=ROWS, length=LENGTH, max_images=2, max_dreams=2)
+    stage = dataclasses.replace(tiny.stage(loss=dict(condition_dropout=0.0), **stage), data=data)
+    return Recipe("tiny", dataclasses.replace(config, **absent), (stage,), mesh=mesh)
+
+
+def compiled_step(recipe, devices, effort="low"):
+    program = train_program(recipe, recipe.stages[0], devices)
+    return command.find(recipe, program, TOPOLOGY, effort)
+
+
+def run(monkeypatch, *arguments):
+    """The exit code of the command line; None where it ends by itself."""
+    monkeypatch.setattr(sys, "argv", ["compile", *arguments])
+    try:
+        command.main()
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(FILE)
+    return f"--config={path}"
+
+
+def test_the_command_and_a_frozen_language_model(devices, file, tmp_path, monkeypatch, capsys):
+    """Nothing is kept for frozen weights, no gradient of them is made or sent."""
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", f"--out={tmp_path}") is None
+    found = json.loads((tmp_path / "compile.json").read_text())
+    held = found["memory"]["bytes"]
+    assert found["memory"]["fits"] and "small, seeing on v5e:2x2" in capsys.readouterr().out
+    assert Image.open(tmp_path / "compile.png").width > 500
+
+    assert 0 < held["optimizer"] <= 2.5 * held["parameters"] < 0.2 * held["frozen"]
+    assert held["activations"] > 0 and held["temporaries"] > 0
+    # Model FLOPs are those of two passes: forward, and towards the projector. A third would be for weights.
+    ratio = found["compiled_flops"]["llama"] / found["model_flops"]["llama"]
+    assert 0.7 < ratio < 1.2
+    moved = {c["kind"]: c["bytes"] for c in found["collectives"]}
+    assert set(moved) == {"all-gather", "all-reduce"} and all(
+        c["axes"] == ["fsdp"] for c in found["collectives"]
+    )
+    assert moved["all-reduce"] < 8 * held["parameters"]  # float32 gradients of what learns, and the loss
+
+
+def test_the_command_says_what_is_impossible(devices, file, monkeypatch, capsys):
+    def said(*arguments):
+        assert run(monkeypatch, file, *arguments) == 1
+        return capsys.readouterr().err
+
+    assert "--topology=v9:2x2 is unknown" in said("--topology=v9:2x2")
+    assert "knows no such slice" in said("--topology=v5p:3x3x3")
+    assert "data.rows=6 is not divisible by the 4 devices" in said(
+        f"--topology={TOPOLOGY}", "--config.stages.seeing.data.rows=6"
+    )
+    assert "mesh" in said(f"--topology={TOPOLOGY}", "--config.mesh.fsdp=3")
+    assert "no tower" in said(f"--topology={TOPOLOGY}", "--program=denoise")
+
+
+def test_what_does_not_fit(devices, file, monkeypatch, capsys):
+    small = dataclasses.replace(command.chip_of("TPU v5 lite"), hbm=1e6)
+    monkeypatch.setattr(command, "chip_of", lambda kind: small)
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--config.mesh.fsdp=4") == 1
+    assert "does not fit on v5e:2x2" in capsys.readouterr().err
+    said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used "
+    assert too_large(RuntimeError(said + "107.13G of 95.74G hbm.")) == (
+        "it needs 107.1 GiB of the chip's 95.7 GiB of memory"
+    )
+    assert too_large(RuntimeError("INTERNAL: something else")) is None
+
+
+def test_the_search_by_command(devices, file, tmp_path, monkeypatch, capsys):
+    """What it prints are overrides that the command itself takes; where nothing fits it says so."""
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=1", f"--out={tmp_path}") is None
+    found, said = json.loads((tmp_path / "search.json").read_text()), capsys.readouterr().out
+    (tried,) = found["tried"]
+    assert tried["fits"] and found["candidates"] == found["fit_by_estimate"] > 50
+    assert tried["compiled"]["mesh"]["fsdp"] == tried["mesh"]["fsdp"]
+    assert "--config.mesh.whole=" in said and all(o.split("=")[0] in said for o in found["best"])
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", *found["best"]) is None
+
+    small = dataclasses.replace(command.chip_of("TPU v5 lite"), hbm=2e6)
+    monkeypatch.setattr(command, "chip_of", lambda kind: small)
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=1") == 1
+    assert "of 1 candidates that were compiled none fits" in capsys.readouterr().err
+    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=0") == 1
+
+
+def test_collectives_of_a_step_on_a_tensor_axis(devices):
+    """Weights are gathered along fsdp, their gradients scattered; heads and widths are summed over tensor."""
+    found, _ = compiled_step(recipe(MeshConfig(1, 2, 2), ("llama",), trainable=("llama",)), devices)
+    kinds = by_kind(found.census)
+    assert set(kinds) == {
+        ("all-gather", ("fsdp",)),
+        ("reduce-scatter", ("fsdp",)),
+        ("all-reduce", ("tensor",)),
+        ("all-reduce", ("fsdp",)),
+        ("all-reduce", ("fsdp", "tensor")),
+    }
+    weights = bytes_held(found.program.arguments["parameters"]) / 2  # in bfloat16
+    # Each layer's for the forward and the backward pass, of which a device has half.
+    assert kinds["all-gather", ("fsdp",)][1] < 2.2 * weights
+    states = ROWS // 2 * LENGTH * 64 * 2  # of one device, bfloat16
+    largest = max(c.operand for c in found.census.collectives if c.axes == ("tensor",))
+    assert largest <= 2 * states
+    assert kinds["all-reduce", ("fsdp", "tensor")][1] < 1024  # losses and norms
+
+
+def test_a_joint_step_in_micro_batches(devices):
+    """Every tower: only gradients cross `data`; no activation and no logits travel, parameters alone."""
+    trainable = ("llama", "dream_queries", "vision_projector", "condition_projector")
+    wanted = recipe(
+        MeshConfig(2, 2), ("llama", "vision", "unet", "vae"), trainable=trainable, optim=dict(accumulation=2)
+    )
+    found, text = compiled_step(wanted, devices)
+    assert found.memory.fits
+    held = {k: v for k, v in found.program.arguments.items() if k != "batch"}
+    donated = text.split("\n", 1)[0].count("-alias)")
+    assert donated == len(jax.tree.leaves(held)) + 2  # the whole state, its step and its key too
+    across = {kind for kind, axes in by_kind(found.census) if "data" in axes}
+    assert across == {"all-reduce"}
+    parameters = max(x.size for x in jax.tree.leaves(found.program.arguments))
+    for c in found.census.collectives:
+        for shape in c.shapes:
+            assert shape.elements <= parameters and all(n % LENGTH for n in shape.dims), c
+            assert tiny.VOCABULARY not in shape.dims or len(shape.dims) == 2, c  # the two tables
+        assert not (c.kind != "all-reduce" and "data" in c.axes), c
+    ratios = {k: 4 * found.census.flops[k] / n for k, n in found.program.model_flops.items()}
+    assert all(0.6 < ratio < 1.4 for ratio in ratios.values()), ratios
+    assert 0 < numbers(found)["roofline"]["mfu"] < 1
+
+
+def test_weights_are_gathered_once_a_step_where_asked(devices):
+    """Layer by layer each of two micro-batches would gather them for both passes: four times in all."""
+    optim = dict(accumulation=2, gather="step")
+    wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=optim)
+    found, _ = compiled_step(wanted, devices)
+    weights = 4 * bytes_held(found.program.arguments["parameters"]) / 2  # whole, in bfloat16
+    kinds = {kind: received for (kind, _), (_, received) in by_kind(found.census).items()}
+    assert 0.5 * weights < kinds["all-gather"] < 1.1 * weights
+    # Gradients are scattered in each micro-batch; of one table XLA makes an all-reduce, here as there.
+    assert kinds["reduce-scatter"] + kinds["all-reduce"] < 2 * weights
+
+
+def test_offloaded_states_wait_on_the_host(devices):
+    remat = RematConfig(llama="offload")
+    wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",))
+    wanted = dataclasses.replace(wanted, model=dataclasses.replace(wanted.model, remat=remat))
+    found, _ = compiled_step(wanted, devices)
+    states = ROWS // 4 * LENGTH * 64 * 2  # of one device, bfloat16
+    assert wanted.model.llama.num_hidden_layers == 2
+    assert found.memory.host >= 2 * states
+
+
+def test_micro_batches_compile_with_full_effort(devices):
+    """As a run compiles: what moves sums out of loops ends with an internal error where it may move these."""
+    wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=dict(accumulation=2))
+    found, _ = compiled_step(wanted, devices, "full")
+    # Each micro-batch scatters its gradients: none lie whole on a device until the last.
+    scattered = found.census.collectives
+    assert sum(c.times for c in scattered if c.kind == "reduce-scatter") >= 2 and found.memory.fits
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode", "denoise"])
+def test_generation_compiles(devices, name):
+    towers = ("llama", "unet", "vae") if name == "denoise" else ("llama",)
+    wanted = recipe(MeshConfig(1, 2, 2), towers, trainable=("llama",))
+    found, _ = command.find(wanted, generation_program(wanted, name, 4, devices), TOPOLOGY, "low")
+    assert found.memory.fits and found.roofline.bound > 0
+    assert bool(found.census.endless) == (name == "decode")

@@ -1,0 +1,167 @@
+"""The converted form on disk: whole or absent, bit for bit, and checked."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
+
+from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
+from dreamllm_jax.checkpoint.storage import (
+    INDEX,
+    cast,
+    flatten,
+    new_folder,
+    open_params,
+    read_blocks,
+    save_params,
+    to_device,
+    unflatten,
+)
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return {
+        "llama": {
+            "layers": {"kernel": rng.normal(size=(3, 4, 5)).astype(np.float32)},
+            "norm": {"scale": jnp.ones((4,), jnp.bfloat16)},
+        },
+        "vae": {"n": np.arange(3, dtype=np.int32), "scalar": np.float32(2.5).reshape(())},
+    }
+
+
+def load(folder, dtype=None):
+    """All parameters of a folder, read and nested."""
+    return unflatten({path: tensor.read() for path, tensor in cast(open_params(folder), dtype).items()})
+
+
+def same(a, b):
+    assert a.shape == b.shape and np.dtype(a.dtype) == np.dtype(b.dtype)
+    np.testing.assert_array_equal(
+        np.asarray(a).reshape(-1).view(np.uint8), np.asarray(b).reshape(-1).view(np.uint8)
+    )
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 100, 1])
+def test_saved_parameters_come_back(tmp_path, shard_bytes):
+    save_params(tmp_path, params(), shard_bytes=shard_bytes)
+    loaded, saved = flatten(load(tmp_path)), flatten(params())
+    assert set(loaded) == set(saved)
+    for path in saved:
+        same(loaded[path], np.asarray(saved[path]))
+    assert unflatten(loaded).keys() == params().keys()
+
+
+def test_other_readers_understand_the_files(tmp_path):
+    save_params(tmp_path, params())
+    theirs = load_file(tmp_path / "params.safetensors")
+    same(theirs["llama/layers/kernel"], params()["llama"]["layers"]["kernel"])
+    save_file({"x": np.ones((2, 3), ml_dtypes.bfloat16)}, tmp_path / "theirs.safetensors")
+    same(read_safetensors(tmp_path / "theirs.safetensors")["x"].read(), np.ones((2, 3), ml_dtypes.bfloat16))
+
+
+def test_dtype_and_blocks(tmp_path):
+    save_params(tmp_path, params(), dtype="bfloat16")
+    tensors = open_params(tmp_path)
+    assert tensors["llama/layers/kernel"].dtype == ml_dtypes.bfloat16
+    assert tensors["vae/n"].dtype == np.int32
+    whole = tensors["llama/layers/kernel"].read()
+    cuts = [(slice(1, 3), slice(None), slice(0, 2)), (slice(None), slice(2, 4), slice(None))]
+    for cut, block in zip(cuts, read_blocks(tensors["llama/layers/kernel"], cuts), strict=True):
+        np.testing.assert_array_equal(block, whole[cut])
+    placed = load(tmp_path, dtype="float32")
+    assert placed["llama"]["layers"]["kernel"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="int4"):
+        load(tmp_path, dtype="int4")
+
+
+def test_damage_is_named(tmp_path):
+    save_params(tmp_path, params(), shard_bytes=1)
+    shard = tmp_path / json.loads((tmp_path / INDEX).read_text())["weight_map"]["llama/layers/kernel"]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
+        load(tmp_path)
+    shard.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=rf"{shard.name} is truncated"):
+        load(tmp_path)
+    shard.write_bytes(whole[:20])
+    with pytest.raises(ValueError, match=rf"{shard.name}"):
+        load(tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"incomplete: {shard.name} missing"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="is not a converted model"):
+        load(tmp_path / "nothing")
+
+
+def test_an_index_cannot_point_elsewhere(tmp_path):
+    save_params(tmp_path, params())
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../other.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside its folder"):
+        load(tmp_path)
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(RuntimeError), new_folder(target) as beside:
+        save_params(beside, params())
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(target) as beside:
+        save_params(beside, params())
+    with pytest.raises(ValueError, match="not empty"), new_folder(target) as beside:
+        pass
+    with pytest.raises(RuntimeError), new_folder(target, overwrite=True) as beside:
+        raise RuntimeError
+    assert load(target)
+    with new_folder(target, overwrite=True) as beside:
+        save_params(beside, {"a": np.ones(2)})
+    assert list(load(target)) == ["a"] and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failing_tensor_leaves_no_readable_folder(tmp_path):
+    class Broken:
+        origin, shape, dtype, by_rows = "broken", (2,), np.dtype(np.float32), True
+
+        def read(self, start=None, stop=None):
+            raise ValueError("no")
+
+    save_params(tmp_path, params())
+    with pytest.raises(ValueError, match="no"):
+        save_params(tmp_path, {"a": np.ones(2), "b": Broken()})
+    assert [p.name for p in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_blocks_share_what_is_read(by_rows, monkeypatch, devices):
+    """Every row once, a few at a time where they can be read apart; every device gets its own."""
+    values = np.arange(8 * 6 * 4, dtype=np.float32).reshape(8, 6, 4)
+    reads = []
+
+    class Watched:
+        origin, shape, dtype = "watched", values.shape, values.dtype
+
+        def __init__(self):
+            self.by_rows = by_rows
+
+        def read(self, start=None, stop=None):
+            reads.append((start, stop))
+            return values[start:stop]
+
+    monkeypatch.setattr("dreamllm_jax.checkpoint.tensors.CHUNK_BYTES", values[0].nbytes)  # two in bfloat16
+    mesh = jax.make_mesh((2, 4), ("a", "b"), devices=devices)
+    for spec in (P("a"), P(None, "a"), P("b", None, "a"), P()):
+        placed = to_device(Watched(), NamedSharding(mesh, spec), jnp.bfloat16)
+        np.testing.assert_array_equal(placed, values.astype(jnp.bfloat16))
+        assert placed.sharding.spec == spec and placed.dtype == jnp.bfloat16
+        assert reads == ([(0, 2), (2, 4), (4, 6), (6, 8)] if by_rows else [(0, 8)])
+        reads.clear()

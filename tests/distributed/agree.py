@@ -1,0 +1,108 @@
+"""What test_local_processes.py starts as two processes: they agree, disagree, and one of them fails."""
+
+import sys
+from pathlib import Path
+
+from dreamllm_jax import distributed
+
+distributed.initialize()
+distributed.initialize()  # does nothing
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+
+from dreamllm_jax.checkpoint.model_folder import write_pretrained  # noqa: E402
+from dreamllm_jax.config.base import build  # noqa: E402
+from dreamllm_jax.config.data import DataConfig  # noqa: E402
+from dreamllm_jax.config.model import GenerationConfig  # noqa: E402
+from dreamllm_jax.config.train import MeshConfig  # noqa: E402
+from dreamllm_jax.data import tar_index  # noqa: E402
+from dreamllm_jax.data.numbers import corpus_text  # noqa: E402
+from dreamllm_jax.data.pipeline import open_source  # noqa: E402
+from dreamllm_jax.data.tokenizer import train_tokenizer  # noqa: E402
+from dreamllm_jax.evaluate import __main__ as evaluate_command  # noqa: E402
+from dreamllm_jax.evaluate import run  # noqa: E402
+from dreamllm_jax.sharding import make_mesh, process_rows, shard_batch  # noqa: E402
+from dreamllm_jax.train.start import prepare_index  # noqa: E402
+from tests.data.datasets import picture, write_tar  # noqa: E402
+from tests.data.fakes import WordTokenizer  # noqa: E402
+from tests.train import tiny  # noqa: E402
+
+folder, index = Path(sys.argv[1]), jax.process_index()
+assert distributed.several() and distributed.is_main() == (index == 0)
+assert distributed.gather({"text": "ü" * (index + 1), "n": index}) == [
+    {"text": "ü", "n": 0},
+    {"text": "üü", "n": 1},
+]
+assert distributed.from_main(["a", index]) == ["a", 0] and distributed.total([1, index]) == [2, 1]
+
+
+def complaint(call, *args) -> str:
+    try:
+        call(*args)
+    except (ValueError, OSError) as error:
+        return str(error)
+    raise AssertionError(f"{call.__name__}{args} went well")
+
+
+distributed.check_same("recipe", "the same")
+assert complaint(distributed.check_same, "recipe", f"mine {index}").startswith("process 1 had another recipe")
+distributed.check_shared(folder / "shared")
+assert index or not list((folder / "shared").iterdir())  # process 0 has taken its token away
+apart = complaint(distributed.check_shared, folder / str(index), 0.2)
+assert "is not one folder for all processes: process 1 cannot see" in apart
+(folder / "file").write_text("")
+assert complaint(distributed.check_shared, folder / "file").startswith("process 0 cannot write into")
+assert "which process 0 has written" in complaint(distributed.wait_for, folder / "never", 0.1)
+
+# Rows: along data each process holds half of them; along tensor over both hosts, both hold all.
+assert process_rows(make_mesh(MeshConfig(data=2, fsdp=1)), 4) == [2 * index, 2 * index + 1]
+across = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2))
+assert process_rows(across, 4) == [0, 1, 2, 3]
+rows = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+for mesh, held in ((make_mesh(MeshConfig(data=2, fsdp=1)), rows[2 * index : 2 * index + 2]), (across, rows)):
+    batch = shard_batch(held, mesh, rows=4)
+    np.testing.assert_array_equal(distributed.to_host(batch), rows)
+spread = jax.make_array_from_callback(
+    (4, 2), NamedSharding(across, PartitionSpec(None, ("tensor",))), lambda cut: rows[cut]
+)
+assert distributed.is_spread(spread)
+np.testing.assert_array_equal(distributed.to_host(spread, 1, 3), rows[1:3])
+
+# Tars: process 0 alone reads their headers, and all know the pairs; one that is no tar is everyone's error.
+read, members = [], tar_index.members
+tar_index.members = lambda path: read.append(path.name) or members(path)
+if index == 0:
+    for name in ("a.tar", "b.tar"):
+        write_tar(folder / name, {"1.png": picture(), "1.txt": b"one"})
+    (folder / "c.tar").write_bytes(b"no tar")
+distributed.barrier("tars are written")
+tars = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/{{a,b}}.tar"}]})
+prepare_index(tars, folder / "index")
+assert len(open_source(tars, 16, WordTokenizer(), index_folder=folder / "index").records[0]) == 2
+assert read == ([] if index else ["a.tar", "b.tar"]), read
+wrong = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/c.tar"}]})
+assert "c.tar is no uncompressed tar" in complaint(prepare_index, wrong, folder / "index")
+assert "file" in complaint(prepare_index, tars, folder / "file" / "index")
+
+
+# Evaluation: process 0 alone measures and writes a model, the others wait for it.
+def evaluate(workdir: Path) -> bool:
+    config = tiny.config(vision=None, unet=None, vae=None)
+    tokenizer = train_tokenizer(corpus_text(), tiny.VOCABULARY)
+    write_pretrained(workdir / "trained", tiny.random_params(config), config, tokenizer, GenerationConfig())
+    run.export(workdir / "trained", workdir / "exported")
+    return True
+
+
+run.evaluate, run.summary = evaluate, lambda workdir: "measured"
+sys.argv = ["evaluate", f"--workdir={folder}"]
+evaluate_command.main()
+assert (folder / "exported" / "config.json").exists()
+
+distributed.say("agreed")
+distributed.barrier("before the end")
+if index == 1:
+    raise OSError("the disk is full")
+distributed.barrier("never reached by all")

@@ -1,0 +1,130 @@
+"""What `initialize` makes of the environment: JAX is asked rightly, or what is wrong is said."""
+
+import os
+
+import jax
+import pytest
+
+from dreamllm_jax import distributed
+from dreamllm_jax.distributed import environment
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+SET = {ADDRESS: "10.0.0.1:1234", COUNT: "4", INDEX: "3"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """`initialize` in an environment of these variables alone; what JAX is then asked, or its own error."""
+    launcher = (
+        "JAX_C",
+        "JAX_N",
+        "JAX_P",
+        "JAX_L",
+        "SLURM",
+        "OMPI",
+        "PMI",
+        "TPU",
+        "MEGASCALE",
+        "KUBERN",
+        "JOB_",
+    )
+    for name in list(os.environ):
+        if name.startswith(launcher):
+            monkeypatch.delenv(name)
+
+    def initialize(variables: dict[str, str], error: Exception | None = None) -> list[tuple]:
+        calls = []
+
+        def stand_in(*args, **options):
+            calls.append((args, options))
+            if error is not None:
+                raise error
+
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(jax.distributed, "initialize", stand_in)
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+        distributed.initialize(timeout_seconds=9)
+        return calls
+
+    return initialize
+
+
+NO_CLUSTER = ValueError("coordinator_address should be defined.")
+
+
+def test_explicitly(asked):
+    ((args, options),) = asked(SET)
+    assert args == ("10.0.0.1:1234", 4, 3)
+    assert options == {"cluster_detection_method": "deactivate", "initialization_timeout": 9}
+
+
+def test_alone(asked):
+    assert asked({COUNT: "1"}) == [] and asked({COUNT: "1", INDEX: "0"}) == []
+
+
+def test_nothing_is_set(asked):
+    """A laptop, and a TPU VM: JAX looks by itself, and finds no others on the laptop."""
+    ((args, options),) = asked({}, NO_CLUSTER)
+    assert args == () and options["cluster_detection_method"] is None and options["local_device_ids"] is None
+
+
+def test_slurm(asked):
+    """JAX reads SLURM's variables; a lone task of a node gets all of its GPUs, not the first alone."""
+    ((_, options),) = asked(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"})
+    assert options["local_device_ids"] == list(range(8)) and options["cluster_detection_method"] is None
+    ((_, options),) = asked(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_GPUS_ON_NODE": "8"})
+    assert options["local_device_ids"] is None
+
+
+def test_mpi(asked, monkeypatch):
+    """Open MPI 5 and other MPIs are known to JAX through mpi4py only."""
+    started = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name)
+    ((_, options),) = asked(started)
+    assert options["cluster_detection_method"] == "mpi4py"
+    ((_, options),) = asked(started | {"OMPI_MCA_orte_hnp_uri": "1;tcp://10.0.0.1:1"})
+    assert options["cluster_detection_method"] is None
+
+
+WRONG = {
+    "no index": ({ADDRESS: "a:1", COUNT: "2"}, f"{INDEX} is not; set all three, or none."),
+    "an address alone": ({ADDRESS: "a:1"}, f"{COUNT} and {INDEX} are not; set all three, or none."),
+    "no number": (SET | {COUNT: "two"}, f"{COUNT}=two is no whole number"),
+    "too large an index": (SET | {INDEX: "4"}, f"{INDEX}=4 does not fit {COUNT}=4"),
+    "no port": (SET | {ADDRESS: "10.0.0.1"}, "is no host:port"),
+    "SLURM counts otherwise": (SET | SLURM, "contradict SLURM_NTASKS=2 and SLURM_PROCID=1"),
+}
+
+
+@pytest.mark.parametrize(("variables", "sentence"), WRONG.values(), ids=WRONG)
+def test_what_contradicts_itself_is_said(asked, variables, sentence):
+    with pytest.raises(ValueError) as error:
+        asked(variables)
+    assert sentence in str(error.value) and str(error.value).endswith(".")
+
+
+def test_the_others_are_not_found(asked):
+    """Never silently one process where a launcher started several."""
+    with pytest.raises(ValueError, match="PMI_SIZE=4 says that there are several processes, but not how to"):
+        asked({"PMI_SIZE": "4"}, NO_CLUSTER)
+    late = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out\n  details")
+    with pytest.raises(
+        TimeoutError, match="DEADLINE_EXCEEDED: Barrier timed out: all 4 processes at 10.0.0.1:1234"
+    ):
+        asked(SET, late)
+
+
+def test_a_host_that_is_late_is_no_wrong_recipe(asked):
+    """The training ends with exit code 1 then, after which clusters start it again; with 2 they do not."""
+    unknown = RuntimeError("Failed to recognize coordinator address slice-0-0.dream")
+    with pytest.raises(TimeoutError, match=r"address slice-0-0.dream: the host .* was not found within 9 s"):
+        asked({"TPU_WORKER_HOSTNAMES": "slice-0-0.dream,slice-0-1.dream"}, unknown)
+
+
+def test_too_late(asked):
+    """A fault of the program, not of its user."""
+    late = RuntimeError("jax.distributed.initialize() must be called before any JAX calls.")
+    with pytest.raises(RuntimeError, match="must be called before"):
+        asked({"PMI_SIZE": "4"}, late)
