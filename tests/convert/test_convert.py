@@ -203,7 +203,7 @@ def test_a_killed_conversion_leaves_no_model(tmp_path, golden, direction):
         convert_to_jax(open_source(source), tmp_path / "jax")
         source = tmp_path / "jax"
     slow = (
-        "import runpy, sys, time; from dreamllm_jax.convert import tensors; read = tensors.contiguous\n"
+        "import runpy, sys, time; from dreamllm_jax.checkpoint import tensors; read = tensors.contiguous\n"
         "tensors.contiguous = lambda array: (time.sleep(0.2), read(array))[1]\n"
         f"sys.argv = [{str(TOOL)!r}, {direction!r}, {str(source)!r}, {str(tmp_path / 'out')!r}, '--quiet']\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -17,7 +17,7 @@ from dreamllm_jax.config.base import build  # noqa: E402
 from dreamllm_jax.config.data import DataConfig  # noqa: E402
 from dreamllm_jax.config.model import GenerationConfig  # noqa: E402
 from dreamllm_jax.config.train import MeshConfig  # noqa: E402
-from dreamllm_jax.data import tar_index  # noqa: E402
+from dreamllm_jax.data.formats import tar_index  # noqa: E402
 from dreamllm_jax.data.numbers import corpus_text  # noqa: E402
 from dreamllm_jax.data.pipeline import open_source  # noqa: E402
 from dreamllm_jax.data.tokenizer import train_tokenizer  # noqa: E402

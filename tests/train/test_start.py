@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from dreamllm_jax.config.train import recipe as build_recipe
-from dreamllm_jax.data import tar_index
+from dreamllm_jax.data.formats import tar_index
 from dreamllm_jax.train import loop
 from tests.data.datasets import picture, write_tar
 from tests.train.test_loop import RECIPE

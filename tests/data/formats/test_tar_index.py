@@ -9,7 +9,7 @@ import pytest
 
 from dreamllm_jax.config.base import build
 from dreamllm_jax.config.data import DataConfig
-from dreamllm_jax.data import tar_index
+from dreamllm_jax.data.formats import tar_index
 from dreamllm_jax.data.formats.tar_index import update_index
 from dreamllm_jax.data.formats.webdataset import Pairs
 from dreamllm_jax.data.pieces import Picture, Text
