@@ -1,4 +1,4 @@
-"""Where the 7B recipe's parameters and activations lie, written down: `python -m tests.compile.goldens`.
+"""Where the 7B recipe's parameters and activations lie, written down: `python -m tests.aot.goldens`.
 
 Run it after a wanted change of `sharding.py` or of a model's `constrain`, and read the difference.
 """

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.compile import goldens
+from tests.aot import goldens
 
 
 def test_shardings_are_those_written_down():
@@ -13,5 +13,5 @@ def test_shardings_are_those_written_down():
         for name in there.keys() | found[kind].keys()
         if there.get(name) != found[kind].get(name)
     }
-    assert not changed, "\n".join(["if this is wanted: python -m tests.compile.goldens", *sorted(changed)])
+    assert not changed, "\n".join(["if this is wanted: python -m tests.aot.goldens", *sorted(changed)])
     assert len(written["parameters"]) > 900 and len(written["activations"]) > 40

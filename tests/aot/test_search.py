@@ -5,7 +5,6 @@ import math
 
 import jax
 import pytest
-from tests.compile.test_compile import LENGTH, ROWS, compiled_step, devices, recipe  # noqa: F401 (a fixture)
 
 from dreamllm_jax.aot import search as searching
 from dreamllm_jax.aot.candidates import Candidate, accumulations, meshes, remats
@@ -21,6 +20,7 @@ from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.sharding import make_mesh
 from dreamllm_jax.train.flops import passes
+from tests.aot.test_compile import LENGTH, ROWS, compiled_step, devices, recipe  # noqa: F401 (a fixture)
 
 CHIP = CHIPS["v5e"]
 LLAMA = recipe(MeshConfig(), ("llama",), trainable=("llama",))

@@ -82,7 +82,7 @@ def test_what_is_wrong_is_said(arguments, sentence):
 def test_two_agree_and_an_error_of_one_ends_both(tmp_path):
     """The assertions are in agree.py; then one of them runs out of disk, and the other waits for it."""
     begin = time.monotonic()
-    result = launched("2", "--", sys.executable, "-m", "tests.processes.agree", str(tmp_path))
+    result = launched("2", "--", sys.executable, "-m", "tests.distributed.agree", str(tmp_path))
     measured = [line[:3] for line in result.stdout.splitlines() if line.endswith("] measured")]
     assert measured == ["[0]"]
     assert "[0] agreed" in result.stdout.splitlines(), result.stdout

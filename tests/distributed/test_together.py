@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.processes.program import ASKED_AGAIN_AT, ASKED_AT, STEPS, fingerprints
 
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.pipeline import batches
 from dreamllm_jax.train.metrics import read_curves
 from dreamllm_jax.train.start import prepare_tokenizer
 from dreamllm_jax.train.state import stage_seed
+from tests.distributed.program import ASKED_AGAIN_AT, ASKED_AT, STEPS, fingerprints
 from tests.folders import load_pretrained
 from tests.train.test_loop import RECIPE
 
@@ -32,7 +32,7 @@ def started(folder: Path, processes: int, devices: int, mapping: dict, *other: P
     folder.mkdir()
     (folder / "recipe.json").write_text(json.dumps(mapping))
     command = [str(LAUNCH), str(processes), "--devices", str(devices), "--"]
-    command += [sys.executable, "-m", "tests.processes.program", str(folder), str(folder / "recipe.json")]
+    command += [sys.executable, "-m", "tests.distributed.program", str(folder), str(folder / "recipe.json")]
     result = subprocess.run(
         [*command, *map(str, other)], cwd=HERE.parents[1], capture_output=True, text=True, timeout=900
     )
