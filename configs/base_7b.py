@@ -114,14 +114,14 @@ def optim(learning_rate: float, **changes) -> dict:
     )
 
 
-def mesh(*whole: str) -> dict:
+def mesh(*replicated: str) -> dict:
     """Weights sliced over 16 neighbours, and as many copies of that as there are devices.
 
     16 chips are a ring, or a plane, of a TPU's torus; over more than that XLA sums whole gradients instead of
     scattering them. The frozen towers of pictures, 2.5 GB, are whole on every device, and never gathered. On
     fewer devices: `--config.mesh.fsdp=8`.
     """
-    return dict(data=-1, fsdp=16, whole=whole or ("unet", "vae", "vision"))
+    return dict(data=-1, fsdp=16, replicated=replicated or ("unet", "vae", "vision"))
 
 
 def loss(lm: float, vm: float) -> dict:
@@ -149,7 +149,9 @@ def recipe(name: str, stages: list[dict], start: str, root: str | None, **change
 def creation_stage(sources: tuple, trainable: tuple) -> dict:
     """Stage I's second half, for any image decoder: captions are drawn, 30M pairs once."""
     # A pair is about 90 tokens; 8 a row leave room for long captions.
-    data = dict(sources=sources, mode="creation", rows=128, length=LENGTH // 2, max_images=0, max_dreams=8)
+    data = dict(
+        sources=sources, mode="creation", batch_size=128, length=LENGTH // 2, max_images=0, max_dreams=8
+    )
     return dict(
         name="stage1_creation",
         trainable=trainable,

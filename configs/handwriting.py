@@ -82,13 +82,13 @@ def stage(name: str, trainable: tuple, steps: int, rate: float, data: dict, **se
 
 def captions(rows: int, **changes) -> dict:
     """One captioned picture a row: what the towers are pretrained on."""
-    shape = dict(rows=rows, length=16, max_images=1, max_dreams=1)
+    shape = dict(batch_size=rows, length=16, max_images=1, max_dreams=1)
     return dict(source="handwriting", kinds=dict(captions=1.0), **shape) | changes
 
 
 def packed(rows: int, kinds: dict, **changes) -> dict:
     """Documents packed into rows."""
-    shape = dict(rows=rows, length=128, max_images=9, max_dreams=9)
+    shape = dict(batch_size=rows, length=128, max_images=9, max_dreams=9)
     return dict(source="handwriting", kinds=kinds, **shape) | changes
 
 

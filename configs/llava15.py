@@ -38,7 +38,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             trainable=("vision_projector",),
             steps=2_181,
             # 256 captions: two a row, each about 680 tokens.
-            data=dict(sources=(llava_pretrain(arg, 1.0),), rows=128, length=1408, max_images=2) | common,
+            data=dict(sources=(llava_pretrain(arg, 1.0),), batch_size=128, length=1408, max_images=2)
+            | common,
             loss=loss(lm=1.0, vm=0.0),
             optim=optim(1e-3, warmup_ratio=0.03),
         ),
@@ -47,7 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             trainable=("llama", "vision_projector"),
             steps=5_198,
             # About 128 conversations: two a row.
-            data=dict(sources=(instruct,), rows=64, length=LENGTH, max_images=3) | common,
+            data=dict(sources=(instruct,), batch_size=64, length=LENGTH, max_images=3) | common,
             loss=loss(lm=1.0, vm=0.0),
             optim=optim(2e-5, warmup_ratio=0.03),
         ),

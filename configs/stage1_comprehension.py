@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             laion_coco(arg, 11.0),
         ),
         mode="comprehension",
-        rows=128,
+        batch_size=128,
         length=2304,
         max_images=8,
         max_dreams=0,

@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data = dict(
         sources=(mmc4(arg, 2.0), blip_laion(arg, 2.0)),
         mode="joint",
-        rows=1024,
+        batch_size=1024,
         length=LENGTH,
         max_images=4,
         max_dreams=4,
@@ -32,6 +32,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         steps=3_900,
         data=data,
         loss=loss(lm=1.0, vm=10.0),
-        optim=optim(2e-5, accumulation=4),
+        optim=optim(2e-5, grad_accum_steps=4),
     )
     return ConfigDict(recipe("stage2", [stage], "dreamllm-7b-stage1", arg))

@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             conversations(root, "instruct-blip-laion", 0.02),
         )
     # About three documents a row.
-    data = dict(sources=sources, mode="joint", rows=384, length=LENGTH, max_images=6, max_dreams=6)
+    data = dict(sources=sources, mode="joint", batch_size=384, length=LENGTH, max_images=6, max_dreams=6)
     stage = dict(
         name="stage3",
         trainable=("llama", *CONNECTORS),

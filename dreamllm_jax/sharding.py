@@ -51,12 +51,12 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     # parameters
     "weight_in": ("fsdp",),
     "weight_out": ("tensor",),
-    "whole": (),
+    "replicated": (),
 }
 
 _ROW = ("weight_in", "weight_out")  # [in, out] whose output is split: columns of heads or MLP
 _COLUMN = ("weight_out", "weight_in")  # [in, out] whose input is split: the way back to the width
-_CONV = ("whole", "whole", "weight_in", "weight_out")
+_CONV = ("replicated", "replicated", "weight_in", "weight_out")
 
 # Each row: a regular expression for the whole path, and the logical axes of the trailing
 # dimensions. Leading dimensions that a row does not name are stacks of scanned layers: whole.
@@ -66,8 +66,8 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # embeddings and heads
     (r"llama/embed_tokens/embedding", _COLUMN),
     (r"llama/lm_head/kernel", _ROW),
-    (r".*/(token_embedding|position_embedding)/embedding", ("whole", "weight_in")),
-    (r"dream_queries/dream_queries", ("whole", "weight_in")),
+    (r".*/(token_embedding|position_embedding)/embedding", ("replicated", "weight_in")),
+    (r"dream_queries/dream_queries", ("replicated", "weight_in")),
     # transformer layers of every tower
     (r".*/(q_proj|k_proj|v_proj|to_q|to_k|to_v|gate_proj|up_proj|fc1|net_0/proj)/kernel", _ROW),
     (r".*/(o_proj|out_proj|to_out_0|down_proj|fc2|net_2)/kernel", _COLUMN),
@@ -76,10 +76,16 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(vision_projector|condition_projector|global_projector)/linear_\d+/kernel", _ROW),
     (r"(vision_projector|condition_projector)/conv_\d+/kernel", _CONV),
     # U-Net and VAE; image-side channels (3, 4 or 8) are too few to split
-    (r"vision/embeddings/patch_embedding/kernel", ("whole", "whole", "whole", "weight_in")),
-    (r"(unet|vae/encoder|vae/decoder)/conv_in/kernel", ("whole", "whole", "whole", "weight_out")),
-    (r"(unet|vae/encoder|vae/decoder)/conv_out/kernel", ("whole", "whole", "weight_in", "whole")),
-    (r"vae/(quant_conv|post_quant_conv)/kernel", ("whole",) * 4),
+    (r"vision/embeddings/patch_embedding/kernel", ("replicated", "replicated", "replicated", "weight_in")),
+    (
+        r"(unet|vae/encoder|vae/decoder)/conv_in/kernel",
+        ("replicated", "replicated", "replicated", "weight_out"),
+    ),
+    (
+        r"(unet|vae/encoder|vae/decoder)/conv_out/kernel",
+        ("replicated", "replicated", "weight_in", "replicated"),
+    ),
+    (r"vae/(quant_conv|post_quant_conv)/kernel", ("replicated",) * 4),
     (r"(unet|vae)/.*/(conv1|conv2|conv_shortcut|conv)/kernel", _CONV),
     (r"unet/.*/(linear_1|linear_2|time_emb_proj)/kernel", _ROW),
     (r"unet/.*attentions_\d+/(proj_in|proj_out)/kernel", _ROW),
@@ -220,20 +226,20 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Any, gathered: bool = 
             raise ValueError(
                 f"Parameter {path!r} of shape {tuple(shape)}: dimension {size} is not divisible by mesh axes "
                 f"{dict((n, mesh.shape[n]) for n in names)}; choose a mesh whose axes divide it, or, for a "
-                "frozen tower, name it in mesh.whole."
+                "frozen tower, name it in mesh.replicated."
             )
         spec.append(names or None)
     return PartitionSpec(*spec)
 
 
-def parameter_shardings(params: Any, mesh: Mesh, whole: Sequence[str] = ()) -> Any:
+def parameter_shardings(params: Any, mesh: Mesh, replicated: Sequence[str] = ()) -> Any:
     """NamedShardings for a parameter tree (arrays or ShapeDtypeStructs), in the same structure.
 
-    Of the parts of the model named in `whole` every group along fsdp holds a copy.
+    Of the parts of the model named in `replicated` every group along fsdp holds a copy.
     """
 
     def one(path: str, shape: Sequence[int]) -> NamedSharding:
-        return NamedSharding(mesh, parameter_spec(path, shape, mesh, path.split("/")[0] in whole))
+        return NamedSharding(mesh, parameter_spec(path, shape, mesh, path.split("/")[0] in replicated))
 
     return jax.tree_util.tree_map_with_path(lambda p, x: one(path_string(p), x.shape), params)
 
@@ -248,7 +254,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def process_rows(mesh: Mesh, rows: int) -> list[int]:
+def process_row_indices(mesh: Mesh, rows: int) -> list[int]:
     """Which of a global batch's rows this process's own devices hold, in order: those it has to read.
 
     Where devices of several processes hold the same row (`tensor` or `context` reaches over hosts) each of
@@ -268,7 +274,7 @@ def process_rows(mesh: Mesh, rows: int) -> list[int]:
 
 
 def shard_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
-    """Global device arrays of `rows` rows from this process's own (numpy, the `process_rows`).
+    """Global device arrays of `rows` rows from this process's own (numpy, the `process_row_indices`).
 
     `rows` may be left out where there is one process.
 
@@ -276,7 +282,7 @@ def shard_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
       ValueError: the rows are not divisible by the devices that split them.
     """
     total = len(jax.tree.leaves(batch)[0]) if rows is None else rows
-    held, sharding = process_rows(mesh, total), batch_sharding(mesh)
+    held, sharding = process_row_indices(mesh, total), batch_sharding(mesh)
 
     def put(x: Any) -> jax.Array:
         assert len(x) == len(held), f"{len(x)} rows; this process has {len(held)} of {total}"

@@ -171,7 +171,7 @@ def test_published_settings(name):
 @pytest.mark.parametrize("name", (*STAGES, "sdxl"))
 def test_rows_divide_among_the_devices_of_the_paper(name):
     (stage,) = load(name).stages
-    assert stage.data.rows % (128 * stage.optim.accumulation) == 0
+    assert stage.data.batch_size % (128 * stage.optim.grad_accum_steps) == 0
 
 
 def test_variants():

@@ -234,7 +234,9 @@ def test_frozen_towers_are_whole_by_choice(cube):
 def test_256_devices_divide_no_unet_but_hold_it_whole():
     mesh = AbstractMesh((1, 256, 1, 1), MESH_AXIS_NAMES)
     path, shape = "unet/down_blocks_0/resnets_0/conv1/kernel", (3, 3, 320, 320)
-    with pytest.raises(ValueError, match="not divisible by mesh axes {'fsdp': 256}.*name it in mesh.whole"):
+    with pytest.raises(
+        ValueError, match="not divisible by mesh axes {'fsdp': 256}.*name it in mesh.replicated"
+    ):
         parameter_spec(path, shape, mesh)
     assert parameter_spec(path, shape, mesh, gathered=True) == PartitionSpec(None, None, None, None)
 

@@ -99,18 +99,18 @@ def chosen_source(options: argparse.Namespace):
       ValueError: both of these or neither, towers without --llm.
     """
     from dreamllm_jax.convert.compose import compose
-    from dreamllm_jax.convert.sources import open_source
+    from dreamllm_jax.convert.sources import open_checkpoint
 
     named = {name: getattr(options, name) for name in ("llm", "vision", "diffusion")}
     named = {name: path for name, path in named.items() if path is not None}
     if (options.source is not None) == bool(named):
         raise ValueError("give either SRC or the towers by --llm, --vision and --diffusion.")
     if options.source is not None:
-        return open_source(options.source, options.parts, options.prediction_type)
+        return open_checkpoint(options.source, options.parts, options.prediction_type)
     if "llm" not in named:
         raise ValueError("--vision and --diffusion join a language model: name it with --llm.")
     prediction = options.prediction_type
-    return compose(**{name: open_source(path, options.parts, prediction) for name, path in named.items()})
+    return compose(**{name: open_checkpoint(path, options.parts, prediction) for name, path in named.items()})
 
 
 if __name__ == "__main__":

@@ -81,16 +81,16 @@ def _joint(
     session: Session, name: str, make_ours: Callable, make_theirs: Callable, apart: bool
 ) -> dict[str, Any]:
     step = make_ours()
-    draws, mine = [], []
+    step_noise, mine = [], []
     for _ in range(STEPS_COMPARED):
-        draws.append(step.draws())
+        step_noise.append(step.draws())
         mine.append(step())
     if apart:
         del step
         free()
     other = make_theirs()
-    for drawn, loss in zip(draws, mine, strict=True):
-        other.set_draws(drawn)
+    for drawn, loss in zip(step_noise, mine, strict=True):
+        other.set_noise(drawn)
         error = abs(other() - loss) / abs(loss)
         errors = session.agree(name, {"loss": error})
     if not apart:
@@ -101,8 +101,8 @@ def _joint(
         def warm(make: Callable) -> Work:
             free()
             made = make()
-            if hasattr(made, "set_draws"):
-                made.set_draws(draws[0])
+            if hasattr(made, "set_noise"):
+                made.set_noise(step_noise[0])
             for _ in range(2):
                 made()
             return Work(made)
@@ -127,7 +127,7 @@ def _generators(session: Session) -> tuple[Any, Any]:
 
 
 def prefill(session: Session) -> dict[str, dict[str, Any]]:
-    """Reading a prompt, alone and in a batch, up to the scores of its next token."""
+    """DecodeState a prompt, alone and in a batch, up to the scores of its next token."""
     mine, other = _generators(session)
     found, size = {}, session.size
     for rows in (1, size.batch):

@@ -14,14 +14,14 @@ from dreamllm_jax.checkpoint.storage import unflatten
 from dreamllm_jax.config.train import MeshConfig, Recipe
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.schedule import row_normal
-from dreamllm_jax.generate.decode import Reading, decode_text
-from dreamllm_jax.generate.documents import block_length, draw_and_look
+from dreamllm_jax.generate.decode import DecodeState, decode_text
+from dreamllm_jax.generate.documents import block_length, draw_and_append
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import draw_images
 from dreamllm_jax.generate.prompts import bucket
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, shard_batch
-from dreamllm_jax.train.objectives import Draws, draw
+from dreamllm_jax.train.objectives import StepNoise, sample_noise
 from dreamllm_jax.train.state import create_state
 from dreamllm_jax.train.step import row_keys, train_step
 
@@ -42,16 +42,16 @@ class Step:
         self.batch = shard_batch(inputs.training_batch, self.mesh)
         self.rate = jnp.float32(self.stage.optim.learning_rate)
 
-    def draws(self) -> Draws:
+    def draws(self) -> StepNoise:
         """The noise and the time steps that the next step will draw."""
         keys = row_keys(jax.random.wrap_key_data(self.state.key), self.state.step, len(self.batch.tokens))
-        return jax.device_get(draw(keys, 1, self.model.config, self.stage.loss))
+        return jax.device_get(sample_noise(keys, 1, self.model.config, self.stage.loss))
 
     def __call__(self) -> float:
         """One step; its loss."""
         with jax.set_mesh(self.mesh):
             self.state, metrics = train_step(
-                self.state, self.batch, self.rate, model=self.model, stage=self.stage.program()
+                self.state, self.batch, self.rate, model=self.model, stage=self.stage.compile_key()
             )
             jax.block_until_ready(self.state)
         return float(metrics["loss"])
@@ -77,22 +77,22 @@ class Generator:
         params = unflatten({path: jnp.asarray(x, dtype) for path, x in inputs.params.items()})
         self.engine = Engine(size.model, params, _Numbers(size.model.llama.vocab_size))
 
-    def read(self, rows: int, tokens_after: int) -> Reading:
+    def read(self, rows: int, tokens_after: int) -> DecodeState:
         """Reads the prompts into caches with room for so many tokens more."""
         limit = self.size.model.context_length
         capacity = bucket(self.size.prompt + tokens_after, limit)
         return jax.block_until_ready(self.engine.read(self.inputs.prompts(rows), capacity))
 
-    def logits(self, reading: Reading) -> np.ndarray:
+    def logits(self, state: DecodeState) -> np.ndarray:
         """Scores of the next token, float32 [rows, V]."""
-        return np.asarray(_logits(self.engine.params, reading.last, model=self.engine.module))
+        return np.asarray(_logits(self.engine.params, state.last, model=self.engine.module))
 
-    def write(self, reading: Reading, rows: int) -> tuple[Reading, np.ndarray]:
+    def write(self, state: DecodeState, rows: int) -> tuple[DecodeState, np.ndarray]:
         """`size.new_tokens` tokens a row, greedily; nothing ends them sooner."""
         count = self.size.new_tokens
-        reading, tokens, _ = decode_text(
+        state, tokens, _ = decode_text(
             self.engine.params,
-            reading,
+            state,
             jnp.ones(rows, bool),
             jnp.full(rows, count, jnp.int32),
             prompt_keys(0, rows),
@@ -100,7 +100,7 @@ class Generator:
             model=self.engine.module,
             max_new_tokens=count,
         )
-        return reading, np.asarray(tokens)
+        return state, np.asarray(tokens)
 
     def draw(self, pictures: int) -> np.ndarray:
         """Pictures of given conditions, uint8 [pictures, h, w, 3]."""
@@ -121,18 +121,18 @@ class Generator:
     def document(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(text, picture, text) after one prompt; the picture is seen before the second text."""
         room = 2 * self.size.new_tokens + block_length(self.engine)
-        reading, first = self.write(self.read(1, room), 1)
+        state, first = self.write(self.read(1, room), 1)
         null = (jnp.asarray(self.inputs.conditions(1)[1], self.size.model.dtype), None)
-        reading, pictures = draw_and_look(
-            self.engine, reading, np.ones(1, bool), prompt_keys(0, 1), self.size.generation, null
+        state, pictures = draw_and_append(
+            self.engine, state, np.ones(1, bool), prompt_keys(0, 1), self.size.generation, null
         )
-        _, second = self.write(reading, 1)
+        _, second = self.write(state, 1)
         return first, pictures[0], second
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _logits(params: dict, states: jax.Array, *, model: DreamLLMModule) -> jax.Array:
-    return model.apply({"params": params}, states[:, None], method="logits")[:, 0]
+    return model.apply({"params": params}, states[:, None], method=DreamLLMModule.logits)[:, 0]
 
 
 def first_noise(size: Size, rows: int, lengths: int | None = None) -> np.ndarray:

@@ -133,13 +133,13 @@ class Step:
         if place.compiled:
             self.towers.compile_towers()
 
-    def set_draws(self, draws: Any) -> None:
+    def set_noise(self, step_noise: Any) -> None:
         """Takes the noise and time steps of our side's next step."""
         place = self.towers.place.device
         for name in ("latent_noise", "noise"):
-            noise = torch.tensor(np.asarray(getattr(draws, name))[:, 0], device=place)
+            noise = torch.tensor(np.asarray(getattr(step_noise, name))[:, 0], device=place)
             self.noise[name] = noise.permute(0, 3, 1, 2)
-        self.timesteps = torch.tensor(np.asarray(draws.timesteps)[:, 0], device=place, dtype=torch.long)
+        self.timesteps = torch.tensor(np.asarray(step_noise.timesteps)[:, 0], device=place, dtype=torch.long)
 
     def loss(self) -> Tensor:
         """L = w_lm * CE + w_vm * score distillation."""
@@ -184,7 +184,7 @@ class Step:
 
 
 @dataclasses.dataclass
-class Reading:
+class DecodeState:
     """What has been read: the cache, and the scores of the next token."""
 
     cache: Any
@@ -213,25 +213,25 @@ class Generator:
         )
 
     @torch.inference_mode()
-    def read(self, rows: int, tokens_after: int) -> Reading:
+    def read(self, rows: int, tokens_after: int) -> DecodeState:
         """Reads the prompts, with room for so many tokens more."""
         tokens = torch.tensor(self.inputs.prompts(rows).tokens, device=self.place.device)
         cache = self._cache(self.size.prompt + tokens_after)
         out = self.towers.llama(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.wait()
-        return Reading(cache, out.logits[:, -1].float())
+        return DecodeState(cache, out.logits[:, -1].float())
 
     @torch.inference_mode()
-    def write(self, reading: Reading, never: Tensor) -> np.ndarray:
+    def write(self, state: DecodeState, never: Tensor) -> np.ndarray:
         """`size.new_tokens` tokens a row, greedily, without those that `never` are written."""
         tokens = []
         for _ in range(self.size.new_tokens):
-            token = reading.logits.masked_fill(never, -torch.inf).argmax(-1, keepdim=True)
+            token = state.logits.masked_fill(never, -torch.inf).argmax(-1, keepdim=True)
             tokens.append(token)
             out = self.one_token(
-                input_ids=token, past_key_values=reading.cache, use_cache=True, logits_to_keep=1
+                input_ids=token, past_key_values=state.cache, use_cache=True, logits_to_keep=1
             )
-            reading.logits = out.logits[:, -1].float().clone()  # a CUDA graph's output is overwritten
+            state.logits = out.logits[:, -1].float().clone()  # a CUDA graph's output is overwritten
         return torch.cat(tokens, dim=1).cpu().numpy()
 
     @torch.inference_mode()
@@ -257,26 +257,26 @@ class Generator:
         model, towers, device = self.size.model, self.towers, self.place.device
         assert model.vision is not None
         room = 2 * self.size.new_tokens + model.num_dream_queries + 2 + model.num_patches + 2
-        reading = self.read(1, room)
-        first = self.write(reading, never)
+        state = self.read(1, room)
+        first = self.write(state, never)
         embed = towers.llama.get_input_embeddings()
 
         def tokens(*ids: int) -> Tensor:
             return embed(torch.tensor([ids], device=device))
 
         asked = torch.cat([tokens(SPECIAL.dream_start), towers.dream_queries[None]], dim=1)
-        hidden = self._read_on(reading, asked)
+        hidden = self._extend(state, asked)
         context = towers.condition_projector(hidden[:, 1:])
         picture = self.draw(context, self.condition(1)[1], noise)[0]
         seen = torch.tensor(to_vision(picture, model.vision.image_size)[None], device=device)
         before, after = tokens(SPECIAL.dream_end, SPECIAL.im_start), tokens(SPECIAL.im_end)
-        hidden = self._read_on(reading, torch.cat([before, towers.see(seen), after], dim=1))
-        reading.logits = towers.llama.lm_head(hidden[:, -1]).float()
-        return first, picture, self.write(reading, never)
+        hidden = self._extend(state, torch.cat([before, towers.see(seen), after], dim=1))
+        state.logits = towers.llama.lm_head(hidden[:, -1]).float()
+        return first, picture, self.write(state, never)
 
-    def _read_on(self, reading: Reading, embeds: Tensor) -> Tensor:
+    def _extend(self, state: DecodeState, embeds: Tensor) -> Tensor:
         model = self.towers.llama.model
-        return model(inputs_embeds=embeds, past_key_values=reading.cache, use_cache=True).last_hidden_state
+        return model(inputs_embeds=embeds, past_key_values=state.cache, use_cache=True).last_hidden_state
 
     def condition(self, pictures: int) -> tuple[Tensor, Tensor]:
         """The contexts of so many pictures and that of the empty prompt."""

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.fidelity.cases import CASES, distance, numbers, output_error
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.checkpoint.storage import to_device, unflatten
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 
 Arrays = dict[str, np.ndarray]
@@ -87,7 +87,7 @@ KINDS: dict[str, Callable] = {"llama": llama, "clip": clip, "llava": llava, "une
 
 def compute(case_name: str, folder: Path, inputs: Arrays, pulled: str, dtype: str) -> tuple[Arrays, Arrays]:
     """(outputs, gradients of sum(pulled output * fixed numbers))."""
-    source = open_source(folder / "source")
+    source = open_checkpoint(folder / "source")
     tensors, report = source.params()
     report.raise_if_faulty(case_name)
     alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])

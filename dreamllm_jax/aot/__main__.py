@@ -3,8 +3,8 @@
 The TPU's own compiler (libtpu, which needs no TPU) makes a recipe's exact train step, or a program of its
 generation, for a described topology. Printed, and written to --out, are the memory of a chip by kind, model
 and compiled FLOPs, collectives, and how fast the program can be at most. Any setting of the recipe can be
-changed behind it: `--config.mesh.fsdp=16`, `--config.stages.stage2.optim.accumulation=4`. `--search` looks
-for the mesh, the accumulation and the remat itself.
+changed behind it: `--config.mesh.fsdp=16`, `--config.stages.stage2.optim.grad_accum_steps=4`. `--search`
+looks for the mesh, the gradient accumulation and the remat itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dreamllm_jax.aot.picture import draw
 from dreamllm_jax.aot.program import (
     EFFORTS,
     GENERATION,
-    Described,
+    LoweredProgram,
     compile_program,
     generation_program,
     train_program,
@@ -37,12 +37,12 @@ from dreamllm_jax.aot.report import Finding, numbers, table
 from dreamllm_jax.aot.roofline import roofline
 from dreamllm_jax.aot.search import search
 from dreamllm_jax.aot.search_report import searched, summary
-from dreamllm_jax.aot.topology import described_devices
+from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.config.recipe_files import load_recipe
 from dreamllm_jax.config.train import Recipe, StageConfig
 
 
-def find(recipe: Recipe, program: Described, topology: str, effort: str) -> tuple[Finding, str]:
+def find(recipe: Recipe, program: LoweredProgram, topology: str, effort: str) -> tuple[Finding, str]:
     """Compiles a program: what it found, and the compiled text.
 
     Raises:
@@ -56,7 +56,7 @@ def find(recipe: Recipe, program: Described, topology: str, effort: str) -> tupl
             raise
         raise DoesNotFit(
             f"{recipe.name}, {program.name} does not fit on {topology}: {said}; take more chips, more "
-            "optim.accumulation, or let --search look."
+            "optim.grad_accum_steps, or let --search look."
         ) from error
     seconds, text = time.perf_counter() - begin, compiled.as_text()
     parsed = parse(text)
@@ -110,7 +110,7 @@ def _run(options: Any, overrides: list[str]) -> None:
     stage = recipe.stages[0] if options.stage is None else recipe.stage(options.stage)
     if options.rows < 1:
         raise ValueError(f"--rows={options.rows}: give at least 1.")
-    devices = described_devices(options.topology)
+    devices = topology_devices(options.topology)
     if options.search is not None:
         _search(options, recipe, stage, devices)
         return

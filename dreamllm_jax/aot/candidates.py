@@ -14,7 +14,7 @@ from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import MeshConfig, Recipe, StageConfig
 from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import make_mesh
-from dreamllm_jax.train.checks import check_attention, check_places, check_rows
+from dreamllm_jax.train.checks import check_attention, check_batch_size, check_shardings
 from dreamllm_jax.train.state import partition
 
 REMATS = ("none", "dots", "minimal", "full", "offload")
@@ -35,7 +35,7 @@ class Candidate:
     def applied(self, recipe: Recipe, stage: StageConfig) -> tuple[Recipe, StageConfig]:
         """The recipe and its stage with this in place of their own."""
         changed = dataclasses.replace(
-            stage, optim=dataclasses.replace(stage.optim, accumulation=self.accumulation)
+            stage, optim=dataclasses.replace(stage.optim, grad_accum_steps=self.grad_accum_steps)
         )
         stages = tuple(changed if s.name == stage.name else s for s in recipe.stages)
         model = dataclasses.replace(recipe.model, remat=self.remat)
@@ -44,19 +44,19 @@ class Candidate:
     def overrides(self, stage: StageConfig) -> list[str]:
         """For the command line, with every setting of the candidate, also those that the recipe has."""
         mesh = {f"mesh.{name}": value for name, value in vars(self.mesh).items()}
-        mesh["mesh.whole"] = repr(self.mesh.whole).replace(" ", "").replace("'", '"')
+        mesh["mesh.replicated"] = repr(self.mesh.replicated).replace(" ", "").replace("'", '"')
         remat = {f"model.remat.{tower}": policy for tower, policy in vars(self.remat).items()}
-        parts = {f"stages.{stage.name}.optim.accumulation": self.accumulation}
+        parts = {f"stages.{stage.name}.optim.grad_accum_steps": self.grad_accum_steps}
         return [f"--config.{path}={value}" for path, value in (mesh | parts | remat).items()]
 
     def title(self) -> tuple[str, str, str]:
         """Mesh, accumulation and remat, in words."""
-        axes = {k: v for k, v in vars(self.mesh).items() if k != "whole" and v > 1}
+        axes = {k: v for k, v in vars(self.mesh).items() if k != "replicated" and v > 1}
         mesh = " x ".join(f"{name} {n}" for name, n in axes.items()) or "1 chip"
-        if self.mesh.whole:
-            mesh += f", whole {'+'.join(self.mesh.whole)}"
+        if self.mesh.replicated:
+            mesh += f", whole {'+'.join(self.mesh.replicated)}"
         remat = ", ".join(f"{tower} {policy}" for tower, policy in vars(self.remat).items())
-        return mesh, f"accumulation {self.accumulation}", f"remat {remat}"
+        return mesh, f"accumulation {self.grad_accum_steps}", f"remat {remat}"
 
 
 def meshes(
@@ -67,7 +67,7 @@ def meshes(
     Raises:
       ValueError: there is none.
     """
-    least = dataclasses.replace(stage, optim=dataclasses.replace(stage.optim, accumulation=1))
+    least = dataclasses.replace(stage, optim=dataclasses.replace(stage.optim, grad_accum_steps=1))
     found, refused = [], ["its rows are too short to split"]
     for sizes in _factors(len(devices), 4):
         _, _, tensor, context = sizes
@@ -75,13 +75,13 @@ def meshes(
             continue
         if context > max(1, stage.data.length // LEAST_TOKENS):
             continue
-        for whole in _whole(stage, params) if sizes[1] > 1 else [()]:
-            config = MeshConfig(*sizes, whole=whole)
+        for replicated in _replicated_choices(stage, params) if sizes[1] > 1 else [()]:
+            config = MeshConfig(*sizes, replicated=replicated)
             try:
                 mesh = make_mesh(config, devices)
                 check_attention(recipe.model, mesh)
-                check_rows(least, mesh)
-                check_places(stage, params, mesh, whole)
+                check_batch_size(least, mesh)
+                check_shardings(stage, params, mesh, replicated)
             except ValueError as error:
                 refused.append(str(error))
             else:
@@ -104,7 +104,7 @@ def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
                 yield first, *rest
 
 
-def _whole(stage: StageConfig, params: Flat) -> list[tuple[str, ...]]:
+def _replicated_choices(stage: StageConfig, params: Flat) -> list[tuple[str, ...]]:
     """None, the frozen towers of pictures, or all frozen towers."""
     trainable, frozen = ({path.split("/")[0] for path in part} for part in partition(params, stage.trainable))
     towers = [name for name in ("llama", *PICTURES) if name in frozen - trainable]
@@ -114,7 +114,7 @@ def _whole(stage: StageConfig, params: Flat) -> list[tuple[str, ...]]:
 
 def accumulations(stage: StageConfig, mesh: Mesh) -> list[int]:
     """The numbers of micro-batches that leave every device a row at least."""
-    rows = stage.data.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = stage.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     return [n for n in range(1, rows + 1) if rows % n == 0]
 
 

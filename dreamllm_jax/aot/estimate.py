@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 from dreamllm_jax.aot.census import Census, Collective
 from dreamllm_jax.aot.chips import Chip
 from dreamllm_jax.aot.memory import FREE, bytes_held
-from dreamllm_jax.aot.program import described_batch
+from dreamllm_jax.aot.program import abstract_batch
 from dreamllm_jax.aot.roofline import roofline
 from dreamllm_jax.aot.work import work
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import activation_spec, mesh_axes
 from dreamllm_jax.train.flops import passes, step_flops
-from dreamllm_jax.train.state import described_state
+from dreamllm_jax.train.state import abstract_state
 
 # Bytes a second between a chip and its host's memory, one way. A guess: PCIe of the fourth generation among
 # a host's chips; nothing is published.
@@ -84,12 +84,12 @@ def load_of(recipe: Recipe, stage: StageConfig) -> Load:
 
 
 def held(recipe: Recipe, stage: StageConfig, load: Load, params: Flat, mesh: Mesh) -> Held:
-    """Of a mesh with its `whole`, which `recipe` names.
+    """Of a mesh with its `replicated`, which `recipe` names.
 
     The llama's weights are gathered layer by layer in each micro-batch, or whole by `gather: step`; a tower
     that is no scan of layers is gathered once a step and stays. Gradients travel in the model's dtype.
     """
-    state = described_state(params, stage, recipe, mesh)
+    state = abstract_state(params, stage, recipe, mesh)
     size, dtype = dict(mesh.shape), jnp.dtype(recipe.model.dtype).itemsize
     steps = stage.optim.gather == "step"
     weights, often, once, scattered = 0.0, 0.0, 0.0, 0.0
@@ -115,7 +115,7 @@ def held(recipe: Recipe, stage: StageConfig, load: Load, params: Flat, mesh: Mes
     each += [_collective(mesh, "reduce-scatter", ("fsdp",), scattered)]
     each += [_collective(mesh, "all-reduce", ("data",), trained)]
     return Held(
-        bytes_held((state, described_batch(recipe, stage, mesh))),
+        bytes_held((state, abstract_batch(recipe, stage, mesh))),
         weights,
         trained,
         tuple(c for c in each if c),
@@ -133,9 +133,9 @@ def _collective(
 
 def estimate(recipe: Recipe, stage: StageConfig, load: Load, held: Held, mesh: Mesh, chip: Chip) -> Estimate:
     """Of a stage, with the recipe's remat and the stage's accumulation, on a mesh whose `held` is known."""
-    parts, total, remat = stage.optim.accumulation, load.flops, recipe.model.remat
+    parts, total, remat = stage.optim.grad_accum_steps, load.flops, recipe.model.remat
     share = {tower: 1 / devices_of(tower, stage, mesh) for tower in total}
-    micro = {t: stage.data.rows * (_pictures(stage, t) if t != "llama" else 1) / parts for t in total}
+    micro = {t: stage.data.batch_size * (_pictures(stage, t) if t != "llama" else 1) / parts for t in total}
     flops = {tower: n * share[tower] for tower, n in total.items()}
     kept, offloaded, layers = 0.0, 0.0, [0.0]
     for tower, trained in load.steered.items():
@@ -173,7 +173,7 @@ def devices_of(tower: str, stage: StageConfig, mesh: Mesh) -> int:
     """How many devices a tower's work is split over: all, or as many as divide the pictures."""
     if tower == "llama":
         return mesh.size
-    number = stage.data.rows * _pictures(stage, tower) // stage.optim.accumulation
+    number = stage.data.batch_size * _pictures(stage, tower) // stage.optim.grad_accum_steps
     spec = activation_spec(("pictures",), (number,), mesh)
     return math.prod(mesh.shape[name] for entry in spec for name in mesh_axes(entry))
 
@@ -187,11 +187,13 @@ class _Head:
         if llama is None:
             return
         columns, chunk = llama.vocab_size / shape["tensor"], min(stage.loss.logits_chunk, data.length)
-        rows = data.rows / stage.optim.accumulation / (shape["data"] * shape["fsdp"])
+        rows = data.batch_size / stage.optim.grad_accum_steps / (shape["data"] * shape["fsdp"])
         # float32: the logits and their gradient, the matrix and its own.
         self.bytes = 2 * 4 * columns * (rows * chunk / shape["context"] + llama.hidden_size)
         if chunk < data.length:
-            self.again = 2.0 * data.rows * data.length * llama.hidden_size * llama.vocab_size / mesh.size
+            self.again = (
+                2.0 * data.batch_size * data.length * llama.hidden_size * llama.vocab_size / mesh.size
+            )
 
 
 def _states(recipe: Recipe, stage: StageConfig, load: Load, mesh: Mesh) -> list[Collective]:
@@ -199,10 +201,10 @@ def _states(recipe: Recipe, stage: StageConfig, load: Load, mesh: Mesh) -> list[
     llama, shape = recipe.model.llama, mesh.shape
     if llama is None:
         return []
-    rows = stage.data.rows / (stage.optim.accumulation * shape["data"] * shape["fsdp"])
+    rows = stage.data.batch_size / (stage.optim.grad_accum_steps * shape["data"] * shape["fsdp"])
     states = jnp.dtype(recipe.model.dtype).itemsize * rows * stage.data.length * llama.hidden_size
     back = load.passes["llama"] > 1
-    runs = float(stage.optim.accumulation) * llama.num_hidden_layers
+    runs = float(stage.optim.grad_accum_steps) * llama.num_hidden_layers
     forward = runs * (1 + (back and recipe.model.remat.llama in ("minimal", "full", "offload")))
     found = [
         _collective(mesh, "all-reduce", ("tensor",), states / shape["context"], 2 * (forward + back * runs)),

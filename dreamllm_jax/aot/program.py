@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
-from dreamllm_jax.data.packing import blank
+from dreamllm_jax.data.packing import empty_batch
 from dreamllm_jax.data.pipeline import row_layout
 from dreamllm_jax.generate.decode import Control, decode_text, prefill
 from dreamllm_jax.generate.images import draw_images
@@ -22,9 +22,9 @@ from dreamllm_jax.generate.prompts import bucket
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
-from dreamllm_jax.train.checks import check_attention, check_places, check_rows
+from dreamllm_jax.train.checks import check_attention, check_batch_size, check_shardings
 from dreamllm_jax.train.flops import flops, step_flops
-from dreamllm_jax.train.state import described_state
+from dreamllm_jax.train.state import abstract_state
 from dreamllm_jax.train.step import train_step
 
 GENERATION = ("prefill", "decode", "denoise")
@@ -35,7 +35,7 @@ EFFORTS: dict[str, dict[str, int]] = {"low": {"optimization_level": 9}, "full": 
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
+class LoweredProgram:
     """A program before it is compiled.
 
     `arguments` are its inputs by kind, as shapes in their places; `model_flops` is its useful work by tower,
@@ -49,12 +49,12 @@ class Described:
     lowered: jax.stages.Lowered
 
 
-def compile_program(program: Described, effort: str) -> jax.stages.Compiled:
+def compile_program(program: LoweredProgram, effort: str) -> jax.stages.Compiled:
     """The compiler's output; `effort` is a key of EFFORTS."""
     return program.lowered.compile(compiler_options=EFFORTS[effort])
 
 
-def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> Described:
+def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> LoweredProgram:
     """The train step of a stage, as `train.loop` runs it.
 
     Raises:
@@ -62,15 +62,15 @@ def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> Des
     """
     mesh = make_mesh(recipe.mesh, devices)
     check_attention(recipe.model, mesh)
-    check_rows(stage, mesh)
+    check_batch_size(stage, mesh)
     params = abstract_params(recipe.model)
-    check_places(stage, params, mesh, recipe.mesh.whole)
-    state = described_state(params, stage, recipe, mesh)
-    batch = described_batch(recipe, stage, mesh)
+    check_shardings(stage, params, mesh, recipe.mesh.replicated)
+    state = abstract_state(params, stage, recipe, mesh)
+    batch = abstract_batch(recipe, stage, mesh)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     with jax.set_mesh(mesh):
         lowered = train_step.lower(
-            state, batch, rate, model=DreamLLMModule(recipe.model), stage=stage.program()
+            state, batch, rate, model=DreamLLMModule(recipe.model), stage=stage.compile_key()
         )
     arguments = {
         "parameters": state.trainable,
@@ -78,21 +78,21 @@ def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> Des
         "optimizer": (state.opt_state, state.ema),
         "batch": batch,
     }
-    return Described(stage.name, mesh, arguments, step_flops(recipe.model, stage), lowered)
+    return LoweredProgram(stage.name, mesh, arguments, step_flops(recipe.model, stage), lowered)
 
 
-def described_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Any:
+def abstract_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Any:
     """Shapes and places of a stage's batches."""
     layout = row_layout(stage.data, recipe.model, null_dream=stage.loss.condition_dropout > 0)
-    sharding, rows = batch_sharding(mesh), stage.data.rows
+    sharding, rows = batch_sharding(mesh), stage.data.batch_size
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
 
-    return jax.tree.map(one, blank(1, layout, pad=0))
+    return jax.tree.map(one, empty_batch(1, layout, pad=0))
 
 
-def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any]) -> Described:
+def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any]) -> LoweredProgram:
     """One of GENERATION for `rows` prompts (pictures), with weights in the model's dtype.
 
     Prompts fill what `generation.max_new_tokens` leaves of the context. The decoding loop ends by what is
@@ -108,7 +108,7 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
         raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
     check_attention(config, mesh)
     flat = abstract_params(config)
-    places, dtype = parameter_shardings(flat, mesh, recipe.mesh.whole), jnp.dtype(config.dtype)
+    places, dtype = parameter_shardings(flat, mesh, recipe.mesh.replicated), jnp.dtype(config.dtype)
     flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=places[k]) for k, v in flat.items()}
     params = unflatten_dict(flat, sep="/")
     make = {"prefill": _prefill, "decode": _decode, "denoise": _denoise}[name]
@@ -116,7 +116,7 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
         run, inputs = make(recipe, params, rows)
         lowered = run.lower(params, *inputs)
         work = {name: flops(run, params, *inputs)}
-    return Described(name, mesh, {"parameters": flat, "batch": inputs}, work, lowered)
+    return LoweredProgram(name, mesh, {"parameters": flat, "batch": inputs}, work, lowered)
 
 
 def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
@@ -124,7 +124,7 @@ def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ..
     capacity = config.context_length
     length = bucket(max(1, capacity - recipe.generation.max_new_tokens), capacity)
     stage = dataclasses.replace(recipe.stages[0].data, length=length, max_images=1, max_dreams=0)
-    batch = blank(1, row_layout(stage, config, null_dream=False), pad=0).replace(
+    batch = empty_batch(1, row_layout(stage, config, null_dream=False), pad=0).replace(
         dream_images=None, dream_sizes=None
     )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
@@ -139,7 +139,7 @@ def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...
     # The cache lies where reading the prompts leaves it.
     compiled = jax.jit(read).lower(params, *inputs).compile(compiler_options=EFFORTS["low"])
     shapes = jax.eval_shape(read, params, *inputs)
-    reading = [
+    state = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
         for x, place in zip(shapes, compiled.output_shardings, strict=True)
     ]
@@ -153,11 +153,11 @@ def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...
 
     others, others_of = _flat(others)
 
-    def run(params: Any, reading: list[Any], others: list[Any]) -> Any:
+    def run(params: Any, state: list[Any], others: list[Any]) -> Any:
         model = DreamLLMModule(config)
-        return decode_text(params, reading_of(reading), *others_of(others), model=model, max_new_tokens=new)
+        return decode_text(params, reading_of(state), *others_of(others), model=model, max_new_tokens=new)
 
-    return jax.jit(run, donate_argnums=1), (reading, jax.eval_shape(others))
+    return jax.jit(run, donate_argnums=1), (state, jax.eval_shape(others))
 
 
 def _flat(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], Callable[[list[Any]], Any]]:

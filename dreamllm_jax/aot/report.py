@@ -13,7 +13,7 @@ import jax
 from dreamllm_jax.aot.census import Census, Collective
 from dreamllm_jax.aot.chips import Chip
 from dreamllm_jax.aot.memory import FREE, Memory, gib
-from dreamllm_jax.aot.program import Described
+from dreamllm_jax.aot.program import LoweredProgram
 from dreamllm_jax.aot.roofline import Roofline
 
 LARGEST = 8  # collectives that are listed one by one
@@ -26,7 +26,7 @@ class Finding:
     recipe: str
     topology: str
     effort: str
-    program: Described
+    program: LoweredProgram
     chip: Chip
     memory: Memory
     census: Census

@@ -1,4 +1,4 @@
-"""Described TPUs: `v5p:4x4x4` to devices that programs can be compiled for, but not run on."""
+"""LoweredProgram TPUs: `v5p:4x4x4` to devices that programs can be compiled for, but not run on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENVIRONMENT = {
 JOINED_CORES = {"v4": {"chip_config_name": "megacore"}}
 
 
-def described_devices(topology: str) -> list[Any]:
+def topology_devices(topology: str) -> list[Any]:
     """The devices of `v5p:4x4x4`, or of several such slices: `v5p:4x4x4*2`.
 
     Sets environment variables that libtpu reads when it is loaded, those that are not set yet.

@@ -89,7 +89,7 @@ class DataConfig:
     kinds: KindWeights = dataclasses.field(default_factory=KindWeights)
     sources: tuple[SourceConfig, ...] = ()
     mode: Literal["comprehension", "creation", "joint"] = "joint"
-    rows: int = 16
+    batch_size: int = 16
     length: int = 256
     max_images: int = 8
     max_dreams: int = 8
@@ -104,7 +104,7 @@ class DataConfig:
                 "data: sources are files, source and kinds are the built-in corpus; give one of the two."
             )
         for name, least in (
-            ("rows", 1),
+            ("batch_size", 1),
             ("length", 2),
             ("max_images", 0),
             ("max_dreams", 0),

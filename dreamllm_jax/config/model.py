@@ -18,7 +18,7 @@ from dreamllm_jax.config.towers import (
 )
 
 Remat = Literal["none", "dots", "minimal", "full", "offload"]
-Attention = Literal["auto", "xla", "chunked", "splash", "cudnn", "lean"]
+AttentionKernel = Literal["auto", "xla", "chunked", "splash", "cudnn", "lean"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,10 @@ class RematConfig:
 class AttentionConfig:
     """By tower, which implementation its long attention runs on: see `models.attention.choice`."""
 
-    llama: Attention = "auto"
-    vision: Attention = "auto"
-    unet: Attention = "auto"
-    vae: Attention = "auto"
+    llama: AttentionKernel = "auto"
+    vision: AttentionKernel = "auto"
+    unet: AttentionKernel = "auto"
+    vae: AttentionKernel = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

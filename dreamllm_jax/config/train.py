@@ -19,7 +19,7 @@ def _require(holds: bool, config: Any, path: str, what: str) -> None:
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1: all that are left.
 
-    `whole` names frozen parts of the model ("unet", "vae", "vision", "llama") that are not sliced along
+    `replicated` names frozen parts of the model ("unet", "vae", "vision", "llama") that are not sliced along
     fsdp: they take more memory, and are never gathered.
     """
 
@@ -27,7 +27,7 @@ class MeshConfig:
     fsdp: int = -1
     tensor: int = 1
     context: int = 1
-    whole: tuple[str, ...] = ()
+    replicated: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW under warm-up and a cosine; `accumulation` micro-batches make one step.
+    """AdamW under warm-up and a cosine; `grad_accum_steps` micro-batches make one step.
 
     `gather` says when what fsdp has sliced is gathered: in every micro-batch, layer by layer ("layer",
     least memory), or once a step, before the micro-batches ("step": all weights lie whole on each device
@@ -81,7 +81,7 @@ class OptimConfig:
     second_moment: Literal["full", "factored"] = "full"
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     gather: Literal["layer", "step"] = "layer"
     ema_decay: float = 0.0
 
@@ -95,7 +95,7 @@ class OptimConfig:
         _require(
             self.clip_norm is None or self.clip_norm > 0, self, "optim.clip_norm", "be positive, or None"
         )
-        _require(self.accumulation >= 1, self, "optim.accumulation", "be at least 1")
+        _require(self.grad_accum_steps >= 1, self, "optim.grad_accum_steps", "be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class StageConfig:
     def __post_init__(self):
         _require(self.steps >= 1, self, "steps", "be at least 1")
 
-    def program(self) -> StageConfig:
+    def compile_key(self) -> StageConfig:
         """The stage without what its compiled step does not depend on: name, length, data, rates."""
         optim = OptimConfig()
         rates = dict(

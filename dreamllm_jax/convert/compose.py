@@ -10,13 +10,17 @@ import jax
 from dreamllm_jax.checkpoint.tensors import ArrayTensor, Tensor
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.convert.mapping import Report
-from dreamllm_jax.convert.source import Source
+from dreamllm_jax.convert.source import ForeignCheckpoint
 from dreamllm_jax.models.parameters import abstract_params, init_on_host
 
 CONNECTORS = ("vision_projector", "dream_queries", "condition_projector", "global_projector")
 
 
-def compose(llm: Source, vision: Source | None = None, diffusion: Source | None = None) -> Source:
+def compose(
+    llm: ForeignCheckpoint,
+    vision: ForeignCheckpoint | None = None,
+    diffusion: ForeignCheckpoint | None = None,
+) -> ForeignCheckpoint:
     """The language model of one source with the vision tower and the image decoder of others.
 
     Connectors are those of `llm` where its own towers stay; all others are to be drawn.

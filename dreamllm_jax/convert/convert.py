@@ -26,10 +26,10 @@ from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_co
 from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.convert import hugging_face
 from dreamllm_jax.convert.compose import init_connectors
-from dreamllm_jax.convert.dreamllm_files import MOUNTS
+from dreamllm_jax.convert.dreamllm_files import PREFIXES
 from dreamllm_jax.convert.hub_files import check_downloads
 from dreamllm_jax.convert.mapping import Report, to_torch
-from dreamllm_jax.convert.source import TOKENIZER_FILES, Source, control_ids
+from dreamllm_jax.convert.source import TOKENIZER_FILES, ForeignCheckpoint, control_ids
 from dreamllm_jax.convert.torch_files import require_torch, write_torch_file
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokenizer_files import has_tokenizer
@@ -39,7 +39,7 @@ Step = Callable[[int], None]
 
 
 def convert_to_jax(
-    source: Source,
+    source: ForeignCheckpoint,
     folder: str | Path,
     *,
     dtype: str | None = None,
@@ -210,7 +210,7 @@ def _plugins(model: DreamLLMConfig, parts: Parts) -> dict[str, dict[str, Tensor]
     """The reference's plugin files, by the same table that they are read with."""
     head = "stable_diffusion_xl_head" if "global_projector" in parts else "stable_diffusion_head"
     files: dict[str, dict[str, Tensor]] = {}
-    for mount in MOUNTS:
+    for mount in PREFIXES:
         if mount.file in ("clip_vision_embedding", "dream_embedding", head) and mount.part in parts:
             names = {f"{mount.prefix}{name}": tensor for name, tensor in parts[mount.part].items()}
             files.setdefault(mount.file, {}).update(names)

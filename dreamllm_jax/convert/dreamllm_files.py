@@ -28,7 +28,7 @@ from dreamllm_jax.convert.mapping import Report
 from dreamllm_jax.convert.weights import DIFFUSERS_STEMS, find_weights, read_file, read_weights
 
 
-class Mount(NamedTuple):
+class PrefixRule(NamedTuple):
     """Tensors of `file` (without suffix; "" is the language model's) under `prefix` belong to `part`."""
 
     file: str
@@ -37,35 +37,35 @@ class Mount(NamedTuple):
 
 
 # What each file holds. The first file of a part that exists is its source.
-MOUNTS = (
-    Mount("clip_vision_embedding", "clip_vision_model.vision_model.", "vision"),
-    Mount("clip_vision_embedding", "projector.", "vision_projector"),
-    Mount("dream_embedding", "", "dream_queries"),
-    Mount("stable_diffusion_head", "unet.", "unet"),
-    Mount("stable_diffusion_head", "vae.", "vae"),
-    Mount("stable_diffusion_head", "projector.", "condition_projector"),
-    Mount("stable_diffusion_xl_head", "unet.", "unet"),
-    Mount("stable_diffusion_xl_head", "vae.", "vae"),
-    Mount("stable_diffusion_xl_head", "projector.", "condition_projector"),
-    Mount("stable_diffusion_xl_head", "global_projector.", "global_projector"),
+PREFIXES = (
+    PrefixRule("clip_vision_embedding", "clip_vision_model.vision_model.", "vision"),
+    PrefixRule("clip_vision_embedding", "projector.", "vision_projector"),
+    PrefixRule("dream_embedding", "", "dream_queries"),
+    PrefixRule("stable_diffusion_head", "unet.", "unet"),
+    PrefixRule("stable_diffusion_head", "vae.", "vae"),
+    PrefixRule("stable_diffusion_head", "projector.", "condition_projector"),
+    PrefixRule("stable_diffusion_xl_head", "unet.", "unet"),
+    PrefixRule("stable_diffusion_xl_head", "vae.", "vae"),
+    PrefixRule("stable_diffusion_xl_head", "projector.", "condition_projector"),
+    PrefixRule("stable_diffusion_xl_head", "global_projector.", "global_projector"),
     # Legacy: the connectors alone.
-    Mount("clip_vision_model_projector", "", "vision_projector"),
-    Mount("dream_queries", "", "dream_queries"),
-    Mount("unet_projector", "", "condition_projector"),
+    PrefixRule("clip_vision_model_projector", "", "vision_projector"),
+    PrefixRule("dream_queries", "", "dream_queries"),
+    PrefixRule("unet_projector", "", "condition_projector"),
     # Plugins saved inside the language model's file.
-    Mount("", "model.clip_vision_embedding.clip_vision_model.vision_model.", "vision"),
-    Mount("", "model.clip_vision_embedding.projector.", "vision_projector"),
-    Mount("", "model.dream_embedding.", "dream_queries"),
-    Mount("", "stable_diffusion_head.unet.", "unet"),
-    Mount("", "stable_diffusion_head.vae.", "vae"),
-    Mount("", "stable_diffusion_head.projector.", "condition_projector"),
-    Mount("", "stable_diffusion_xl_head.unet.", "unet"),
-    Mount("", "stable_diffusion_xl_head.vae.", "vae"),
-    Mount("", "stable_diffusion_xl_head.projector.", "condition_projector"),
-    Mount("", "stable_diffusion_xl_head.global_projector.", "global_projector"),
-    Mount("", "", "llama"),
+    PrefixRule("", "model.clip_vision_embedding.clip_vision_model.vision_model.", "vision"),
+    PrefixRule("", "model.clip_vision_embedding.projector.", "vision_projector"),
+    PrefixRule("", "model.dream_embedding.", "dream_queries"),
+    PrefixRule("", "stable_diffusion_head.unet.", "unet"),
+    PrefixRule("", "stable_diffusion_head.vae.", "vae"),
+    PrefixRule("", "stable_diffusion_head.projector.", "condition_projector"),
+    PrefixRule("", "stable_diffusion_xl_head.unet.", "unet"),
+    PrefixRule("", "stable_diffusion_xl_head.vae.", "vae"),
+    PrefixRule("", "stable_diffusion_xl_head.projector.", "condition_projector"),
+    PrefixRule("", "stable_diffusion_xl_head.global_projector.", "global_projector"),
+    PrefixRule("", "", "llama"),
 )
-PLUGIN_FILES = tuple(dict.fromkeys(m.file for m in MOUNTS if m.file))
+PLUGIN_FILES = tuple(dict.fromkeys(m.file for m in PREFIXES if m.file))
 
 # Where the CLIP and Stable Diffusion configs are, below the folder of parts.
 CLIP_FOLDERS, DIFFUSION_FOLDERS = ("clip",), ("sd", "sdxl", "diffusion")
@@ -296,7 +296,7 @@ def read_dreamllm(
         if file not in files:
             continue
         for name, tensor in files[file].items():
-            mount = next((m for m in MOUNTS if m.file == file and name.startswith(m.prefix)), None)
+            mount = next((m for m in PREFIXES if m.file == file and name.startswith(m.prefix)), None)
             if mount is None:
                 report.unexpected.append(f"{tensor.origin} {tensor.shape}")
             elif source.setdefault(mount.part, file) != file:

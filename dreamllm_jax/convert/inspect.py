@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dreamllm_jax.checkpoint.storage import INDEX, open_params
 from dreamllm_jax.checkpoint.tensors import Tensor, num_bytes
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 
 
 def describe(
@@ -22,7 +22,7 @@ def describe(
     path = Path(path)
     if (path / INDEX).is_file():
         return "\n".join([f"{path}: converted (dreamllm_jax)", *_parts(open_params(path))])
-    source = open_source(path, parts_dir, prediction_type)
+    source = open_checkpoint(path, parts_dir, prediction_type)
     params, report = source.params()
     return "\n".join([f"{path}: {source.kind}", *_parts(params), str(report)])
 

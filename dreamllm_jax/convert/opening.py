@@ -14,7 +14,7 @@ from dreamllm_jax.checkpoint.model_folder import Pretrained, is_model_folder, op
 from dreamllm_jax.checkpoint.storage import cast
 from dreamllm_jax.checkpoint.vocabulary import with_control_tokens
 from dreamllm_jax.config.model import GenerationConfig
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 
 
 def open_model(path: str | Path, dtype: str | None = None) -> Pretrained:
@@ -31,7 +31,7 @@ def open_model(path: str | Path, dtype: str | None = None) -> Pretrained:
         raise ValueError(f"{folder} has no config.json; give a folder of weights.")
     if is_model_folder(folder):
         return open_pretrained(folder, dtype)
-    source = open_source(folder)
+    source = open_checkpoint(folder)
     params, report = source.params()
     report.raise_if_faulty(str(folder))
     for line in report.differing:

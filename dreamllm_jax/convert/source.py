@@ -76,7 +76,7 @@ class Source:
         return params, report
 
 
-class Mount(NamedTuple):
+class PrefixRule(NamedTuple):
     """Names beginning with `prefix` belong to `part`, where they begin with `inner` instead."""
 
     prefix: str
@@ -84,13 +84,13 @@ class Mount(NamedTuple):
     inner: str = ""
 
 
-def mount(
-    tensors: Mapping[str, Tensor], mounts: tuple[Mount, ...], report: Report
+def split_by_prefix(
+    tensors: Mapping[str, Tensor], prefixes: tuple[PrefixRule, ...], report: Report
 ) -> dict[str, dict[str, Tensor]]:
     """Sorts tensors into parts by the first mount whose prefix fits; the rest is unexpected."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        found = next((m for m in mounts if name.startswith(m.prefix)), None)
+        found = next((m for m in prefixes if name.startswith(m.prefix)), None)
         if found is None:
             report.unexpected.append(f"{tensor.origin} {tensor.shape}")
         else:

@@ -23,7 +23,7 @@ from dreamllm_jax.config.towers import (
 from dreamllm_jax.convert import single_file
 from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, configs_from_dreamllm, read_dreamllm
 from dreamllm_jax.convert.mapping import Report
-from dreamllm_jax.convert.source import Mount, Source, mount
+from dreamllm_jax.convert.source import ForeignCheckpoint, PrefixRule, split_by_prefix
 from dreamllm_jax.convert.weights import DIFFUSERS_STEMS, find_weights, read_file, read_weights
 from dreamllm_jax.data.chat_templates import template_of
 from dreamllm_jax.data.templates import OWN
@@ -33,54 +33,58 @@ from dreamllm_jax.data.tokenizer_files import has_tokenizer, read_chat_template
 # The conversation template that DreamLLM and LLaVA-1.5 were trained with.
 VICUNA = "vicuna_v1.1"
 
-LLAMA_MOUNTS = (Mount("", "llama"),)
-CLIP_MOUNTS = (
-    Mount("vision_model.", "vision"),
-    Mount("text_model.", "text"),
-    Mount("visual_projection.", "contrastive", "visual_projection."),
-    Mount("text_projection.", "contrastive", "text_projection."),
-    Mount("logit_scale", "contrastive", "logit_scale"),
+LLAMA_PREFIXES = (PrefixRule("", "llama"),)
+CLIP_PREFIXES = (
+    PrefixRule("vision_model.", "vision"),
+    PrefixRule("text_model.", "text"),
+    PrefixRule("visual_projection.", "contrastive", "visual_projection."),
+    PrefixRule("text_projection.", "contrastive", "text_projection."),
+    PrefixRule("logit_scale", "contrastive", "logit_scale"),
 )
 # transformers 5 writes a lone tower without its prefix.
-CLIP_VISION_MOUNTS = (*CLIP_MOUNTS, Mount("", "vision"))
-CLIP_TEXT_MOUNTS = (*CLIP_MOUNTS, Mount("", "text"))
+CLIP_VISION_PREFIXES = (*CLIP_PREFIXES, PrefixRule("", "vision"))
+CLIP_TEXT_PREFIXES = (*CLIP_PREFIXES, PrefixRule("", "text"))
 # LLaVA-1.5 as its authors publish it, and the Hugging Face port before and after transformers 4.52.
-LLAVA_MOUNTS = (
-    Mount("model.mm_projector.", "vision_projector", "projector."),
-    Mount("model.vision_tower.vision_tower.vision_model.", "vision"),
-    Mount("", "llama"),
+LLAVA_PREFIXES = (
+    PrefixRule("model.mm_projector.", "vision_projector", "projector."),
+    PrefixRule("model.vision_tower.vision_tower.vision_model.", "vision"),
+    PrefixRule("", "llama"),
 )
-LLAVA_PORT_MOUNTS = (
-    Mount("multi_modal_projector.", "vision_projector"),
-    Mount("vision_tower.vision_model.", "vision"),
-    Mount("vision_tower.", "vision"),
-    Mount("language_model.", "llama"),
-    Mount("model.multi_modal_projector.", "vision_projector"),
-    Mount("model.vision_tower.vision_model.", "vision"),
-    Mount("model.vision_tower.", "vision"),
-    Mount("model.language_model.", "llama", "model."),
-    Mount("lm_head.", "llama", "lm_head."),
+LLAVA_PORT_PREFIXES = (
+    PrefixRule("multi_modal_projector.", "vision_projector"),
+    PrefixRule("vision_tower.vision_model.", "vision"),
+    PrefixRule("vision_tower.", "vision"),
+    PrefixRule("language_model.", "llama"),
+    PrefixRule("model.multi_modal_projector.", "vision_projector"),
+    PrefixRule("model.vision_tower.vision_model.", "vision"),
+    PrefixRule("model.vision_tower.", "vision"),
+    PrefixRule("model.language_model.", "llama", "model."),
+    PrefixRule("lm_head.", "llama", "lm_head."),
 )
 
 
-def _mounted(kind: str, folder: Path, model: DreamLLMConfig, mounts: tuple[Mount, ...]) -> Source:
+def _open_folder(
+    kind: str, folder: Path, model: DreamLLMConfig, prefixes: tuple[PrefixRule, ...]
+) -> ForeignCheckpoint:
     report = Report()
-    return Source(kind, folder, model, mount(read_weights(folder), mounts, report), report)
+    return ForeignCheckpoint(
+        kind, folder, model, split_by_prefix(read_weights(folder), prefixes, report), report
+    )
 
 
-def _open_dreamllm(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
+def _open_dreamllm(folder: Path, raw: dict, parts_dir: Path | None) -> ForeignCheckpoint:
     settings = configs_from_dreamllm(folder, parts_dir)
     parts, report = read_dreamllm(folder, settings)
     report.differing += settings.unknown
     stated = {name: i for name, i in settings.special_tokens.items() if isinstance(i, int)}
     if "additional_special_tokens" in settings.special_tokens:
         stated |= settings.special_tokens["additional_special_tokens"]
-    source = Source("DreamLLM", folder, settings.model, parts, report, settings.loss, VICUNA)
+    source = ForeignCheckpoint("DreamLLM", folder, settings.model, parts, report, settings.loss, VICUNA)
     return dataclasses.replace(source, stated=stated | _stated(raw, "pad_token_id"))
 
 
-def _open_llama(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
-    source = _mounted("LLaMA", folder, DreamLLMConfig(llama=LlamaConfig.from_hf(raw)), LLAMA_MOUNTS)
+def _open_llama(folder: Path, raw: dict, parts_dir: Path | None) -> ForeignCheckpoint:
+    source = _open_folder("LLaMA", folder, DreamLLMConfig(llama=LlamaConfig.from_hf(raw)), LLAMA_PREFIXES)
     template = None
     if has_tokenizer(folder) and read_chat_template(folder) is not None:
         try:
@@ -98,21 +102,21 @@ def _stated(raw: Mapping[str, Any], *more: str) -> dict[str, int]:
     return {names[key]: raw[key] for key in keys if key in raw and isinstance(raw[key], int)}
 
 
-_CLIP_MOUNTS = {
-    "clip": CLIP_MOUNTS,
-    "clip_vision_model": CLIP_VISION_MOUNTS,
-    "clip_text_model": CLIP_TEXT_MOUNTS,
+_CLIP_PREFIXES = {
+    "clip": CLIP_PREFIXES,
+    "clip_vision_model": CLIP_VISION_PREFIXES,
+    "clip_text_model": CLIP_TEXT_PREFIXES,
 }
 
 
-def _open_clip(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
+def _open_clip(folder: Path, raw: dict, parts_dir: Path | None) -> ForeignCheckpoint:
     kind = raw["model_type"]
     model = DreamLLMConfig(
         vision=None if kind == "clip_text_model" else ClipVisionConfig.from_hf(raw),
         text=None if kind == "clip_vision_model" else ClipTextConfig.from_hf(raw),
         contrastive=kind == "clip",
     )
-    return _mounted("CLIP", folder, model, _CLIP_MOUNTS[kind])
+    return _open_folder("CLIP", folder, model, _CLIP_PREFIXES[kind])
 
 
 # Options of LLaVA-1.5 and its port, with the values that are implemented.
@@ -130,7 +134,7 @@ _LLAVA_PORT_ONLY: Mapping[str, tuple] = {
 }
 
 
-def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
+def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> ForeignCheckpoint:
     name = raw["mm_vision_tower"] if raw.get("mm_vision_tower") else ""
     kind = raw.get("mm_projector_type") or "linear"
     if not re.fullmatch(r"linear|mlp[1-9]x_gelu", kind):
@@ -150,7 +154,7 @@ def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
         vision_projector=ProjectorConfig("linear" if depth == 1 else "mlp", depth),
         vision_select_layer=int(raw.get("mm_vision_select_layer") or -2),
     )
-    source = _mounted("LLaVA", folder, model, LLAVA_MOUNTS)
+    source = _open_folder("LLaVA", folder, model, LLAVA_PREFIXES)
     source = dataclasses.replace(source, template=VICUNA, stated=_stated(raw, "pad_token_id"))
     if raw.get("image_aspect_ratio") == "pad":
         source.report.differing.append(
@@ -158,11 +162,13 @@ def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
             "Hugging Face port does"
         )
     if "vision" not in source.parts and tower is not None and find_weights(tower):
-        source.parts["vision"] = mount(read_weights(tower), CLIP_VISION_MOUNTS, Report())["vision"]
+        source.parts["vision"] = split_by_prefix(read_weights(tower), CLIP_VISION_PREFIXES, Report())[
+            "vision"
+        ]
     return source
 
 
-def _open_llava_port(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
+def _open_llava_port(folder: Path, raw: dict, parts_dir: Path | None) -> ForeignCheckpoint:
     _check_options(folder, raw, _LLAVA_PORT_ONLY)
     model = DreamLLMConfig(
         llama=LlamaConfig.from_hf(raw["text_config"]),
@@ -170,7 +176,7 @@ def _open_llava_port(folder: Path, raw: dict, parts_dir: Path | None) -> Source:
         vision_projector=ProjectorConfig("mlp", 2),
         vision_select_layer=int(raw.get("vision_feature_layer", -2)),
     )
-    source = _mounted("LLaVA (Hugging Face)", folder, model, LLAVA_PORT_MOUNTS)
+    source = _open_folder("LLaVA (Hugging Face)", folder, model, LLAVA_PORT_PREFIXES)
     stated = _stated(raw["text_config"], "pad_token_id") | _stated(raw, "pad_token_id")
     if isinstance(raw.get("image_token_index"), int):
         stated["<image>"] = raw["image_token_index"]
@@ -199,7 +205,7 @@ def _clip_folder(folder: Path, name: str, parts_dir: Path | None) -> Path | None
     return None
 
 
-def _open_diffusers(folder: Path) -> Source:
+def _open_diffusers(folder: Path) -> ForeignCheckpoint:
     unet = UNetConfig.from_hf(read_json(folder / "unet" / "config.json"))
     vae = VaeConfig.from_hf(read_json(folder / "vae" / "config.json"))
     schedule = ScheduleConfig.from_hf(read_json(folder / "scheduler" / "scheduler_config.json"))
@@ -210,7 +216,7 @@ def _open_diffusers(folder: Path) -> Source:
         text = text if text.hidden_size == unet.cross_attention_dim else None
     size = unet.sample_size * vae.downscale
     model = DreamLLMConfig(unet=unet, vae=vae, schedule=schedule, text=text, image_size=size)
-    source = Source("Stable Diffusion (diffusers)", folder, model, {})
+    source = ForeignCheckpoint("Stable Diffusion (diffusers)", folder, model, {})
     others = ("text_encoder_2", "text_encoder_3", "image_encoder", "safety_checker")
     for name in (*others, *(("text_encoder",) if text is None else ())):
         if (folder / name).is_dir():
@@ -218,11 +224,13 @@ def _open_diffusers(folder: Path) -> Source:
     for part in ("unet", "vae"):
         source.parts[part] = read_weights(folder / part, DIFFUSERS_STEMS)
     if text is not None:
-        source.parts |= mount(read_weights(folder / "text_encoder"), CLIP_TEXT_MOUNTS, source.report)
+        source.parts |= split_by_prefix(
+            read_weights(folder / "text_encoder"), CLIP_TEXT_PREFIXES, source.report
+        )
     return source
 
 
-def _open_single_file(file: Path, prediction_type: str | None) -> Source:
+def _open_single_file(file: Path, prediction_type: str | None) -> ForeignCheckpoint:
     tensors = read_file(file)
     try:
         parts, left = single_file.split(tensors)
@@ -234,10 +242,10 @@ def _open_single_file(file: Path, prediction_type: str | None) -> Source:
     size = unet.sample_size * vae.downscale
     model = DreamLLMConfig(unet=unet, vae=vae, schedule=schedule, image_size=size)
     report = Report(ignored=[f"{name} {tensors[name].shape} (beside U-Net and VAE)" for name in left])
-    return Source("Stable Diffusion (one file)", file, model, parts, report)
+    return ForeignCheckpoint("Stable Diffusion (one file)", file, model, parts, report)
 
 
-_OPENERS: dict[str, Callable[[Path, dict[str, Any], Path | None], Source]] = {
+_OPENERS: dict[str, Callable[[Path, dict[str, Any], Path | None], ForeignCheckpoint]] = {
     "dreamllm": _open_dreamllm,
     "llama": _open_llama,
     "clip": _open_clip,
@@ -248,9 +256,9 @@ _OPENERS: dict[str, Callable[[Path, dict[str, Any], Path | None], Source]] = {
 }
 
 
-def open_source(
+def open_checkpoint(
     path: str | Path, parts_dir: str | Path | None = None, prediction_type: str | None = None
-) -> Source:
+) -> ForeignCheckpoint:
     """Recognizes a checkpoint in PyTorch's form, and opens it without reading its tensors.
 
     A folder is a DreamLLM, LLaMA/Vicuna, CLIP, LLaVA-1.5 (original or port) or diffusers Stable
@@ -282,7 +290,7 @@ def open_source(
     return _named(path, _OPENERS[_kind(path, raw)], path, raw, parts)
 
 
-def _named(path: Path, opener: Callable[..., Source], *arguments: Any) -> Source:
+def _named(path: Path, opener: Callable[..., ForeignCheckpoint], *arguments: Any) -> ForeignCheckpoint:
     """What an opener gives; a config that it cannot use is a ValueError that names the folder."""
     try:
         return opener(*arguments)

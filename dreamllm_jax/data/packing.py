@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.data.images import ImageLike, to_diffusion, to_vision
-from dreamllm_jax.data.sequences import Sequence
+from dreamllm_jax.data.sequences import EncodedDocument
 from dreamllm_jax.data.tokenizer import SpecialTokens
 
 # What a stream counts. `empty_documents` had nothing left to learn, `broken_documents` could not be read;
@@ -74,7 +73,7 @@ class RowLayout:
         """Dreams that documents may take."""
         return self.max_dreams - self.null_dream
 
-    def check(self, sequence: Sequence) -> None:
+    def check(self, sequence: EncodedDocument) -> None:
         """Raises ValueError for a sequence that no row can hold."""
         if not self.fits(sequence, self.longest, self.max_images, self.dream_room):
             raise ValueError(
@@ -84,15 +83,15 @@ class RowLayout:
             )
 
     @staticmethod
-    def fits(sequence: Sequence, tokens: int, images: int, dreams: int) -> bool:
+    def fits(sequence: EncodedDocument, tokens: int, images: int, dreams: int) -> bool:
         """Whether `sequence` fits what is left of a row."""
         return len(sequence) <= tokens and len(sequence.images) <= images and len(sequence.dreams) <= dreams
 
 
-Numbered = tuple[int, Sequence]
+Numbered = tuple[int, EncodedDocument]
 
 
-def choose(
+def first_fit(
     layout: RowLayout, lookahead: int, following: Callable[[], Numbered | None]
 ) -> tuple[list[Numbered], list[Numbered]]:
     """First fit: takes what fits one row, until `lookahead` documents did not or none follows.
@@ -118,16 +117,16 @@ def choose(
 class RowStream:
     """Packs one stream of documents, read by number, into rows one after another."""
 
-    def __init__(self, read: Callable[[int], Sequence], layout: RowLayout, lookahead: int):
+    def __init__(self, read: Callable[[int], EncodedDocument], layout: RowLayout, lookahead: int):
         """`read(n)` gives document n of the stream, always the same."""
         self.read, self.layout, self.lookahead = read, layout, lookahead
         self.next = 0
         self.waiting: collections.deque[Numbered] = collections.deque()
         self.counts = dict.fromkeys(COUNTS, 0)
 
-    def row(self) -> list[Sequence]:
+    def row(self) -> list[EncodedDocument]:
         """The documents of the next row."""
-        chosen, passed = choose(self.layout, self.lookahead, self._following)
+        chosen, passed = first_fit(self.layout, self.lookahead, self._following)
         self.waiting.extendleft(reversed(passed))
         sequences = [sequence for _, sequence in chosen]
         self.counts["documents"] += len(sequences)
@@ -143,7 +142,7 @@ class RowStream:
         for _ in range(patience):
             number, self.next = self.next, self.next + 1
             sequence = self.read(number)
-            if sequence.teaches:
+            if sequence.has_targets:
                 self.layout.check(sequence)
                 return number, sequence
             self.counts["empty_documents"] += not sequence.broken_documents
@@ -154,7 +153,7 @@ class RowStream:
             "limits, or choose kinds of documents and a mode that the model's towers serve."
         )
 
-    def _count_losses(self, sequence: Sequence) -> None:
+    def _count_losses(self, sequence: EncodedDocument) -> None:
         for name in ("broken_documents", "dropped_images", "dropped_tokens", "broken_images"):
             self.counts[name] += getattr(sequence, name)
 
@@ -170,7 +169,7 @@ class RowStream:
 
 
 def pack_rows(
-    sequences: Iterable[Sequence], layout: RowLayout, special: SpecialTokens, lookahead: int = 8
+    sequences: Iterable[EncodedDocument], layout: RowLayout, special: SpecialTokens, lookahead: int = 8
 ) -> Batch:
     """Packs a finite list of sequences into as many rows as they need, as one Batch of numpy arrays.
 
@@ -184,26 +183,30 @@ def pack_rows(
         layout.check(sequence)
     rows = []
     while left:
-        chosen, passed = choose(layout, lookahead, lambda: left.popleft() if left else None)
+        chosen, passed = first_fit(layout, lookahead, lambda: left.popleft() if left else None)
         left.extendleft(reversed(passed))
         rows.append([sequence for _, sequence in chosen])
-    return assemble(rows, layout, special)
+    return assemble_batch(rows, layout, special)
 
 
-def assemble(rows: Items[Items[Sequence]], layout: RowLayout, special: SpecialTokens) -> Batch:
+def assemble_batch(
+    rows: Sequence[Sequence[EncodedDocument]], layout: RowLayout, special: SpecialTokens
+) -> Batch:
     """Writes rows of sequences (which fit) into the arrays of a Batch, pictures at the towers' sizes."""
-    batch = blank(len(rows), layout, special.pad)
+    batch = empty_batch(len(rows), layout, special.pad)
     null = _null_sequence(layout.num_queries, special)
     for b, row in enumerate(rows):
         at = images = dreams = 0
         for segment, sequence in enumerate(row, start=1):
-            _place(batch, b, at, segment, sequence, images * layout.num_patches, dreams * layout.num_queries)
+            _write_document(
+                batch, b, at, segment, sequence, images * layout.num_patches, dreams * layout.num_queries
+            )
             for image in sequence.images:
                 if batch.images is not None:
                     batch.images[b, images] = to_vision(image, layout.image_size)
                 images += 1
             for dream in sequence.dreams:
-                _place_dream(batch, b, dreams, dream, layout)
+                _write_dream(batch, b, dreams, dream, layout)
                 dreams += 1
             at += len(sequence)
         assert at <= layout.room and images <= layout.max_images and dreams <= layout.dream_room
@@ -211,11 +214,11 @@ def assemble(rows: Items[Items[Sequence]], layout: RowLayout, special: SpecialTo
         batch.dream_mask[b, :dreams] = True
         if layout.null_dream:
             slot = (layout.max_dreams - 1) * layout.num_queries
-            _place(batch, b, at, len(row) + 1, null, 0, slot)
+            _write_document(batch, b, at, len(row) + 1, null, 0, slot)
     return batch
 
 
-def blank(rows: int, layout: RowLayout, pad: int) -> Batch:
+def empty_batch(rows: int, layout: RowLayout, pad: int) -> Batch:
     """Rows (numpy) in which nothing stands."""
     shape = (rows, layout.length)
     i, j, h, h2 = layout.max_images, layout.max_dreams, layout.image_size, layout.dream_size
@@ -236,8 +239,8 @@ def blank(rows: int, layout: RowLayout, pad: int) -> Batch:
     )
 
 
-def _place(
-    batch: Batch, b: int, at: int, segment: int, sequence: Sequence, image_slot: int, dream_slot: int
+def _write_document(
+    batch: Batch, b: int, at: int, segment: int, sequence: EncodedDocument, image_slot: int, dream_slot: int
 ) -> None:
     end = at + len(sequence)
     batch.tokens[b, at:end] = sequence.tokens
@@ -253,7 +256,7 @@ def _place(
         batch.dream_slots[b, at:end] = np.where(slots >= 0, slots + dream_slot, -1)
 
 
-def _place_dream(batch: Batch, b: int, index: int, image: ImageLike, layout: RowLayout) -> None:
+def _write_dream(batch: Batch, b: int, index: int, image: ImageLike, layout: RowLayout) -> None:
     if batch.dream_images is None:
         return
     batch.dream_images[b, index], sizes = to_diffusion(image, layout.dream_size)
@@ -261,11 +264,11 @@ def _place_dream(batch: Batch, b: int, index: int, image: ImageLike, layout: Row
         batch.dream_sizes[b, index] = sizes
 
 
-def _null_sequence(num_queries: int, special: SpecialTokens) -> Sequence:
+def _null_sequence(num_queries: int, special: SpecialTokens) -> EncodedDocument:
     tokens = [special.bos, special.dream_start, *[special.im_patch] * num_queries, special.dream_end]
     n = len(tokens)
     dream_slots = np.full(n, -1, np.int32)
     dream_slots[2 : 2 + num_queries] = np.arange(num_queries)
     blank = np.full(n, -1, np.int32)
     # Its dream has no picture: what is drawn from the empty prompt is the other dreams' unconditional side.
-    return Sequence(np.array(tokens, np.int32), np.zeros(n, bool), blank, dream_slots, dreams=(b"",))
+    return EncodedDocument(np.array(tokens, np.int32), np.zeros(n, bool), blank, dream_slots, dreams=(b"",))

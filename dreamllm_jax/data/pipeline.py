@@ -13,8 +13,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -27,15 +26,15 @@ from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.data.files import BrokenRecord
 from dreamllm_jax.data.handwriting import training_source
 from dreamllm_jax.data.images import to_rgb
-from dreamllm_jax.data.packing import COUNTS, RowLayout, RowStream, assemble
+from dreamllm_jax.data.packing import COUNTS, RowLayout, RowStream, assemble_batch
 from dreamllm_jax.data.pieces import Beside, End, Picture, Piece
 from dreamllm_jax.data.records import check_sources, open_mixture
-from dreamllm_jax.data.sequences import Sequence, encode_pieces
+from dreamllm_jax.data.sequences import EncodedDocument, encode_pieces
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 
 @runtime_checkable
-class Source(Protocol):
+class DocumentSource(Protocol):
     """Documents without end, each a function of its own generator and number."""
 
     def document(self, rng: np.random.Generator, index: int) -> list[Piece]:
@@ -48,13 +47,13 @@ class Source(Protocol):
         ...
 
 
-def open_source(
+def open_documents(
     config: DataConfig,
     picture_size: int,
     tokenizer: Tokenizer,
     seed: int = 0,
     index_folder: Path | None = None,
-) -> Source:
+) -> DocumentSource:
     """The source that a stage's config names; `seed` orders the epochs of files.
 
     With a folder of `records.index_sources` tars that it knows are not read before they are needed.
@@ -82,12 +81,12 @@ def check_source(config: DataConfig, tokenizer: Tokenizer) -> None:
     """What can be said about a stage's source in no time: files are looked for, not read.
 
     Raises:
-      ValueError: as `open_source`, as far as that goes.
+      ValueError: as `open_documents`, as far as that goes.
     """
     if config.sources:
         check_sources(config, tokenizer)
     else:
-        open_source(config, 16, tokenizer)
+        open_documents(config, 16, tokenizer)
 
 
 def row_layout(config: DataConfig, model: DreamLLMConfig, null_dream: bool) -> RowLayout:
@@ -114,19 +113,19 @@ def batches(
     seed: int,
     null_dream: bool = False,
     start_step: int = 0,
-    numbers: Items[int] | None = None,
+    numbers: Sequence[int] | None = None,
     index_folder: Path | None = None,
 ) -> BatchStream:
     """The batches of one stage, as numpy arrays, from `start_step` on: the rows of these numbers, or all.
 
-    `index_folder` is as for `open_source`.
+    `index_folder` is as for `open_documents`.
 
     Raises:
       ValueError: no source, no room for any document.
     """
     layout = row_layout(config, model, null_dream)
     size = max(layout.image_size or 0, layout.dream_size or 0) or 16
-    source = open_source(config, size, tokenizer, seed, index_folder)
+    source = open_documents(config, size, tokenizer, seed, index_folder)
     return BatchStream(
         source,
         tokenizer,
@@ -145,7 +144,7 @@ class BatchStream(Iterator[Batch]):
 
     def __init__(
         self,
-        source: Source,
+        source: DocumentSource,
         tokenizer: Tokenizer,
         layout: RowLayout,
         rows: int,
@@ -153,14 +152,14 @@ class BatchStream(Iterator[Batch]):
         lookahead: int = 8,
         prefetch: int = 2,
         start_step: int = 0,
-        numbers: Items[int] | None = None,
+        numbers: Sequence[int] | None = None,
     ):
         """Of the global batch's `rows`, those of these `numbers`, in this order (None: all)."""
         self._source, self._tokenizer, self._layout = source, tokenizer, layout
         self._rows, self._lookahead, self._prefetch = rows, lookahead, prefetch
         self._numbers = range(rows) if numbers is None else list(numbers)
         assert self._numbers and all(0 <= row < rows for row in self._numbers), numbers
-        self._draws = _Draws(seed)
+        self._generators = _DocumentGenerator(seed)
         self._worker: _Worker | None = None
         self.load_state({"step": start_step, "rows": {}})
 
@@ -194,7 +193,7 @@ class BatchStream(Iterator[Batch]):
                 continue
             for _ in range(self._step):
                 stream.row()
-        self._delivered = self._place()
+        self._delivered = self._state()
 
     def stats(self) -> dict[str, int | float]:
         """The `statistics` of this stream's rows so far."""
@@ -209,14 +208,14 @@ class BatchStream(Iterator[Batch]):
     def _make(self) -> tuple[Batch, dict]:
         rows = [stream.row() for stream in self._streams.values()]
         self._step += 1
-        return assemble(rows, self._layout, self._tokenizer.special), self._place()
+        return assemble_batch(rows, self._layout, self._tokenizer.special), self._state()
 
-    def _place(self) -> dict:
+    def _state(self) -> dict:
         return {"step": self._step, "rows": {str(r): s.state() for r, s in self._streams.items()}}
 
-    def _read(self, row: int, number: int) -> Sequence:
+    def _read(self, row: int, number: int) -> EncodedDocument:
         """Document `number` of a row, always the same; pictures that cannot be read are left out of it."""
-        rng, faulty = self._draws.at(row, number), 0
+        rng, faulty = self._generators.at(row, number), 0
         try:
             document = self._source.document(rng, number * self._rows + row)
         except BrokenRecord:
@@ -237,7 +236,7 @@ class BatchStream(Iterator[Batch]):
         return sequence
 
 
-def joined(places: Items[dict]) -> dict:
+def merge_iterator_states(places: Sequence[dict]) -> dict:
     """One place of all rows from the `state_dict()`s of streams that have each some of them, at one step."""
     assert len({place["step"] for place in places}) == 1, [place["step"] for place in places]
     rows = {row: state for place in places for row, state in place["rows"].items()}
@@ -257,7 +256,7 @@ def statistics(place: dict, length: int) -> dict[str, int | float]:
     return {**counts, "pad_share": 1 - counts["tokens"] / slots if slots else 0.0}
 
 
-class _Draws:
+class _DocumentGenerator:
     """One generator that can stand anywhere: moving a counter takes a tenth of making a generator."""
 
     def __init__(self, seed: int):

@@ -136,7 +136,7 @@ class Mixture:
             self._order = grain.experimental.WindowShuffleMapDataset(mixed, window_size=_WINDOW, seed=seed)
 
     def document(self, rng: np.random.Generator, index: int) -> list[Piece]:
-        """As `pipeline.Source` says; BrokenRecord where the record cannot be used."""
+        """As `pipeline.DocumentSource` says; BrokenRecord where the record cannot be used."""
         at, number = self._order[index]
         return self.records[at].document(int(number), rng)
 

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
-from collections.abc import Sequence as Items
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -39,7 +38,7 @@ from dreamllm_jax.document import Document
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sequence:
+class EncodedDocument:
     """One document in tokens.
 
     `supervised[l]`: token l is a training target. Slots as in `batch.Batch`, images and dreams
@@ -62,7 +61,7 @@ class Sequence:
         return len(self.tokens)
 
     @property
-    def teaches(self) -> bool:
+    def has_targets(self) -> bool:
         """Whether anything in it is learned: a token, a dream, or a picture beside its caption."""
         beside = bool(self.images) and (self.image_slots < 0).all()
         return bool(self.dreams or beside or self.supervised.any())
@@ -86,7 +85,7 @@ class _Writer:
         self.images: list[ImageLike] = []
         self.dreams: list[ImageLike] = []
 
-    def write(self, tokens: Items[int], supervised: bool) -> None:
+    def write(self, tokens: Sequence[int], supervised: bool) -> None:
         n = len(tokens)
         self.tokens += tokens
         self.supervised += [supervised] * n
@@ -160,8 +159,8 @@ class _Writer:
             )
         return tokens
 
-    def sequence(self, dropped_images: int = 0, dropped_tokens: int = 0) -> Sequence:
-        return Sequence(
+    def sequence(self, dropped_images: int = 0, dropped_tokens: int = 0) -> EncodedDocument:
+        return EncodedDocument(
             np.array(self.tokens, np.int32),
             np.array(self.supervised, bool),
             np.array(self.image_slots, np.int32),
@@ -182,7 +181,7 @@ def encode_pieces(
     eos: bool = True,
     max_images: int | None = None,
     max_dreams: int | None = None,
-) -> Sequence:
+) -> EncodedDocument:
     """Writes `<s>`, the pieces, and (with `eos`, unless they end so themselves) `</s>`.
 
     What does not fit ends the document before it: text is cut at the last token that fits, an
@@ -238,7 +237,7 @@ def _num_tokens(piece: Piece, writer: _Writer) -> int:
 
 def _cut(
     writer: _Writer, rest: list[Piece], closing: bool, dropped_tokens: int, tokenizer: Tokenizer
-) -> Sequence:
+) -> EncodedDocument:
     """Ends a document early and counts what is left of it."""
     if closing:
         writer.write([writer.ids.eos], False)
@@ -255,7 +254,7 @@ def encode_prompt(
     max_length: int,
     max_images: int | None = None,
     template: str | None = None,
-) -> Sequence:
+) -> EncodedDocument:
     """A prompt to continue: `<s>`, then text and pictures (seen only) in order, no `</s>`.
 
     With a conversation `template` the prompt is the user's turn. Strings are plain text throughout.

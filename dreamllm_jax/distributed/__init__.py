@@ -26,10 +26,10 @@ from dreamllm_jax.distributed.coordination import (
     wait_for,
 )
 from dreamllm_jax.distributed.initialization import initialize, leave
-from dreamllm_jax.distributed.preemption import Notice, Preempted
+from dreamllm_jax.distributed.preemption import Preempted, PreemptionGuard
 
 __all__ = [
-    "Notice",
+    "PreemptionGuard",
     "Preempted",
     "barrier",
     "check_same",

@@ -14,7 +14,7 @@ EXPLICIT = f"set {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}"
 _COUNTS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
 
 
-class Place(NamedTuple):
+class ProcessSpec(NamedTuple):
     """This process among all: where process 0 listens, how many there are, which one this is."""
 
     address: str
@@ -22,7 +22,7 @@ class Place(NamedTuple):
     index: int
 
 
-def explicit_place(environment: Mapping[str, str]) -> Place | None:
+def explicit_process(environment: Mapping[str, str]) -> ProcessSpec | None:
     """What the three variables say; None where neither count nor index is set.
 
     An address alone is left to JAX, which takes count and index from the cluster.
@@ -50,12 +50,12 @@ def explicit_place(environment: Mapping[str, str]) -> Place | None:
             "there are."
         )
     if alone:
-        return Place("", 1, 0)
+        return ProcessSpec("", 1, 0)
     address = environment[ADDRESS]
     if not re.fullmatch(r".+:\d+", address):
         raise ValueError(f"{ADDRESS}={address} is no host:port; give, for example, 10.0.0.1:1234.")
     _check_launcher(environment, count, index)
-    return Place(address, count, index)
+    return ProcessSpec(address, count, index)
 
 
 def several_processes(environment: Mapping[str, str]) -> str | None:

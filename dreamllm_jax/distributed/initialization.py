@@ -15,7 +15,7 @@ import jax
 from dreamllm_jax.distributed.environment import (
     COUNT,
     EXPLICIT,
-    explicit_place,
+    explicit_process,
     gpus_of_a_lone_task,
     nothing_found,
     other_mpi,
@@ -43,13 +43,13 @@ def initialize(timeout_seconds: int = 300) -> None:
 
 
 def _join(timeout_seconds: int) -> None:
-    place, hint = explicit_place(os.environ), several_processes(os.environ)
-    if place is not None and place.count == 1:
+    process, hint = explicit_process(os.environ), several_processes(os.environ)
+    if process is not None and process.count == 1:
         return
     try:
-        if place is not None:
+        if process is not None:
             jax.distributed.initialize(
-                *place, cluster_detection_method="deactivate", initialization_timeout=timeout_seconds
+                *process, cluster_detection_method="deactivate", initialization_timeout=timeout_seconds
             )
         else:
             jax.distributed.initialize(
@@ -58,13 +58,17 @@ def _join(timeout_seconds: int) -> None:
                 initialization_timeout=timeout_seconds,
             )
     except jax.errors.JaxRuntimeError as error:
-        whole = "the other processes" if place is None else f"all {place.count} processes at {place.address}"
+        whole = (
+            "the other processes"
+            if process is None
+            else f"all {process.count} processes at {process.address}"
+        )
         raise TimeoutError(
             f"{first_line(error)}: {whole} did not come together within {timeout_seconds} s; "
             "start every one of them, and look whether the address can be reached from each host."
         ) from error
     except (ValueError, RuntimeError) as error:
-        if place is None and hint is None and nothing_found(error, os.environ):
+        if process is None and hint is None and nothing_found(error, os.environ):
             return
         if isinstance(error, RuntimeError) and "must be called before" in str(error):
             raise

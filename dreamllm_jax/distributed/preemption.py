@@ -19,7 +19,7 @@ class Preempted(Exception):
     """The run was asked to end, and what it had done is saved."""
 
 
-class Notice:
+class PreemptionGuard:
     """Within it a first SIGTERM does not end the process: the work sees it between two steps.
 
     With several processes JAX takes the signal (from `initialize` on) and tells the others.
@@ -28,7 +28,7 @@ class Notice:
     def __init__(self) -> None:
         self._given, self._before = False, None
 
-    def __enter__(self) -> Notice:
+    def __enter__(self) -> PreemptionGuard:
         if not several() and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._take)
         return self

@@ -90,7 +90,7 @@ class Written:
 
 
 def create(model: DreamLLM, judge: Judge, per_digit: int = 20, seed: int = 0) -> Creation:
-    """Draws `per_digit` pictures from the caption of each digit."""
+    """StepNoise `per_digit` pictures from the caption of each digit."""
     prompts = [caption(digit) for digit in range(10)]
     drawn = model.generate_images(prompts, num_images_per_prompt=per_digit, seed=seed)
     pictures = np.array([[np.asarray(p) for p in row] for row in drawn])

@@ -67,25 +67,28 @@ class DreamLLM:
         tokenizer: Tokenizer,
         generation: GenerationConfig | None = None,
         mesh: Mesh | None = None,
-        whole: Sequence[str] = (),
+        replicated: Sequence[str] = (),
     ):
         """Places the parameters (flat or nested) on the default device, or sharded over `mesh`.
 
-        Of the parts of the model named in `whole` ("unet", "vae", "vision", ...) every group along the mesh's
-        axis fsdp holds a copy, as `mesh.whole` of a recipe does for training: more memory, nothing to gather.
-        They may be tensors that are not read yet: these are read one by one, what this host's devices need.
+        Parts of the model named in `replicated` ("unet", "vae", "vision", ...) are not sharded along the
+        mesh's axis fsdp: every device of that axis holds them in full, as `mesh.replicated` of a recipe does
+        for training. That takes more memory and needs no gathering. Parameters may be tensors that are not read
+        yet; each host then reads what its own devices need, one tensor at a time.
 
         Raises:
           ValueError: a model without language model, or with fewer embeddings than the tokenizer has tokens;
-            `whole` names a part that the model has not.
+            `replicated` names a part that the model has not.
         """
         _check_language(config, tokenizer)
         flat = flatten(params)
         parts = sorted({path.split("/")[0] for path in flat})
-        if absent := sorted(set(whole) - set(parts)):
-            raise ValueError(f"whole names {', '.join(absent)}; choose among {', '.join(parts)}.")
+        if absent := sorted(set(replicated) - set(parts)):
+            raise ValueError(f"replicated names {', '.join(absent)}; choose among {', '.join(parts)}.")
         alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = dict.fromkeys(flat, alone) if mesh is None else parameter_shardings(flat, mesh, whole)
+        shardings = (
+            dict.fromkeys(flat, alone) if mesh is None else parameter_shardings(flat, mesh, replicated)
+        )
         placed = {k: to_device(v, shardings[k]) for k, v in flat.items()}
         self._mesh = mesh
         self._engine = Engine(config, unflatten(placed), tokenizer)
@@ -94,14 +97,18 @@ class DreamLLM:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: str | None = None, mesh: Mesh | None = None, whole: Sequence[str] = ()
+        cls,
+        path: str | Path,
+        dtype: str | None = None,
+        mesh: Mesh | None = None,
+        replicated: Sequence[str] = (),
     ) -> DreamLLM:
         """Loads a folder that `save_pretrained` or a training run wrote, or a checkpoint in PyTorch's form.
 
         Such a checkpoint (DreamLLM, LLaMA or Vicuna, LLaVA-1.5; a folder or an id on the hub) is converted in
         passing. Control tokens that its tokenizer lacks are added, with rows for them.
-        `dtype` ("float32", "bfloat16") casts the weights and sets what is computed in; `mesh` and `whole` say
-        where they lie, as above.
+        `dtype` ("float32", "bfloat16") casts the weights and sets the compute dtype; `mesh` and `replicated`
+        are as in the constructor.
 
         Raises:
           ValueError: the folder is missing, foreign, incomplete or damaged, or another dtype.
@@ -111,7 +118,7 @@ class DreamLLM:
         loaded = open_model(path, dtype)
         check_complete(path, loaded.config, loaded.params)
         config = loaded.config if dtype is None else dataclasses.replace(loaded.config, dtype=dtype)
-        return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh, whole)
+        return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh, replicated)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the folder that `from_pretrained` loads, whole or not at all."""
@@ -300,9 +307,9 @@ class DreamLLM:
         """The U-Net's conditions of some prompts, each asked for a picture at its end."""
         needed = longest_prompt(batch) + 1 + self.config.num_dream_queries
         start = jnp.int32(self.tokenizer.special.dream_start)
-        reading = self._engine.read(batch, bucket(needed, self.config.context_length))
+        state = self._engine.read(batch, bucket(needed, self.config.context_length))
         active = jnp.ones(batch.tokens.shape[0], bool)
-        _, context, pooled = dream(self.params, reading, active, start, model=self._engine.module)
+        _, context, pooled = dream(self.params, state, active, start, model=self._engine.module)
         return context, pooled
 
     def _negative_batch(self, negative_prompt: str | None, settings: GenerationConfig) -> Batch:

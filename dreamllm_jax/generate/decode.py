@@ -1,4 +1,4 @@
-"""Reading and decoding on a static cache: the jitted pieces of every kind of generation.
+"""DecodeState and decoding on a static cache: the jitted pieces of every kind of generation.
 
 A batch of rows goes on together; a row that waits, has ended or does not draw takes part with no
 valid token, which leaves its cache as it is.
@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.llama import KVCache, Params, init_cache, layers_apart
+from dreamllm_jax.models.llama import KVCache, Params, init_cache, unstack_layers
 from dreamllm_jax.sharding import platform
 
 
 @flax.struct.dataclass
-class Reading:
+class DecodeState:
     """How far each row has been read: the cache, and the state that predicts its next token."""
 
     cache: KVCache
@@ -46,34 +46,34 @@ class Control:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
-def prefill(params: dict, batch: Batch, *, model: DreamLLMModule, capacity: int) -> Reading:
+def prefill(params: dict, batch: Batch, *, model: DreamLLMModule, capacity: int) -> DecodeState:
     """Reads prompts (one per row, left-aligned, `segment_ids` 1 where there are tokens)."""
     assert model.config.llama is not None
     variables = {"params": params}
-    embeds = model.apply(variables, batch, method="embed")
+    embeds = model.apply(variables, batch, method=DreamLLMModule.embed)
     cache = init_cache(model.config.llama, embeds.shape[0], capacity, jnp.dtype(model.config.dtype))
     last = jnp.zeros((embeds.shape[0], embeds.shape[-1]), embeds.dtype)
-    return _read_on(model, variables, Reading(cache, last), embeds, batch.segment_ids > 0)[0]
+    return _extend(model, variables, DecodeState(cache, last), embeds, batch.segment_ids > 0)[0]
 
 
-def _read_on(
+def _extend(
     model: DreamLLMModule,
     variables: dict,
-    reading: Reading,
+    state: DecodeState,
     embeds: Array,
     valid: Array,
     layers: Sequence[Params] | None = None,
-) -> tuple[Reading, Array]:
-    hidden, cache = model.apply(variables, embeds, valid, reading.cache, layers, method="extend")
+) -> tuple[DecodeState, Array]:
+    hidden, cache = model.apply(variables, embeds, valid, state.cache, layers, method=DreamLLMModule.extend)
     end = jnp.maximum(valid.sum(-1) - 1, 0)
     last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
-    return Reading(cache, jnp.where(valid.any(-1)[:, None], last, reading.last)), hidden
+    return DecodeState(cache, jnp.where(valid.any(-1)[:, None], last, state.last)), hidden
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"), donate_argnames="reading")
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"), donate_argnames="state")
 def decode_text(
     params: dict,
-    reading: Reading,
+    state: DecodeState,
     active: Bool[Array, "B"],
     budget: Int[Array, "B"],
     keys: Key[Array, "B"],
@@ -81,28 +81,28 @@ def decode_text(
     *,
     model: DreamLLMModule,
     max_new_tokens: int,
-) -> tuple[Reading, Int[Array, "B M"], Int[Array, "B"]]:
+) -> tuple[DecodeState, Int[Array, "B M"], Int[Array, "B"]]:
     """Writes text in the active rows until each has stopped, run out of its budget, or is full.
 
-    Returns the reading, the tokens (-1 after the last), and each row's stop token (-1: none). A
+    Returns the state, the tokens (-1 after the last), and each row's stop token (-1: none). A
     stop token is not read: what follows it is the caller's business. On CPU the language model's layers
-    are held twice meanwhile (see `layers_apart`), where they take no more than a quarter of the memory.
+    are held twice meanwhile (see `unstack_layers`), where they take no more than a quarter of the memory.
     """
     variables = {"params": params}
-    rows, capacity = active.shape[0], reading.cache.capacity
-    layers = layers_apart(params["llama"]) if _worth_a_copy(params["llama"]["layers"]) else None
+    rows, capacity = active.shape[0], state.cache.capacity
+    layers = unstack_layers(params["llama"]) if _room_for_a_copy(params["llama"]["layers"]) else None
 
     def unfinished(carry):
         return carry[1].any()
 
     def one(carry):
-        reading, active, tokens, stop, written = carry
-        logits = model.apply(variables, reading.last[:, None], method="logits")[:, 0]
-        room = capacity - reading.cache.lengths
+        state, active, tokens, stop, written = carry
+        logits = model.apply(variables, state.last[:, None], method=DreamLLMModule.logits)[:, 0]
+        room = capacity - state.cache.lengths
         dream = jnp.arange(logits.shape[-1]) == control.dream_start
         no_dream = ~control.may_dream | (room < control.dream_room)
         logits = jnp.where(control.forbidden | (dream & no_dream[:, None]), -jnp.inf, logits)
-        here = jax.vmap(jax.random.fold_in)(keys, reading.cache.lengths)
+        here = jax.vmap(jax.random.fold_in)(keys, state.cache.lengths)
         token = sample_tokens(logits, here, control.temperature, control.top_p)
         stopped = active & jnp.isin(token, control.stops)
         stop = jnp.where(stopped, token, stop)
@@ -110,22 +110,22 @@ def decode_text(
         tokens = tokens.at[jnp.arange(rows), jnp.where(writes, written, max_new_tokens)].set(
             token, mode="drop"
         )
-        embeds = model.apply(variables, token[:, None], method="embed_text")
-        reading, _ = _read_on(model, variables, reading, embeds, writes[:, None], layers)
-        return reading, writes, tokens, stop, written + writes
+        embeds = model.apply(variables, token[:, None], method=DreamLLMModule.embed_text)
+        state, _ = _extend(model, variables, state, embeds, writes[:, None], layers)
+        return state, writes, tokens, stop, written + writes
 
     start = (
-        reading,
+        state,
         active,
         jnp.full((rows, max_new_tokens), -1, jnp.int32),
         jnp.full((rows,), -1, jnp.int32),
         jnp.zeros((rows,), jnp.int32),
     )
-    reading, _, tokens, stop, _ = jax.lax.while_loop(unfinished, one, start)
-    return reading, tokens, stop
+    state, _, tokens, stop, _ = jax.lax.while_loop(unfinished, one, start)
+    return state, tokens, stop
 
 
-def _worth_a_copy(layers: Params) -> bool:
+def _room_for_a_copy(layers: Params) -> bool:
     """Whether this is a CPU, with room for the layers a second time."""
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return platform() == "cpu" and 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers)) <= room
@@ -154,49 +154,54 @@ def sample_tokens(
     )
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="reading")
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def dream(
     params: dict,
-    reading: Reading,
+    state: DecodeState,
     active: Bool[Array, "B"],
     dream_start: Int[Array, ""],
     *,
     model: DreamLLMModule,
-) -> tuple[Reading, Float[Array, "B Q X"], Float[Array, "B G"] | None]:
+) -> tuple[DecodeState, Float[Array, "B Q X"], Float[Array, "B G"] | None]:
     """Reads `<dream_start>` and the queries in the active rows; gives the U-Net's conditions."""
     variables = {"params": params}
     rows = active.shape[0]
-    start = model.apply(variables, dream_start[None, None], method="embed_text")[0]
-    block = jnp.concatenate([start, model.apply(variables, method="queries").astype(start.dtype)])
+    start = model.apply(variables, dream_start[None, None], method=DreamLLMModule.embed_text)[0]
+    block = jnp.concatenate(
+        [start, model.apply(variables, method=DreamLLMModule.queries).astype(start.dtype)]
+    )
     embeds = jnp.broadcast_to(block, (rows, *block.shape))
     valid = jnp.broadcast_to(active[:, None], embeds.shape[:2])
-    reading, hidden = _read_on(model, variables, reading, embeds, valid)
-    context, pooled = model.apply(variables, hidden[:, 1:], method="conditions")
-    return reading, context, pooled
+    state, hidden = _extend(model, variables, state, embeds, valid)
+    context, pooled = model.apply(variables, hidden[:, 1:], method=DreamLLMModule.conditions)
+    return state, context, pooled
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="reading")
-def look(
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def append_image(
     params: dict,
-    reading: Reading,
+    state: DecodeState,
     active: Bool[Array, "B"],
     images: Array | None,
     before: Int[Array, " n"],
     after: Int[Array, " m"],
     *,
     model: DreamLLMModule,
-) -> Reading:
+) -> DecodeState:
     """Reads `before`, the row's own drawing (uint8 [B h w 3]; None in a model that cannot see), `after`."""
     variables = {"params": params}
     rows = active.shape[0]
 
     def fixed(tokens: Array) -> Array:
-        embeds = model.apply(variables, tokens[None], method="embed_text")
+        embeds = model.apply(variables, tokens[None], method=DreamLLMModule.embed_text)
         return jnp.broadcast_to(embeds, (rows, *embeds.shape[1:]))
 
     parts = [fixed(before)]
     if images is not None:
-        parts += [model.apply(variables, images, method="see").astype(parts[0].dtype), fixed(after)]
+        parts += [
+            model.apply(variables, images, method=DreamLLMModule.see).astype(parts[0].dtype),
+            fixed(after),
+        ]
     embeds = jnp.concatenate(parts, axis=1)
     valid = jnp.broadcast_to(active[:, None], embeds.shape[:2])
-    return _read_on(model, variables, reading, embeds, valid)[0]
+    return _extend(model, variables, state, embeds, valid)[0]

@@ -17,7 +17,7 @@ from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.distributed import to_host
 from dreamllm_jax.document import Document
-from dreamllm_jax.generate.decode import Reading, decode_text, dream, look
+from dreamllm_jax.generate.decode import DecodeState, append_image, decode_text, dream
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.generate.images import NullCondition, draw_rows
 from dreamllm_jax.generate.prompts import bucket, longest_prompt
@@ -44,7 +44,7 @@ def write_documents(
     room = bucket(
         longest_prompt(batch) + max_new_tokens + settings.max_images * block, engine.config.context_length
     )
-    reading = engine.read(batch, room)
+    state = engine.read(batch, room)
     rows = batch.tokens.shape[0]
     parts: list[list[str | Image.Image]] = [[] for _ in range(rows)]
     drawn, written = np.zeros(rows, int), np.zeros(rows, int)
@@ -57,9 +57,9 @@ def write_documents(
             dream_room=block,
             settings=settings,
         )
-        reading, tokens, stop = decode_text(
+        state, tokens, stop = decode_text(
             engine.params,
-            reading,
+            state,
             jnp.asarray(active),
             jnp.asarray(max_new_tokens - written, jnp.int32),
             keys,
@@ -76,27 +76,27 @@ def write_documents(
         reason[active & (stop == special.eos)] = "stop"
         active &= stop == special.dream_start
         if active.any():
-            reading, pictures = draw_and_look(engine, reading, active, keys, settings, unconditional)
+            state, pictures = draw_and_append(engine, state, active, keys, settings, unconditional)
             for row, picture in pictures.items():
                 parts[row].append(Image.fromarray(picture))
                 drawn[row] += 1
     return [Document(p, finish_reason=str(r)) for p, r in zip(parts, reason, strict=True)]
 
 
-def draw_and_look(
+def draw_and_append(
     engine: Engine,
-    reading: Reading,
+    state: DecodeState,
     active: np.ndarray,
     keys: jax.Array,
     settings: GenerationConfig,
     unconditional: NullCondition | None,
-) -> tuple[Reading, dict[int, np.ndarray]]:
-    """Draws one picture in each active row, and reads it there; returns the pictures by row."""
+) -> tuple[DecodeState, dict[int, np.ndarray]]:
+    """StepNoise one picture in each active row, and reads it there; returns the pictures by row."""
     special = engine.tokenizer.special
-    row_keys = jax.vmap(jax.random.fold_in)(keys, reading.cache.lengths)
+    row_keys = jax.vmap(jax.random.fold_in)(keys, state.cache.lengths)
     mask = jnp.asarray(active)
     start = jnp.int32(special.dream_start)
-    reading, context, pooled = dream(engine.params, reading, mask, start, model=engine.module)
+    state, context, pooled = dream(engine.params, state, mask, start, model=engine.module)
     picked = np.flatnonzero(active)
     images = draw_rows(engine, (context, pooled), picked, row_keys[picked], settings, unconditional)
     size = images.shape[1]
@@ -107,5 +107,5 @@ def draw_and_look(
         seen = engine.as_seen(seen)
         before, after = [special.dream_end, special.im_start], [special.im_end]
     tokens = (jnp.asarray(before, jnp.int32), jnp.asarray(after, jnp.int32))
-    reading = look(engine.params, reading, mask, seen, *tokens, model=engine.module)
-    return reading, dict(zip(picked.tolist(), images, strict=True))
+    state = append_image(engine.params, state, mask, seen, *tokens, model=engine.module)
+    return state, dict(zip(picked.tolist(), images, strict=True))

@@ -14,7 +14,7 @@ from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.generate.decode import Control, Reading, prefill
+from dreamllm_jax.generate.decode import Control, DecodeState, prefill
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 
 
@@ -30,7 +30,7 @@ class Engine:
     def module(self) -> DreamLLMModule:
         return DreamLLMModule(self.config)
 
-    def read(self, batch: Batch, capacity: int) -> Reading:
+    def read(self, batch: Batch, capacity: int) -> DecodeState:
         """Reads prompts into a cache with room for `capacity` tokens a row."""
         return prefill(self.params, jax.tree.map(jnp.asarray, batch), model=self.module, capacity=capacity)
 

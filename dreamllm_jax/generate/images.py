@@ -101,7 +101,7 @@ def _draw(params, condition, unconditional, keys, scale, rescale, *, model, plan
         added = {"text_embeds": pooled, "time_ids": jnp.broadcast_to(ids, (pooled.shape[0], 6))}
 
     def denoise(latents, timesteps):
-        return model.apply(variables, latents, timesteps, context, added, method="denoise")
+        return model.apply(variables, latents, timesteps, context, added, method=DreamLLMModule.denoise)
 
     method, steps, eta = plan
     latents = sample(
@@ -113,4 +113,4 @@ def _draw(params, condition, unconditional, keys, scale, rescale, *, model, plan
         eta=eta,
         keys=fold(keys, 1),
     )
-    return model.apply(variables, latents, method="decode_image")
+    return model.apply(variables, latents, method=DreamLLMModule.decode_image)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt8
 
-from dreamllm_jax.config.model import Attention
+from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.config.towers import ClipTextConfig, ClipVisionConfig
 from dreamllm_jax.models.attention import attention
 from dreamllm_jax.models.attention.masks import Mask
@@ -36,7 +36,7 @@ class ClipAttention(nn.Module):
 
     config: ClipVisionConfig | ClipTextConfig
     dtype: Any = jnp.float32
-    attention: Attention = "auto"
+    attention: AttentionKernel = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"], mask: Mask | None) -> Float[Array, "B L E"]:
@@ -71,7 +71,7 @@ class ClipLayer(nn.Module):
 
     config: ClipVisionConfig | ClipTextConfig
     dtype: Any = jnp.float32
-    attention: Attention = "auto"
+    attention: AttentionKernel = "auto"
 
     def setup(self):
         epsilon = self.config.layer_norm_eps
@@ -93,7 +93,7 @@ class ClipEncoder(nn.Module):
     config: ClipVisionConfig | ClipTextConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: Attention = "auto"
+    attention: AttentionKernel = "auto"
 
     @nn.compact
     def __call__(
@@ -158,7 +158,7 @@ class ClipVision(nn.Module):
     config: ClipVisionConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: Attention = "auto"
+    attention: AttentionKernel = "auto"
 
     def setup(self):
         epsilon = self.config.layer_norm_eps

@@ -26,17 +26,17 @@ from dreamllm_jax.sharding import constrain
 class DreamLLMModule(nn.Module):
     """The towers and connectors of `config`; every method is pure, for `apply(..., method=...)`.
 
-    `whole_tables` says that the vocabulary's two tables come gathered along fsdp.
+    `tables_gathered` says that the vocabulary's two tables come gathered along fsdp.
     """
 
     config: DreamLLMConfig
-    whole_tables: bool = False
+    tables_gathered: bool = False
 
     def setup(self):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         if c.llama is not None:
-            self.llama = Llama(c.llama, dtype, c.remat.llama, c.attention.llama, self.whole_tables)
+            self.llama = Llama(c.llama, dtype, c.remat.llama, c.attention.llama, self.tables_gathered)
         if c.vision is not None:
             self.vision = ClipVision(c.vision, dtype, c.remat.vision, c.attention.vision)
         if c.llama is not None and c.vision is not None:

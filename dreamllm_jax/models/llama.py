@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dreamllm_jax.config.model import Attention
+from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.config.towers import LlamaConfig
 from dreamllm_jax.models.attention import attention, masks
 from dreamllm_jax.models.layers import Dense, Embed, RMSNorm, linear, scan_layers, silu
@@ -58,7 +58,7 @@ def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: Any = jnp.
 
 
 @flax.struct.dataclass
-class Surroundings:
+class LayerContext:
     """What every layer shares: angles of the new tokens, who sees whom, and the cache's bookkeeping.
 
     `slots[b, l]` is the cache entry that token l is written to, or the capacity (nowhere);
@@ -76,11 +76,11 @@ class LlamaAttention(nn.Module):
 
     config: LlamaConfig
     dtype: Any = jnp.float32
-    attention: Attention = "auto"
+    attention: AttentionKernel = "auto"
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], around: Surroundings, cache: KVCache | None, layer: Int[Array, ""]
+        self, x: Float[Array, "B L D"], context: LayerContext, cache: KVCache | None, layer: Int[Array, ""]
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         c = self.config
         linear = partial(Dense, use_bias=c.attention_bias, dtype=self.dtype, kernel_init=_normal(c))
@@ -90,24 +90,24 @@ class LlamaAttention(nn.Module):
             # Pinned here too, or XLA gathers x along its length, and multiplies the whole of it everywhere.
             return constrain(y, "batch", "length", axis, "head_dim")
 
-        q = rotate(heads("q_proj", c.num_attention_heads, "heads"), around.rotation)
+        q = rotate(heads("q_proj", c.num_attention_heads, "heads"), context.rotation)
         k = heads("k_proj", c.num_key_value_heads, "kv_heads")
         v = heads("v_proj", c.num_key_value_heads, "kv_heads")
-        if around.read_rotation is None:
-            k = rotate(k, around.rotation)
+        if context.read_rotation is None:
+            k = rotate(k, context.rotation)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
-            place = (layer, rows, slice(None), around.slots)
+            place = (layer, rows, slice(None), context.slots)
             cache = cache.replace(
                 k=cache.k.at[place].set(k.astype(cache.k.dtype), mode="drop"),
                 v=cache.v.at[place].set(v.astype(cache.v.dtype), mode="drop"),
             )
             k, v = (jnp.swapaxes(y[layer], 1, 2) for y in (cache.k, cache.v))
-        if around.read_rotation is not None:
-            k = rotate(k, around.read_rotation)
+        if context.read_rotation is not None:
+            k = rotate(k, context.read_rotation)
         # A split length is gathered here: every query may look at the whole row.
         k, v = (constrain(y, "batch", None, "kv_heads", "head_dim") for y in (k, v))
-        out = attention(q, k, v, around.mask, implementation=self.attention)
+        out = attention(q, k, v, context.mask, implementation=self.attention)
         return linear(c.hidden_size, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
 
 
@@ -131,15 +131,15 @@ class LlamaLayer(nn.Module):
 
     config: LlamaConfig
     dtype: Any = jnp.float32
-    attention: Attention = "auto"
+    attention: AttentionKernel = "auto"
 
     @nn.compact
-    def __call__(self, carry: tuple[Any, KVCache | None, Any], around: Surroundings):
+    def __call__(self, carry: tuple[Any, KVCache | None, Any], context: LayerContext):
         x, cache, layer = carry
         x = checkpoint_name(x, "layer_input")
         norm = partial(RMSNorm, epsilon=self.config.rms_norm_eps, dtype=self.dtype)
         attend = LlamaAttention(self.config, self.dtype, self.attention, name="self_attn")
-        seen, cache = attend(norm(name="input_layernorm")(x), around, cache, layer)
+        seen, cache = attend(norm(name="input_layernorm")(x), context, cache, layer)
         x = x + seen
         x = x + LlamaMlp(self.config, self.dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
         return (constrain(x, "batch", "length", "embed"), cache, layer + 1), None
@@ -148,14 +148,14 @@ class LlamaLayer(nn.Module):
 class Llama(nn.Module):
     """The language model. `init` through any method makes all parameters.
 
-    `whole_tables` says that the embeddings come gathered along fsdp (see `looked_up`).
+    `tables_gathered` says that the embeddings come gathered along fsdp (see `embedding_lookup`).
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: Attention = "auto"
-    whole_tables: bool = False
+    attention: AttentionKernel = "auto"
+    tables_gathered: bool = False
 
     def setup(self):
         c = self.config
@@ -169,7 +169,7 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Embeddings of token ids; an id outside the vocabulary gives NaN."""
-        return looked_up(self.embed_tokens.embedding.astype(self.dtype), tokens, self.whole_tables)
+        return embedding_lookup(self.embed_tokens.embedding.astype(self.dtype), tokens, self.tables_gathered)
 
     def __call__(
         self,
@@ -182,8 +182,8 @@ class Llama(nn.Module):
         `positions` restart at 0 in each segment; segment 0 is padding, whose states mean nothing.
         """
         lengths = _segment_lengths(positions, segment_ids)
-        around = Surroundings(rotations(self.config, positions, lengths), masks.packed(segment_ids))
-        return self._run(embeds, around, None)[0]
+        context = LayerContext(rotations(self.config, positions, lengths), masks.packed(segment_ids))
+        return self._run(embeds, context, None)[0]
 
     def extend(
         self,
@@ -201,7 +201,7 @@ class Llama(nn.Module):
         Under dynamic rotary scaling past `max_position_embeddings`, keys and queries of one chunk
         agree on the frequencies of the row's present length; states computed by earlier chunks stay.
 
-        `layers` are the weights as `layers_apart` gives them, in place of the stacked ones.
+        `layers` are the weights as `unstack_layers` gives them, in place of the stacked ones.
         """
         positions = cache.lengths[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
         lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
@@ -209,13 +209,13 @@ class Llama(nn.Module):
         if _dynamic(self.config):
             entries = jnp.broadcast_to(jnp.arange(cache.capacity), (len(lengths), cache.capacity))
             read_rotation = rotations(self.config, entries, lengths[:, None])
-        around = Surroundings(
+        context = LayerContext(
             rotation=rotations(self.config, positions, lengths[:, None]),
             mask=masks.cached(positions, valid),
             slots=jnp.where(valid, positions, cache.capacity),
             read_rotation=read_rotation,
         )
-        hidden, cache = self._run(embeds, around, cache, layers)
+        hidden, cache = self._run(embeds, context, cache, layers)
         assert cache is not None
         return hidden, cache.replace(lengths=lengths)
 
@@ -235,17 +235,17 @@ class Llama(nn.Module):
     def _run(
         self,
         embeds: jax.Array,
-        around: Surroundings,
+        context: LayerContext,
         cache: KVCache | None,
         layers: Sequence[Params] | None = None,
     ):
         x = constrain(embeds.astype(self.dtype), "batch", "length", "embed")
         if layers is None:
-            (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), around)
+            (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), context)
         else:
             layer = LlamaLayer(self.config, self.dtype, self.attention, parent=None)
             for number, weights in enumerate(layers):
-                (x, cache, _), _ = layer.apply({"params": weights}, (x, cache, jnp.int32(number)), around)
+                (x, cache, _), _ = layer.apply({"params": weights}, (x, cache, jnp.int32(number)), context)
         hidden = self.norm(x)
         if self.is_initializing():
             self.embed(jnp.zeros(embeds.shape[:2], jnp.int32))
@@ -253,7 +253,7 @@ class Llama(nn.Module):
         return hidden, cache
 
 
-def layers_apart(params: Params) -> list[Params]:
+def unstack_layers(params: Params) -> list[Params]:
     """Of the model's parameters, each layer's own: for a program that goes through them again and again.
 
     From a stack XLA's CPU backend copies a layer's weights each time before it multiplies by them, and where
@@ -265,7 +265,7 @@ def layers_apart(params: Params) -> list[Params]:
     return jax.lax.optimization_barrier(apart)  # else XLA slices where the weights are needed, as before
 
 
-def looked_up(
+def embedding_lookup(
     table: Float[Array, "V D"], tokens: Int[Array, "B L"], whole: bool = False
 ) -> Float[Array, "B L D"]:
     """The table's rows at token ids; an id outside the vocabulary gives NaN.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
-from dreamllm_jax.config.model import Attention
+from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.config.towers import UNetConfig
 from dreamllm_jax.models.conv import Conv
 from dreamllm_jax.models.layers import Dense, remat, silu
@@ -62,7 +62,7 @@ class Block(nn.Module):
     resamples: bool = False
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: Attention = "auto"
+    attention: AttentionKernel = "auto"
 
     def resnet(
         self, i: int, x: Float[Array, "B h w c"], time: Float[Array, "B M"]
@@ -148,7 +148,7 @@ class UNet(nn.Module):
     config: UNetConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: Attention = "auto"
+    attention: AttentionKernel = "auto"
 
     @nn.compact
     def __call__(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dreamllm_jax.config.model import Attention as AttentionName
+from dreamllm_jax.config.model import AttentionKernel as AttentionName
 from dreamllm_jax.models.attention import attention
 from dreamllm_jax.models.conv import Conv
 from dreamllm_jax.models.layers import Dense, LayerNorm, gelu, scan_layers, silu

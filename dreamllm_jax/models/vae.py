@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from dreamllm_jax.config.model import Attention as AttentionName
+from dreamllm_jax.config.model import AttentionKernel as AttentionName
 from dreamllm_jax.config.towers import VaeConfig
 from dreamllm_jax.models.conv import Conv
 from dreamllm_jax.models.unet_blocks import Attention, Downsample, GroupNorm, ResnetBlock, Upsample

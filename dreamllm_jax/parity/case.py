@@ -14,7 +14,7 @@ from dreamllm_jax.checkpoint.json_files import read_json
 from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import nested
@@ -55,7 +55,7 @@ def open_case(folder: str | Path) -> Case:
     for name in ("checkpoint", "reference.safetensors", "reference.json"):
         if not (folder / name).exists():
             raise ValueError(f"{folder} has no {name}; give a folder laid out as tests/golden/dreamllm-a.")
-    source = open_source(folder / "checkpoint")
+    source = open_checkpoint(folder / "checkpoint")
     if source.loss is None:
         raise ValueError(f"{folder}/checkpoint is a {source.kind}; a DreamLLM is to be compared here.")
     if source.model.unet is not None and source.model.unet.pooled_text_dim is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.diffusion.sampling import guided, make_plan, sample
 from dreamllm_jax.generate.decode import Control, decode_text, dream, prefill
+from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.parity.case import Case, channels_last, slots
 
 
@@ -57,10 +58,10 @@ def compare_greedy(case: Case) -> dict[str, float]:
         top_p=jnp.float32(1),
     )
     number, params = len(wanted), case.variables["params"]
-    reading = prefill(params, batch, model=case.module, capacity=len(prompt) + number)
+    state = prefill(params, batch, model=case.module, capacity=len(prompt) + number)
     _, written, _ = decode_text(
         params,
-        reading,
+        state,
         jnp.ones(1, bool),
         jnp.full(1, number, jnp.int32),
         jax.random.key(0)[None],
@@ -76,7 +77,7 @@ def compare_picture(case: Case) -> dict[str, float]:
     reference, settings = case.reference, case.settings
     states = np.concatenate([reference["t2i.prompt_embeds"], reference["t2i.negative_embeds"][:1]])
     prompts = [*settings["prompts"], ""]
-    context, _ = case.apply(jnp.asarray(states), method="conditions")
+    context, _ = case.apply(jnp.asarray(states), method=DreamLLMModule.conditions)
     steps = settings["num_inference_steps"]
     timesteps = make_plan(case.config.schedule, "ddpm", steps).timestep
     both = np.concatenate([reference["t2i.negative_embeds"], reference["t2i.prompt_embeds"]])
@@ -95,9 +96,9 @@ def _conditions(case: Case, prompts: list[str]) -> np.ndarray:
     special, params = case.tokenizer.special, case.variables["params"]
     sequences = [[special.bos, *case.tokenizer.encode(prompt)] for prompt in prompts]
     capacity = max(map(len, sequences)) + 1 + case.config.num_dream_queries
-    reading = prefill(params, prompt_rows(sequences), model=case.module, capacity=capacity)
+    state = prefill(params, prompt_rows(sequences), model=case.module, capacity=capacity)
     active, start = jnp.ones(len(prompts), bool), jnp.int32(special.dream_start)
-    return np.asarray(dream(params, reading, active, start, model=case.module)[1])
+    return np.asarray(dream(params, state, active, start, model=case.module)[1])
 
 
 def _state_error(case: Case, prompt: str, wanted: np.ndarray) -> float:
@@ -106,7 +107,7 @@ def _state_error(case: Case, prompt: str, wanted: np.ndarray) -> float:
     before = [special.bos, *case.tokenizer.encode(prompt), special.dream_start]
     tokens = [*before, *[special.im_patch] * queries, special.dream_end]
     at = slots(np.array([tokens], np.int32), special.dream_start, queries)
-    hidden = case.apply(prompt_rows([tokens], dream_slots=at), method="read")
+    hidden = case.apply(prompt_rows([tokens], dream_slots=at), method=DreamLLMModule.read)
     return float(np.abs(hidden[0, len(before) : len(before) + queries] - wanted).max())
 
 
@@ -118,10 +119,12 @@ def _draw(case: Case, states: np.ndarray, steps: int) -> tuple[np.ndarray, np.nd
 
     @jax.jit
     def draw(variables, states, init, step_noise):
-        context, _ = case.module.apply(variables, states, method="conditions")
+        context, _ = case.module.apply(variables, states, method=DreamLLMModule.conditions)
 
         def denoise(latents, timesteps):
-            return case.module.apply(variables, latents, timesteps, context, None, method="denoise")
+            return case.module.apply(
+                variables, latents, timesteps, context, None, method=DreamLLMModule.denoise
+            )
 
         process = guided(denoise, scale)
         latents = sample(

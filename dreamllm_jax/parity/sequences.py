@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreamllm_jax.data.formats.mmc4 import interleave
 from dreamllm_jax.data.pieces import Piece, conversation, interleaved, pair
-from dreamllm_jax.data.sequences import Sequence, encode_pieces
+from dreamllm_jax.data.sequences import EncodedDocument, encode_pieces
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.parity.case import IGNORED
 
@@ -66,7 +66,7 @@ def _pieces(kind: str, given: dict[str, Any], mode: str) -> list[Piece]:
     return interleaved(interleave(sentences, [(i, _PICTURE) for i in given["matched_text_index"]]), mode)
 
 
-def _same_labels(ours: Sequence, row: dict[str, Any], tokenizer: Tokenizer) -> bool:
+def _same_labels(ours: EncodedDocument, row: dict[str, Any], tokenizer: Tokenizer) -> bool:
     labels = np.array(row["labels"])
     labels[0] = IGNORED  # nothing predicts the first token
     if row["kind"] == "conversation":  # there they begin one or two tokens early, up to the colon

@@ -11,10 +11,10 @@ import numpy as np
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.checkpoint.tensors import ArrayTensor, Tensor
 from dreamllm_jax.convert.mapping import to_jax
-from dreamllm_jax.models.dreamllm import query_states
+from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
 from dreamllm_jax.models.parameters import nested
 from dreamllm_jax.parity.case import IGNORED, Case, channels_last, slots, spread
-from dreamllm_jax.train.objectives import Draws, count, joint
+from dreamllm_jax.train.objectives import StepNoise, count, joint
 
 TRAINED = ("llama", "vision_projector", "dream_queries", "condition_projector")
 # Where the reference's whole model keeps the parts that receive gradients.
@@ -53,14 +53,14 @@ def step_batch(case: Case) -> Batch:
     )
 
 
-def step_draws(case: Case, mask: np.ndarray) -> Draws:
-    """The reference's draws; the VAE's noise is what makes its latents of its moments."""
+def step_noise_of(case: Case, mask: np.ndarray) -> StepNoise:
+    """The reference's step_noise; the VAE's noise is what makes its latents of its moments."""
     reference = case.reference
     assert case.config.vae is not None
     latents = reference["rand.latents"] / case.config.vae.scaling_factor
     latent_noise = (latents - reference["out.vae_mean"]) * np.exp(-0.5 * reference["out.vae_logvar"])
     noise = spread(channels_last(reference["rand.noise"]), mask)
-    return Draws(
+    return StepNoise(
         latent_noise=spread(channels_last(latent_noise), mask),
         noise=noise,
         offset=np.zeros((*mask.shape, 1, 1, noise.shape[-1]), np.float32),
@@ -73,7 +73,7 @@ def step_draws(case: Case, mask: np.ndarray) -> Draws:
 def compare_step(case: Case) -> dict[str, float]:
     """Errors of losses, outputs and every gradient of the reference's training step."""
     batch = step_batch(case)
-    value, metrics, grads, outputs = run_step(case, batch, step_draws(case, batch.dream_mask))
+    value, metrics, grads, outputs = run_step(case, batch, step_noise_of(case, batch.dream_mask))
     reference = case.reference
     losses = {"loss": value, "loss.lm": metrics["loss_lm"], "loss.vm": metrics["loss_vm"]}
     names = {"loss": "out.loss", "loss.lm": "out.lm_loss", "loss.vm": "out.vm_loss"}
@@ -91,30 +91,30 @@ def compare_step(case: Case) -> dict[str, float]:
     return errors | gradient_errors(case, grads)
 
 
-def run_step(case: Case, batch: Batch, draws: Draws) -> tuple:
+def run_step(case: Case, batch: Batch, step_noise: StepNoise) -> tuple:
     """(loss, metrics, gradients, outputs) of one training step, in one compiled function."""
     model, queries = case.module, case.config.num_dream_queries
     images, dreams = np.nonzero(batch.image_mask), np.nonzero(batch.dream_mask)
 
-    def loss(trained, frozen, batch, draws):
-        return joint(model, nested({**frozen, **trained}), batch, draws, case.loss, count(batch))
+    def loss(trained, frozen, batch, step_noise):
+        return joint(model, nested({**frozen, **trained}), batch, step_noise, case.loss, count(batch))
 
     @jax.jit
-    def run(trained, frozen, batch, draws, noisy):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, batch, draws)
+    def run(trained, frozen, batch, step_noise, noisy):
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, batch, step_noise)
         variables = {"params": nested({**frozen, **trained})}
-        hidden = model.apply(variables, batch, method="read")
+        hidden = model.apply(variables, batch, method=DreamLLMModule.read)
         states = query_states(hidden, batch.dream_slots, batch.dream_mask.shape[1], queries)[dreams]
-        context, _ = model.apply(variables, states, method="conditions")
-        moments = model.apply(variables, batch.dream_images[dreams], method="encode_image")
+        context, _ = model.apply(variables, states, method=DreamLLMModule.conditions)
+        moments = model.apply(variables, batch.dream_images[dreams], method=DreamLLMModule.encode_image)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         outputs = {
-            "image_features": model.apply(variables, batch.images, method="see")[images],
+            "image_features": model.apply(variables, batch.images, method=DreamLLMModule.see)[images],
             "last_hidden_state": hidden,
-            "logits": model.apply(variables, hidden, method="logits"),
+            "logits": model.apply(variables, hidden, method=DreamLLMModule.logits),
             "unet_ctx": context,
             "unet_out": model.apply(
-                variables, noisy, draws.timesteps[dreams], context, None, method="denoise"
+                variables, noisy, step_noise.timesteps[dreams], context, None, method=DreamLLMModule.denoise
             ),
             "vae_mean": mean,
             "vae_logvar": logvar,
@@ -124,7 +124,7 @@ def run_step(case: Case, batch: Batch, draws: Draws) -> tuple:
     trained = {k: v for k, v in case.params.items() if k.split("/")[0] in TRAINED}
     frozen = {k: v for k, v in case.params.items() if k not in trained}
     noisy = channels_last(case.reference["out.unet_in"])
-    return jax.tree.map(np.asarray, run(trained, frozen, batch, draws, noisy))
+    return jax.tree.map(np.asarray, run(trained, frozen, batch, step_noise, noisy))
 
 
 def gradient_errors(case: Case, grads: dict[str, np.ndarray]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
     for stage in stages:
         try:
             _check_stage(stage, recipe.model, params, mesh, tokenizer)
-            check_places(stage, params, mesh, recipe.mesh.whole)
+            check_shardings(stage, params, mesh, recipe.mesh.replicated)
         except ValueError as error:
             raise ValueError(f"stage {stage.name!r}: {error}") from error
 
@@ -101,27 +101,27 @@ def _check_stage(
             f"{model.text.max_position_embeddings} tokens."
         )
     _check_loss(stage, model)
-    check_rows(stage, mesh)
+    check_batch_size(stage, mesh)
     row_layout(stage.data, model, null_dream=stage.loss.condition_dropout > 0)
     check_source(stage.data, tokenizer)
 
 
-def check_places(stage: StageConfig, params: Flat, mesh: Mesh, whole: Sequence[str]) -> None:
+def check_shardings(stage: StageConfig, params: Flat, mesh: Mesh, replicated: Sequence[str]) -> None:
     """Every parameter has its place on the mesh, and what is kept whole is frozen."""
     trainable, frozen = partition(params, stage.trainable)
-    for name in whole:
+    for name in replicated:
         if name in {path.split("/")[0] for path in trainable}:
             raise ValueError(
-                f"mesh.whole names {name!r}, which this stage trains; only frozen parts can be kept whole: "
-                "take it out."
+                f"mesh.replicated names {name!r}, which this stage trains; only frozen parts can be "
+                "replicated: take it out."
             )
         if name not in {path.split("/")[0] for path in frozen}:
             raise ValueError(
-                f"mesh.whole names {name!r}, which the model has not; its frozen parts are "
+                f"mesh.replicated names {name!r}, which the model has not; its frozen parts are "
                 f"{', '.join(sorted({path.split('/')[0] for path in frozen}))}."
             )
     parameter_shardings(trainable, mesh)
-    parameter_shardings(frozen, mesh, whole)
+    parameter_shardings(frozen, mesh, replicated)
 
 
 def _check_loss(stage: StageConfig, model: DreamLLMConfig) -> None:
@@ -142,14 +142,14 @@ def _check_loss(stage: StageConfig, model: DreamLLMConfig) -> None:
         )
 
 
-def check_rows(stage: StageConfig, mesh: Mesh) -> None:
+def check_batch_size(stage: StageConfig, mesh: Mesh) -> None:
     """The devices and micro-batches divide the rows of a step, and the devices their length."""
-    rows, parts = stage.data.rows, stage.optim.accumulation
+    rows, parts = stage.data.batch_size, stage.optim.grad_accum_steps
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (split * parts):
         raise ValueError(
-            f"data.rows={rows} is not divisible by the {split} devices along data and fsdp, times "
-            f"optim.accumulation={parts}; choose a multiple of {split * parts}."
+            f"data.batch_size={rows} is not divisible by the {split} devices along data and fsdp, times "
+            f"optim.grad_accum_steps={parts}; choose a multiple of {split * parts}."
         )
     if stage.data.length % mesh.shape["context"]:
         raise ValueError(
@@ -158,6 +158,6 @@ def check_rows(stage: StageConfig, mesh: Mesh) -> None:
         )
     if parts > 1 and stage.objective == "contrastive":
         raise ValueError(
-            f"optim.accumulation={parts} would contrast the rows of each micro-batch alone; a contrastive "
-            "stage needs accumulation 1."
+            f"optim.grad_accum_steps={parts} would contrast the rows of each micro-batch alone; set it to 1 "
+            "for a contrastive stage."
         )

@@ -96,7 +96,7 @@ def forward_flops(
     if config.sees and images:
         assert config.vision is not None
         side = config.vision.image_size
-        add("vision", "see", floats(images, side, side, 3))
+        add("vision", DreamLLMModule.see, floats(images, side, side, 3))
     if config.draws and dreams:
         assert config.unet is not None and config.vae is not None
         size, side = config.latent_size, config.image_size
@@ -105,9 +105,9 @@ def forward_flops(
         added = None
         if config.unet.pooled_text_dim is not None:
             added = {"text_embeds": floats(dreams, config.unet.pooled_text_dim), "time_ids": ints(dreams, 6)}
-        add("unet", "denoise", latents, ints(dreams), context, added)
+        add("unet", DreamLLMModule.denoise, latents, ints(dreams), context, added)
         pixels = jax.ShapeDtypeStruct((dreams, side, side, 3), jnp.uint8)
-        add("vae", "encode_image", pixels)
+        add("vae", DreamLLMModule.encode_image, pixels)
     return found
 
 
@@ -131,7 +131,7 @@ def step_flops(config: DreamLLMConfig, stage: StageConfig) -> dict[str, float]:
     if stage.objective != "joint":
         return {}
     data = stage.data
-    dreams = data.rows * data.max_dreams if stage.loss.weight_vm else 0
-    forward = forward_flops(config, data.rows, data.length, data.rows * data.max_images, dreams)
+    dreams = data.batch_size * data.max_dreams if stage.loss.weight_vm else 0
+    forward = forward_flops(config, data.batch_size, data.length, data.batch_size * data.max_images, dreams)
     times = passes(config, stage)
     return {tower: times[tower] * n for tower, n in forward.items()}

@@ -36,17 +36,17 @@ from dreamllm_jax.checkpoint.train_states import StageCheckpoints
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
-from dreamllm_jax.data.pipeline import BatchStream, batches, joined, statistics
+from dreamllm_jax.data.pipeline import BatchStream, batches, merge_iterator_states, statistics
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import Flat, nested
-from dreamllm_jax.sharding import make_mesh, process_rows, shard_batch
+from dreamllm_jax.sharding import make_mesh, process_row_indices, shard_batch
 from dreamllm_jax.train.checks import check_recipe
 from dreamllm_jax.train.flops import step_flops
 from dreamllm_jax.train.metrics import Meter, MetricWriter
 from dreamllm_jax.train.optim import learning_rates
-from dreamllm_jax.train.speed import Speedometer
-from dreamllm_jax.train.start import OpenModel, prepare_index, prepare_tokenizer, starting_point
+from dreamllm_jax.train.speed import Throughput
+from dreamllm_jax.train.start import OpenModel, initial_params, prepare_index, prepare_tokenizer
 from dreamllm_jax.train.state import TrainState, create_state, final_params, stage_seed
 from dreamllm_jax.train.step import train_step
 
@@ -82,11 +82,11 @@ def train(
         if finished:
             distributed.say(f"{stage.name}: done")
         else:
-            config, params = starting_point(recipe, open_model) if point is None else _load(point)
+            config, params = initial_params(recipe, open_model) if point is None else _load(point)
             _claim(workdir, recipe)
-            if stage.program() != program:
+            if stage.compile_key() != program:
                 jax.clear_caches()
-                program = stage.program()
+                program = stage.compile_key()
             run_stage(recipe, stage, config, params, tokenizer, mesh, folder, meter)
             del params
             meter = Meter()
@@ -118,7 +118,7 @@ def run_stage(
             tokenizer,
             seed=stage_seed(recipe, stage),
             null_dream=stage.loss.condition_dropout > 0,
-            numbers=process_rows(mesh, stage.data.rows),
+            numbers=process_row_indices(mesh, stage.data.batch_size),
             index_folder=index,
         )
         stack.callback(data.close)
@@ -133,12 +133,12 @@ def run_stage(
         state = _run_steps(recipe, stage, config, state, data, mesh, checkpoints, meter, folder / "logs")
         params = final_params(state, params)
         if stage.objective == "vae":
-            rows = shard_batch(next(data), mesh, stage.data.rows)
+            rows = shard_batch(next(data), mesh, stage.data.batch_size)
             config = with_measured_scale(config, params, distributed.to_host(rows.dream_images))
-        counts = statistics(_place(data, meter)["data"], stage.data.length)
+        counts = statistics(_run_position(data, meter)["data"], stage.data.length)
         _say_losses(stage, counts)
     save_pretrained(folder / "model", params, config, tokenizer, recipe.generation)
-    summary = _place(data, meter)["meter"] | {"steps": stage.steps, "data": counts}
+    summary = _run_position(data, meter)["meter"] | {"steps": stage.steps, "data": counts}
     if distributed.is_main():
         _write(folder / "done.json", json.dumps(summary, indent=1))
         shutil.rmtree(folder / "states", ignore_errors=True)
@@ -157,21 +157,21 @@ def _run_steps(
     logs: Path,
 ) -> TrainState:
     """The steps that are left."""
-    model, program, start = DreamLLMModule(config), stage.program(), int(state.step)
+    model, program, start = DreamLLMModule(config), stage.compile_key(), int(state.step)
     rates = learning_rates(stage.optim, stage.steps)
-    kind, slots = mesh.devices.flat[0].device_kind, stage.data.rows * stage.data.length
-    speed = Speedometer(step_flops(config, stage), mesh.size, kind, slots)
+    kind, slots = mesh.devices.flat[0].device_kind, stage.data.batch_size * stage.data.length
+    speed = Throughput(step_flops(config, stage), mesh.size, kind, slots)
     shown = distributed.is_main()
     with (
         jax.set_mesh(mesh),
-        distributed.Notice() as notice,
+        distributed.PreemptionGuard() as guard,
         closing(MetricWriter(logs)) as writer,
         tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step", disable=not shown) as bar,
     ):
         for step in range(start + 1, stage.steps + 1):
             rows = next(data)
             speed.count(rows)
-            args = (state, shard_batch(rows, mesh, stage.data.rows), rates[step - 1])
+            args = (state, shard_batch(rows, mesh, stage.data.batch_size), rates[step - 1])
             if step == start + 1 and distributed.several():
                 # Compiling takes each process another time; on CPUs the first collective waits 30 s only.
                 train_step.lower(*args, model=model, stage=program).compile()
@@ -182,7 +182,7 @@ def _run_steps(
                 jax.block_until_ready(metrics)
                 speed.restart()
             bar.update()
-            preempted = notice.given()
+            preempted = guard.requested()
             last = step == stage.steps >= recipe.checkpoint_every  # writing the model takes its time
             due = preempted or last or checkpoints.due(step)
             if due or step % recipe.log_every == 0 or step == stage.steps:
@@ -192,7 +192,7 @@ def _run_steps(
                     writer.write_speed(step, pace)
                 bar.set_postfix_str(_postfix(values, pace))
             if due:
-                checkpoints.save(step, state, _place(data, meter))
+                checkpoints.save(step, state, _run_position(data, meter))
             if preempted:
                 raise distributed.Preempted(
                     f"{stage.name}: asked to end; the state after step {step} of {stage.steps} is saved, and "
@@ -201,12 +201,12 @@ def _run_steps(
     return state
 
 
-def _place(data: BatchStream, meter: Meter) -> dict[str, Any]:
+def _run_position(data: BatchStream, meter: Meter) -> dict[str, Any]:
     """Where all processes together are in the data, their longest time and largest memory."""
     found = distributed.gather({"data": data.state_dict(), "meter": meter.read()})
     meters = [place["meter"] for place in found]
     largest = {name: max(m[name] for m in meters) for name in meters[0]}
-    return {"data": joined([place["data"] for place in found]), "meter": largest}
+    return {"data": merge_iterator_states([place["data"] for place in found]), "meter": largest}
 
 
 def _say_losses(stage: StageConfig, counts: dict[str, int | float]) -> None:
@@ -221,7 +221,7 @@ def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> Dr
     """The config with the factor that gives the fresh VAE's latents unit variance (arXiv 2112.10752, G)."""
     assert config.vae is not None
     flat = jnp.asarray(images).reshape(-1, *images.shape[2:])
-    encode = jax.jit(functools.partial(DreamLLMModule(config).apply, method="encode_image"))
+    encode = jax.jit(functools.partial(DreamLLMModule(config).apply, method=DreamLLMModule.encode_image))
     vae = {k: v for k, v in params.items() if k.startswith("vae/")}
     vae = {k: distributed.to_host(v) if isinstance(v, jax.Array) else v.read() for k, v in vae.items()}
     moments = encode({"params": nested(vae)}, flat)
@@ -257,7 +257,7 @@ def _learned(text: str) -> dict[str, Any]:
     for name in ("remat", "attention"):
         mapping["model"].pop(name, None)
     for stage in mapping["stages"]:
-        for name in ("accumulation", "gather"):
+        for name in ("grad_accum_steps", "gather"):
             stage["optim"].pop(name, None)
     return mapping
 

@@ -1,6 +1,6 @@
 """What a stage minimizes: the joint loss of DreamLLM, and the three of stage 0.
 
-An objective maps (model, params, batch, draws, loss config, counts) to the loss and its metrics.
+An objective maps (model, params, batch, step_noise, loss config, counts) to the loss and its metrics.
 `counts` are those of the *global* batch, so results add up over micro-batches, hosts and devices.
 """
 
@@ -31,7 +31,7 @@ from dreamllm_jax.train.losses import (
 
 @typing.no_type_check  # single rows and shapes travel in the same container
 @flax.struct.dataclass
-class Draws:
+class StepNoise:
     """All randomness of a step, drawn per row: a function of (seed, step, row) alone."""
 
     latent_noise: Float[Array, "B J h w c"]
@@ -61,28 +61,28 @@ def count(batch: Batch) -> Counts:
     )
 
 
-def draw(keys: Array, dreams: int, model: DreamLLMConfig, config: LossConfig) -> Draws | None:
-    """Draws for rows with the given keys; None for a model that does not draw."""
+def sample_noise(keys: Array, dreams: int, model: DreamLLMConfig, config: LossConfig) -> StepNoise | None:
+    """StepNoise for rows with the given keys; None for a model that does not draw."""
     if model.unet is None:
         return None
     assert model.vae is not None
     latents = (dreams, model.latent_size, model.latent_size, model.vae.latent_channels)
 
-    def row(key: Array) -> Draws:
+    def row(key: Array) -> StepNoise:
         k = jax.random.split(key, 6)
-        return Draws(
+        return StepNoise(
             latent_noise=jax.random.normal(k[0], latents),
             noise=jax.random.normal(k[1], latents),
             offset=jax.random.normal(k[2], (dreams, 1, 1, latents[-1])),
             perturbation=jax.random.normal(k[3], latents),
-            timesteps=draw_timesteps(k[4], dreams, model.schedule.num_train_timesteps, config),
+            timesteps=sample_timesteps(k[4], dreams, model.schedule.num_train_timesteps, config),
             dropped=jax.random.bernoulli(k[5], config.condition_dropout, (dreams,)),
         )
 
     return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), jax.vmap(row)(keys))
 
 
-def draw_timesteps(key: Array, number: int, steps: int, config: LossConfig) -> Int[Array, " n"]:
+def sample_timesteps(key: Array, number: int, steps: int, config: LossConfig) -> Int[Array, " n"]:
     """Training steps in [0, steps): uniform, or `(1 - u^3) steps` for uniform u ("cubic")."""
     if config.timestep_sampling == "uniform":
         return jax.random.randint(key, (number,), 0, steps)
@@ -98,7 +98,7 @@ def denoising_errors(
     model: DreamLLMModule,
     params: dict,
     batch: Batch,
-    draws: Draws,
+    step_noise: StepNoise,
     config: LossConfig,
     context: Float[Array, "M S X"],
     pooled: Float[Array, "M G"] | None,
@@ -107,20 +107,20 @@ def denoising_errors(
     assert batch.dream_images is not None and model.config.vae is not None
     c = model.config.schedule
     table = diffusion.make_schedule(c)
-    moments = model.apply({"params": params}, _flat(batch.dream_images), method="encode_image")
+    moments = model.apply({"params": params}, _flat(batch.dream_images), method=DreamLLMModule.encode_image)
     latents = sample_latents(
-        moments.astype(jnp.float32), _flat(draws.latent_noise), model.config.vae.scaling_factor
+        moments.astype(jnp.float32), _flat(step_noise.latent_noise), model.config.vae.scaling_factor
     )
-    noise = _flat(draws.noise) + config.noise_offset * _flat(draws.offset)
-    t = draws.timesteps.reshape(-1)
+    noise = _flat(step_noise.noise) + config.noise_offset * _flat(step_noise.offset)
+    t = step_noise.timesteps.reshape(-1)
     noisy = diffusion.add_noise(
-        table, latents, noise + config.input_perturbation * _flat(draws.perturbation), t
+        table, latents, noise + config.input_perturbation * _flat(step_noise.perturbation), t
     )
     added = None
     if pooled is not None:
         assert batch.dream_sizes is not None
         added = {"text_embeds": pooled, "time_ids": _flat(batch.dream_sizes)}
-    prediction = model.apply({"params": params}, noisy, t, context, added, method="denoise")
+    prediction = model.apply({"params": params}, noisy, t, context, added, method=DreamLLMModule.denoise)
     target = diffusion.prediction_target(table, c, latents, noise, t)
     weights = diffusion.loss_weights(table, c, t, config.snr_gamma)
     errors = distillation_errors(prediction, target, weights).reshape(batch.dream_mask.shape)
@@ -135,31 +135,36 @@ def drop_conditions(x: Array, dropped: Bool[Array, "B J"], null_dream: Int[Array
 
 
 def joint(
-    model: DreamLLMModule, params: dict, batch: Batch, draws: Draws | None, config: LossConfig, counts: Counts
+    model: DreamLLMModule,
+    params: dict,
+    batch: Batch,
+    step_noise: StepNoise | None,
+    config: LossConfig,
+    counts: Counts,
 ) -> tuple[Array, dict[str, Array]]:
     """L = w_lm * CE + w_vm * score distillation (arXiv 2309.11499, equations 4 to 6)."""
     variables = {"params": params}
-    hidden = model.apply(variables, batch, method="read")
+    hidden = model.apply(variables, batch, method=DreamLLMModule.read)
     loss, metrics = jnp.zeros((), jnp.float32), {}
     if config.weight_lm:
         nll, right = chunked_cross_entropy(
-            model.apply(variables, method="head"),
+            model.apply(variables, method=DreamLLMModule.head),
             hidden,
             batch.targets,
             batch.loss_weights,
             config.logits_chunk,
-            model.whole_tables,
+            model.tables_gathered,
         )
         metrics["loss_lm"], metrics["token_accuracy"] = nll / counts.tokens, right / counts.tokens
         loss += config.weight_lm * metrics["loss_lm"]
     if config.weight_vm and model.config.draws and batch.dream_mask.shape[1]:
-        assert draws is not None
+        assert step_noise is not None
         rows, dreams = batch.dream_mask.shape
         states = query_states(hidden, batch.dream_slots, dreams, model.config.num_dream_queries)
         if config.condition_dropout:
-            states = drop_conditions(states, draws.dropped, batch.null_dream)
-        context, pooled = model.apply(variables, _flat(states), method="conditions")
-        errors = denoising_errors(model, params, batch, draws, config, context, pooled)
+            states = drop_conditions(states, step_noise.dropped, batch.null_dream)
+        context, pooled = model.apply(variables, _flat(states), method=DreamLLMModule.conditions)
+        errors = denoising_errors(model, params, batch, step_noise, config, context, pooled)
         metrics["loss_vm"] = errors.sum() / counts.dreams
         loss += config.weight_vm * metrics["loss_vm"]
     metrics["loss"] = loss / loss_scale(config)
@@ -167,25 +172,38 @@ def joint(
 
 
 def diffusion_objective(
-    model: DreamLLMModule, params: dict, batch: Batch, draws: Draws | None, config: LossConfig, counts: Counts
+    model: DreamLLMModule,
+    params: dict,
+    batch: Batch,
+    step_noise: StepNoise | None,
+    config: LossConfig,
+    counts: Counts,
 ) -> tuple[Array, dict[str, Array]]:
     """Denoising under the text tower's states: how Stable Diffusion was trained (arXiv 2112.10752)."""
-    assert draws is not None
+    assert step_noise is not None
     dreams = batch.dream_mask.shape[1]
-    context = model.apply({"params": params}, batch.tokens, method="read_caption")
+    context = model.apply({"params": params}, batch.tokens, method=DreamLLMModule.read_caption)
     context = jnp.repeat(context, dreams, axis=0)
-    errors = denoising_errors(model, params, batch, draws, config, context, None)
+    errors = denoising_errors(model, params, batch, step_noise, config, context, None)
     loss = errors.sum() / counts.dreams
     return loss, {"loss_vm": loss}
 
 
 def vae_objective(
-    model: DreamLLMModule, params: dict, batch: Batch, draws: Draws | None, config: LossConfig, counts: Counts
+    model: DreamLLMModule,
+    params: dict,
+    batch: Batch,
+    step_noise: StepNoise | None,
+    config: LossConfig,
+    counts: Counts,
 ) -> tuple[Array, dict[str, Array]]:
     """Reconstruction (mean absolute and squared error) + weighted KL; no adversary, no perceptual net."""
-    assert draws is not None and batch.dream_images is not None
+    assert step_noise is not None and batch.dream_images is not None
     pixels, image, mean, logvar = model.apply(
-        {"params": params}, _flat(batch.dream_images), _flat(draws.latent_noise), method="reconstruct"
+        {"params": params},
+        _flat(batch.dream_images),
+        _flat(step_noise.latent_noise),
+        method=DreamLLMModule.reconstruct,
     )
     mask = batch.dream_mask.reshape(-1)
     error = jnp.abs(image - pixels) + jnp.square(image - pixels)
@@ -200,11 +218,18 @@ def vae_objective(
 
 
 def contrastive_objective(
-    model: DreamLLMModule, params: dict, batch: Batch, draws: Draws | None, config: LossConfig, counts: Counts
+    model: DreamLLMModule,
+    params: dict,
+    batch: Batch,
+    step_noise: StepNoise | None,
+    config: LossConfig,
+    counts: Counts,
 ) -> tuple[Array, dict[str, Array]]:
     """CLIP's contrastive loss between each row's first image and its text."""
     assert batch.images is not None
-    image, text, scale = model.apply({"params": params}, batch.images[:, 0], batch.tokens, method="contrast")
+    image, text, scale = model.apply(
+        {"params": params}, batch.images[:, 0], batch.tokens, method=DreamLLMModule.contrast
+    )
     same = (batch.tokens[:, None] == batch.tokens[None]).all(-1).astype(jnp.float32)
     total, right = contrastive_loss(image, text, scale, same)
     return total / counts.rows, {"loss_contrastive": total / counts.rows, "matched": right / counts.rows}

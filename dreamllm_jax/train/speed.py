@@ -12,7 +12,7 @@ from dreamllm_jax.distributed import total
 from dreamllm_jax.train.flops import PEAKS
 
 
-class Speedometer:
+class Throughput:
     """Adds up what the steps since the last `read` did; of what compiling took, `restart` forgets.
 
     Rates are of all devices together where they are per second, and per device where they say so. A tower's

@@ -58,7 +58,7 @@ def prepare_index(config: DataConfig, folder: Path) -> None:
         distributed.wait_for(Path(file))
 
 
-def starting_point(recipe: Recipe, open_model: OpenModel = open_pretrained) -> tuple[DreamLLMConfig, Flat]:
+def initial_params(recipe: Recipe, open_model: OpenModel = open_pretrained) -> tuple[DreamLLMConfig, Flat]:
     """Weights of `recipe.init_from`, unread, with fresh ones for what that folder lacks; or all fresh.
 
     Says which towers are fresh, and which of the folder's the model has no place for.

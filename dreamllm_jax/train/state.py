@@ -64,14 +64,14 @@ def partition(params: Flat, patterns: Sequence[str]) -> tuple[Flat, Flat]:
     return trainable, {k: v for k, v in params.items() if k not in trainable}
 
 
-def described_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
+def abstract_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and places of a stage's state; of `params` only the shapes matter.
 
-    The parts of the model that `recipe.mesh.whole` names are not sliced along fsdp.
+    The parts of the model that `recipe.mesh.replicated` names are not sliced along fsdp.
     """
     trainable, frozen = partition(params, stage.trainable)
-    trainable = _described(trainable, parameter_shardings(trainable, mesh), "float32")
-    shardings = parameter_shardings(frozen, mesh, recipe.mesh.whole)
+    trainable = _abstract(trainable, parameter_shardings(trainable, mesh), "float32")
+    shardings = parameter_shardings(frozen, mesh, recipe.mesh.replicated)
     tx = make_optimizer(stage.optim)
     moments = jax.eval_shape(tx.init, trainable)
     everywhere = replicated(mesh)
@@ -79,13 +79,13 @@ def described_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
         trainable=trainable,
-        frozen=_described(frozen, shardings, recipe.frozen_dtype),
-        opt_state=_described(moments, optimizer_shardings(tx, trainable, mesh)),
+        frozen=_abstract(frozen, shardings, recipe.frozen_dtype),
+        opt_state=_abstract(moments, optimizer_shardings(tx, trainable, mesh)),
         ema=trainable if stage.optim.ema_decay else {},
     )
 
 
-def _described(tree: Any, shardings: Any, dtype: str | None = None) -> Any:
+def _abstract(tree: Any, shardings: Any, dtype: str | None = None) -> Any:
     def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype if dtype is None else jnp.dtype(dtype), sharding=sharding
@@ -99,7 +99,7 @@ def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -
 
     Parameters (arrays, or tensors in files) are copied. A host reads of files only what its own devices hold.
     """
-    shape = described_state(params, stage, recipe, mesh)
+    shape = abstract_state(params, stage, recipe, mesh)
     trainable, frozen = (
         {k: to_device(params[k], s.sharding, s.dtype) for k, s in part.items()}
         for part in (shape.trainable, shape.frozen)

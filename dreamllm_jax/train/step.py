@@ -14,7 +14,7 @@ from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import Flat, nested
 from dreamllm_jax.sharding import match_rule, parameter_spec, platform
-from dreamllm_jax.train.objectives import OBJECTIVES, Counts, count, draw
+from dreamllm_jax.train.objectives import OBJECTIVES, Counts, count, sample_noise
 from dreamllm_jax.train.optim import make_optimizer
 from dreamllm_jax.train.state import TrainState
 
@@ -34,12 +34,12 @@ def loss_and_metrics(
     stage: StageConfig,
 ) -> tuple[Array, dict[str, Array]]:
     """The stage's objective on some rows of the batch, as their share of the global mean."""
-    draws = draw(keys, batch.dream_mask.shape[1], model.config, stage.loss)
+    step_noise = sample_noise(keys, batch.dream_mask.shape[1], model.config, stage.loss)
     params = nested({**frozen, **trainable})
-    return OBJECTIVES[stage.objective](model, params, batch, draws, stage.loss, counts)
+    return OBJECTIVES[stage.objective](model, params, batch, step_noise, stage.loss, counts)
 
 
-def for_compute(params: Flat, model: DreamLLMModule, gathered: bool, sliced: bool = True) -> Flat:
+def cast_for_compute(params: Flat, model: DreamLLMModule, gathered: bool, sliced: bool = True) -> Flat:
     """What a step computes with: matrices in the model's dtype, and whole along fsdp where `gathered`.
 
     They are cast here, once, and before they travel: half the bytes. Vectors stay as they are. Not all are
@@ -66,14 +66,14 @@ def gradients(
 ) -> tuple[Flat, dict[str, Array]]:
     """Gradients (float32, laid out as the parameters) and metrics of the whole batch.
 
-    It goes in `accumulation` micro-batches. Micro-batch a takes rows a, a + A, a + 2A, ...: each device
+    It goes in `grad_accum_steps` micro-batches. Micro-batch a takes rows a, a + A, a + 2A, ...: each device
     keeps its own rows.
     """
-    counts, parts = count(batch), stage.optim.accumulation
+    counts, parts = count(batch), stage.optim.grad_accum_steps
     gathered = stage.optim.gather == "step"
-    params = for_compute(trainable, model, gathered)
-    frozen = for_compute(frozen, model, gathered, sliced=False)
-    model = model.clone(whole_tables=gathered)
+    params = cast_for_compute(trainable, model, gathered)
+    frozen = cast_for_compute(frozen, model, gathered, sliced=False)
+    model = model.clone(tables_gathered=gathered)
 
     def grad(batch: Batch, keys: Array) -> tuple[Flat, dict[str, Array]]:
         grads, metrics = jax.grad(loss_and_metrics, has_aux=True)(
@@ -114,7 +114,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step of a stage at learning rate `rate`; the state is donated.
 
-    Pass `stage.program()`, so that stages with the same program share it.
+    Pass `stage.compile_key()`, so that stages with the same program share it.
 
     Frozen parameters take part in the forward pass and conduct gradients, but receive none.
     """

@@ -12,7 +12,7 @@ from dreamllm_jax.aot import __main__ as command
 from dreamllm_jax.aot.memory import bytes_held, too_large
 from dreamllm_jax.aot.program import generation_program, train_program
 from dreamllm_jax.aot.report import by_kind, numbers
-from dreamllm_jax.aot.topology import described_devices
+from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import MeshConfig, Recipe
@@ -41,7 +41,7 @@ def devices():
     pytest.importorskip(
         "libtpu", reason="libtpu, the TPU's compiler, is not installed (pip install 'jax[tpu]')"
     )
-    return described_devices(TOPOLOGY)
+    return topology_devices(TOPOLOGY)
 
 
 def recipe(mesh, towers=("llama", "vision"), **stage):
@@ -102,8 +102,8 @@ def test_the_command_says_what_is_impossible(devices, file, monkeypatch, capsys)
 
     assert "--topology=v9:2x2 is unknown" in said("--topology=v9:2x2")
     assert "knows no such slice" in said("--topology=v5p:3x3x3")
-    assert "data.rows=6 is not divisible by the 4 devices" in said(
-        f"--topology={TOPOLOGY}", "--config.stages.seeing.data.rows=6"
+    assert "data.batch_size=6 is not divisible by the 4 devices" in said(
+        f"--topology={TOPOLOGY}", "--config.stages.seeing.data.batch_size=6"
     )
     assert "mesh" in said(f"--topology={TOPOLOGY}", "--config.mesh.fsdp=3")
     assert "no tower" in said(f"--topology={TOPOLOGY}", "--program=denoise")
@@ -128,7 +128,7 @@ def test_the_search_by_command(devices, file, tmp_path, monkeypatch, capsys):
     (tried,) = found["tried"]
     assert tried["fits"] and found["candidates"] == found["fit_by_estimate"] > 50
     assert tried["compiled"]["mesh"]["fsdp"] == tried["mesh"]["fsdp"]
-    assert "--config.mesh.whole=" in said and all(o.split("=")[0] in said for o in found["best"])
+    assert "--config.mesh.replicated=" in said and all(o.split("=")[0] in said for o in found["best"])
     assert run(monkeypatch, file, f"--topology={TOPOLOGY}", *found["best"]) is None
 
     small = dataclasses.replace(command.chip_of("TPU v5 lite"), hbm=2e6)
@@ -162,7 +162,10 @@ def test_a_joint_step_in_micro_batches(devices):
     """Every tower: only gradients cross `data`; no activation and no logits travel, parameters alone."""
     trainable = ("llama", "dream_queries", "vision_projector", "condition_projector")
     wanted = recipe(
-        MeshConfig(2, 2), ("llama", "vision", "unet", "vae"), trainable=trainable, optim=dict(accumulation=2)
+        MeshConfig(2, 2),
+        ("llama", "vision", "unet", "vae"),
+        trainable=trainable,
+        optim=dict(grad_accum_steps=2),
     )
     found, text = compiled_step(wanted, devices)
     assert found.memory.fits
@@ -184,7 +187,7 @@ def test_a_joint_step_in_micro_batches(devices):
 
 def test_weights_are_gathered_once_a_step_where_asked(devices):
     """Layer by layer each of two micro-batches would gather them for both passes: four times in all."""
-    optim = dict(accumulation=2, gather="step")
+    optim = dict(grad_accum_steps=2, gather="step")
     wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=optim)
     found, _ = compiled_step(wanted, devices)
     weights = 4 * bytes_held(found.program.arguments["parameters"]) / 2  # whole, in bfloat16
@@ -206,7 +209,7 @@ def test_offloaded_states_wait_on_the_host(devices):
 
 def test_micro_batches_compile_with_full_effort(devices):
     """As a run compiles: what moves sums out of loops ends with an internal error where it may move these."""
-    wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=dict(accumulation=2))
+    wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=dict(grad_accum_steps=2))
     found, _ = compiled_step(wanted, devices, "full")
     # Each micro-batch scatters its gradients: none lie whole on a device until the last.
     scattered = found.census.collectives

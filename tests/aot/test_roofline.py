@@ -6,7 +6,7 @@ from dreamllm_jax.aot.census import Census, Collective
 from dreamllm_jax.aot.chips import CHIPS, chip_of
 from dreamllm_jax.aot.memory import Memory, gib
 from dreamllm_jax.aot.roofline import roofline
-from dreamllm_jax.aot.topology import described_devices, links, slices_of
+from dreamllm_jax.aot.topology import links, slices_of, topology_devices
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.sharding import make_mesh
 
@@ -15,7 +15,7 @@ def mesh_of(topology, *sizes):
     pytest.importorskip(
         "libtpu", reason="libtpu, the TPU's compiler, is not installed (pip install 'jax[tpu]')"
     )
-    return make_mesh(MeshConfig(*sizes), described_devices(topology))
+    return make_mesh(MeshConfig(*sizes), topology_devices(topology))
 
 
 @pytest.mark.parametrize(

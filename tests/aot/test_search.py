@@ -46,7 +46,9 @@ def test_remat_varies_where_gradients_flow():
 
 def test_overrides_say_what_the_candidate_is():
     stage = JOINT.stages[0]
-    wanted = Candidate(MeshConfig(2, 4, whole=("unet", "vae")), 2, RematConfig("dots", "none", "offload"))
+    wanted = Candidate(
+        MeshConfig(2, 4, replicated=("unet", "vae")), 2, RematConfig("dots", "none", "offload")
+    )
     plain = apply_overrides(dataclasses.asdict(JOINT), wanted.overrides(stage))
     assert build_recipe(plain) == wanted.applied(JOINT, stage)[0] != JOINT
 
@@ -107,7 +109,7 @@ def looked(results, number=10):
     """A search in which the compiler finds what `results` says: (GiB, seconds), or an error."""
 
     def compiled(recipe, stage):
-        result = results[recipe.model.remat.llama, stage.optim.accumulation]
+        result = results[recipe.model.remat.llama, stage.optim.grad_accum_steps]
         if isinstance(result, Exception):
             raise result
         memory = Memory({"temporaries": float(result[0]) * 2.0**30}, CHIP.hbm)

@@ -12,7 +12,7 @@ from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.convert.convert import convert_to_jax
 from dreamllm_jax.convert.opening import open_model
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.sharding import make_mesh
 from tests.folders import load_pretrained
 
@@ -20,7 +20,7 @@ from tests.folders import load_pretrained
 @pytest.fixture(scope="module")
 def converted(golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "model"
-    convert_to_jax(open_source(golden / "dreamllm-a" / "checkpoint"), folder)
+    convert_to_jax(open_checkpoint(golden / "dreamllm-a" / "checkpoint"), folder)
     return folder
 
 

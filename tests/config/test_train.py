@@ -21,7 +21,7 @@ def stage(name="one", **changes):
         (lambda: OptimConfig(learning_rate=0.0), "optim.learning_rate is 0.0; it must be positive"),
         (lambda: OptimConfig(b2=1.0), "optim.b2 is 1.0; it must lie in"),
         (lambda: OptimConfig(warmup_ratio=2.0), "optim.warmup_ratio is 2.0"),
-        (lambda: OptimConfig(accumulation=0), "optim.accumulation is 0"),
+        (lambda: OptimConfig(grad_accum_steps=0), "optim.grad_accum_steps is 0"),
         (lambda: OptimConfig(clip_norm=0.0), "optim.clip_norm is 0.0; it must be positive, or None"),
         (lambda: StageConfig("one", ("llama",), 0, DataConfig()), "steps is 0; it must be at least 1"),
         (lambda: TokenizerConfig(path="x", corpus="handwriting"), "path .* or corpus .*, not both"),
@@ -48,8 +48,10 @@ def test_stages_share_a_program_that_differ_in_name_length_data_and_rates_only()
     other = StageConfig(
         "two", ("llama",), 9, DataConfig(rows=4), optim=OptimConfig(learning_rate=1e-4, weight_decay=0.1)
     )
-    assert first.program() == other.program() != stage("one").program()
-    assert first.program() != stage("one", loss=LossConfig(weight_vm=1.0), optim=first.optim).program()
+    assert first.compile_key() == other.compile_key() != stage("one").compile_key()
+    assert (
+        first.compile_key() != stage("one", loss=LossConfig(weight_vm=1.0), optim=first.optim).compile_key()
+    )
 
 
 def test_a_recipe_from_a_mapping():

@@ -15,7 +15,7 @@ from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.checkpoint.vocabulary import Extended, check_tokenizer_fits
 from dreamllm_jax.convert.compose import compose
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.data.tokenizer import ADDED_TOKENS, Tokenizer, train_tokenizer
 from tests.folders import load_pretrained, take_towers
 
@@ -34,7 +34,7 @@ def command(*arguments) -> int:
 def sources(golden, tmp_path_factory):
     """Folders as they are published: a Vicuna without control tokens, a CLIP tower, a Stable Diffusion."""
     home = tmp_path_factory.mktemp("sources")
-    convert_to_jax(open_source(golden / "dreamllm-a" / "checkpoint"), home / "jax")
+    convert_to_jax(open_checkpoint(golden / "dreamllm-a" / "checkpoint"), home / "jax")
     for name, towers in (("llama", ("llama",)), ("clip", ("vision",)), ("sd", ("unet", "vae"))):
         take_towers(home / "jax", home / f"{name}-jax", *towers)
     params = {path: t.read() for path, t in open_params(home / "llama-jax").items()}
@@ -73,7 +73,7 @@ def test_what_is_made_and_what_is_left_out_is_said(sources, tmp_path, capsys):
 
 
 def test_faults_of_every_source_are_named(sources):
-    llm, vision = open_source(sources["llm"]), open_source(sources["vision"])
+    llm, vision = open_checkpoint(sources["llm"]), open_checkpoint(sources["vision"])
     llm.report.unexpected.append("a stranger")
     vision.report.ignored.append("a buffer")
     report = compose(llm, vision=vision).params()[1]
@@ -82,7 +82,7 @@ def test_faults_of_every_source_are_named(sources):
 
 def test_the_start_of_stage_one(sources, start):
     loaded = load_pretrained(start)
-    whole = {path: t.read() for path, t in open_source(sources["all"]).params()[0].items()}
+    whole = {path: t.read() for path, t in open_checkpoint(sources["all"]).params()[0].items()}
     assert loaded.params.keys() == whole.keys()
     for path, theirs in whole.items():
         ours, tower = loaded.params[path], path.split("/")[0]
@@ -124,10 +124,10 @@ def test_a_bare_vicuna_loads_and_writes(sources):
 
 def test_a_tower_is_exchanged_with_its_connector(sources, tmp_path):
     """The image decoder of a DreamLLM replaced: its queries and condition are drawn, its sight stays."""
-    source = compose(open_source(sources["all"]), diffusion=open_source(sources["diffusion"]))
+    source = compose(open_checkpoint(sources["all"]), diffusion=open_checkpoint(sources["diffusion"]))
     assert source.fresh == ("dream_queries", "condition_projector", "global_projector")
     convert_to_jax(source, tmp_path / "exchanged")
-    ours, whole = load_pretrained(tmp_path / "exchanged").params, open_source(sources["all"]).params()[0]
+    ours, whole = load_pretrained(tmp_path / "exchanged").params, open_checkpoint(sources["all"]).params()[0]
     for path, tensor in whole.items():
         kept = path.split("/")[0] not in source.fresh
         assert np.array_equal(ours[path], tensor.read()) == kept, path
@@ -169,7 +169,7 @@ def test_a_tokenizer_of_another_model(sources, tmp_path, capsys):
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="its tokenizer has 600 tokens and its weights embed 512"):
         DreamLLM.from_pretrained(folder)
-    roomy = open_source(sources["llm"]).model
+    roomy = open_checkpoint(sources["llm"]).model
     roomy = dataclasses.replace(roomy, llama=dataclasses.replace(roomy.llama, vocab_size=32000))
     with pytest.raises(ValueError, match="has 512 tokens and its weights embed 32000"):
         check_tokenizer_fits(Tokenizer.load(sources["llm"], extend=True), roomy, sources["llm"])
@@ -196,7 +196,7 @@ def test_a_chat_template_that_cannot_be_used_is_said(sources, tmp_path):
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ '<im_start>' + m['content'] }}{% endfor %}"
     )
-    source = open_source(folder)
+    source = open_checkpoint(folder)
     assert source.template is None
     (said,) = (line for line in source.params()[1].differing if "chat template" in line)
     assert "writes <im_start>; of control tokens only <s> and </s> are supported" in said

@@ -23,7 +23,7 @@ from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.inspect import describe
 from dreamllm_jax.convert.opening import open_model
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from tests.train import tiny
 
@@ -76,8 +76,8 @@ def test_there_and_back_gives_the_same_bits(tmp_path, golden, name, capsys):
             k: v for k, v in options.items() if k in new and not k.startswith("pretrained")
         }
     # what was exported is a source again, with the same model
-    again = open_source(tmp_path / "torch")
-    assert again.model == open_source(source).model and again.loss == open_source(source).loss
+    again = open_checkpoint(tmp_path / "torch")
+    assert again.model == open_checkpoint(source).model and again.loss == open_checkpoint(source).loss
     convert_to_jax(again, tmp_path / "again")
     first, second = open_params(tmp_path / "jax"), open_params(tmp_path / "again")
     assert_same_bits({k: v.read() for k, v in second.items()}, {k: v.read() for k, v in first.items()})
@@ -103,7 +103,7 @@ def test_sdxl_there_and_back(sdxl, tmp_path):
     assert not (tmp_path / "torch" / "stable_diffusion_head.bin").exists()
     plugins = json.loads((tmp_path / "torch" / "config.json").read_text())["plugins_init_kwargs"]
     assert "stable_diffusion_xl_head" in plugins
-    again = open_source(tmp_path / "torch")
+    again = open_checkpoint(tmp_path / "torch")
     assert again.model == model
     params, report = again.params()
     assert not report.faulty
@@ -116,7 +116,7 @@ def test_a_full_disk_is_named_before_anything_is_written(direction, golden, tmp_
     source = golden / "dreamllm-a/checkpoint"
     if direction == "to-torch":
         pytest.importorskip("torch")  # writes the plugins' files
-        convert_to_jax(open_source(source), tmp_path / "jax")
+        convert_to_jax(open_checkpoint(source), tmp_path / "jax")
         source = tmp_path / "jax"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
     assert command(direction, source, tmp_path / "out", "--quiet") == 1
@@ -129,7 +129,7 @@ def test_a_full_disk_is_named_before_anything_is_written(direction, golden, tmp_
 
 def test_dtype_halves_the_files(tmp_path, golden):
     pytest.importorskip("torch")  # writes the plugins' files
-    source = open_source(golden / "dreamllm-a/checkpoint")
+    source = open_checkpoint(golden / "dreamllm-a/checkpoint")
     convert_to_jax(source, tmp_path / "half", dtype="bfloat16")
     leaves = unflatten({path: tensor.read() for path, tensor in open_params(tmp_path / "half").items()})
     assert str(leaves["llama"]["norm"]["scale"].dtype) == "bfloat16"
@@ -200,7 +200,7 @@ def test_a_killed_conversion_leaves_no_model(tmp_path, golden, direction):
     source = golden / "dreamllm-a/checkpoint"
     if direction == "to-torch":
         pytest.importorskip("torch")  # writes the plugins' files
-        convert_to_jax(open_source(source), tmp_path / "jax")
+        convert_to_jax(open_checkpoint(source), tmp_path / "jax")
         source = tmp_path / "jax"
     slow = (
         "import runpy, sys, time; from dreamllm_jax.checkpoint import tensors; read = tensors.contiguous\n"
@@ -228,7 +228,7 @@ def test_legacy_folders_hold_only_the_connectors(tmp_path, golden):
     torch = pytest.importorskip("torch")
     source = tmp_path / "source"
     shutil.copytree(golden / "dreamllm-a/checkpoint", source)
-    convert_to_jax(open_source(golden / "dreamllm-a/checkpoint"), tmp_path / "jax")
+    convert_to_jax(open_checkpoint(golden / "dreamllm-a/checkpoint"), tmp_path / "jax")
     convert_to_torch(tmp_path / "jax", tmp_path / "parts-of")
     parts = tmp_path / "parts"
     parts.mkdir()
@@ -244,7 +244,7 @@ def test_legacy_folders_hold_only_the_connectors(tmp_path, golden):
     torch.save({"weight": head["projector.projector.weight"]}, source / "unet_projector.pt")
     for name in ("clip_vision_embedding.bin", "stable_diffusion_head.bin", "dream_embedding.bin"):
         (source / name).unlink()
-    legacy, report = open_source(source, parts).params()
+    legacy, report = open_checkpoint(source, parts).params()
     assert not report.faulty
     first = open_params(tmp_path / "jax")
     assert_same_bits({k: v.read() for k, v in legacy.items()}, {k: v.read() for k, v in first.items()})
@@ -256,7 +256,7 @@ def test_transformers_and_diffusers_load_the_exported_folders(tmp_path, golden):
     transformers = pytest.importorskip("transformers")
     diffusers = pytest.importorskip("diffusers")
     source = golden / "dreamllm-b/checkpoint"
-    convert_to_jax(open_source(source), tmp_path / "jax")
+    convert_to_jax(open_checkpoint(source), tmp_path / "jax")
     out = tmp_path / "torch"
     convert_to_torch(tmp_path / "jax", out)
     theirs = {k: v for k, v in tensors_of(source).items() if "inv_freq" not in k}
@@ -306,7 +306,7 @@ def test_folders_of_transformers_and_diffusers_are_recognized(tmp_path, golden, 
     }.items():
         folder = tmp_path / kind
         model.save_pretrained(folder, **limit)
-        source = open_source(folder)
+        source = open_checkpoint(folder)
         assert kind.split()[0] in source.kind
         params, report = source.params()
         assert not report.faulty, f"{kind}: {report}"
@@ -324,7 +324,7 @@ def test_a_diffusers_pipeline_is_recognized(tmp_path, golden):
     unet.save_pretrained(tmp_path / "unet")
     vae.save_pretrained(tmp_path / "vae", safe_serialization=False)
     shutil.copytree(parts / "scheduler", tmp_path / "scheduler")
-    params, report = open_source(tmp_path).params()
+    params, report = open_checkpoint(tmp_path).params()
     assert not report.faulty
     assert {path.split("/")[0] for path in params} == {"unet", "vae"}
 
@@ -333,7 +333,7 @@ def test_plugins_inside_the_language_models_file(golden, tmp_path):
     """As a checkpoint is saved whole: every plugin under the model's name for it."""
     shutil.copytree(golden / "dreamllm-b", tmp_path / "b")
     source = tmp_path / "b" / "checkpoint"
-    before = {path: t.read() for path, t in open_source(source).params()[0].items()}
+    before = {path: t.read() for path, t in open_checkpoint(source).params()[0].items()}
     (whole,) = source.glob("model*.safetensors")
     tensors = {name: t.read() for name, t in read_safetensors(whole).items()}
     for stem, prefix in (
@@ -345,6 +345,6 @@ def test_plugins_inside_the_language_models_file(golden, tmp_path):
         tensors |= {f"{prefix}{name}": t.read() for name, t in found.items()}
         (source / f"{stem}.bin").unlink()
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, whole)
-    params, report = open_source(source).params()
+    params, report = open_checkpoint(source).params()
     assert not report.faulty
     assert_same_bits({path: t.read() for path, t in params.items()}, before)

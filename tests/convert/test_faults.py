@@ -13,7 +13,7 @@ from dreamllm_jax.checkpoint.storage import open_params, save_params
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.convert.torch_files import write_torch_file
 from tests.convert.test_convert import command
 from tests.folders import take_towers
@@ -29,7 +29,7 @@ def source(golden, tmp_path):
 @pytest.fixture(scope="module")
 def converted(golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "jax"
-    convert_to_jax(open_source(golden / "dreamllm-a" / "checkpoint"), folder)
+    convert_to_jax(open_checkpoint(golden / "dreamllm-a" / "checkpoint"), folder)
     return folder
 
 
@@ -55,7 +55,7 @@ def test_tensors_of_another_rank_or_with_too_much_in_an_axis(source):
 
     rewrite(source / "dream_embedding.bin", queries)
     rewrite(source / "stable_diffusion_head.bin", head)
-    report = open_source(source).params()[1]
+    report = open_checkpoint(source).params()[1]
     assert len(report.misshapen) == 2 and report.faulty
     assert any("proj_in.weight (16, 16, 1)" in line for line in report.unexpected)
     assert any("dream_queries (2, 8, 96) cannot become dream_queries" in line for line in report.misshapen)
@@ -135,7 +135,7 @@ def test_configs_that_cannot_be_used(edit, words, source, tmp_path, capsys):
     said = capsys.readouterr().err
     assert str(source) in said and "Traceback" not in said
     with pytest.raises(ValueError, match=words):
-        open_source(source)
+        open_checkpoint(source)
     assert not (tmp_path / "out").exists()
 
 
@@ -190,9 +190,9 @@ def test_shards_of_a_source(suffix, golden, source, tmp_path, capsys):
     """Read through their index; one that is torn, absent or there twice is named."""
     if suffix == "bin":
         pytest.importorskip("torch")
-    before = {path: t.read() for path, t in open_source(source).params()[0].items()}
+    before = {path: t.read() for path, t in open_checkpoint(source).params()[0].items()}
     first, second = in_shards(source, suffix)
-    params, report = open_source(source).params()
+    params, report = open_checkpoint(source).params()
     assert not report.faulty
     for path, value in before.items():
         np.testing.assert_array_equal(params[path].read(), value, err_msg=path)
@@ -215,7 +215,7 @@ def test_what_a_pipeline_has_beside_its_model_is_listed(converted, tmp_path):
     pipeline = tmp_path / "pipeline"
     convert_to_torch(take_towers(converted, tmp_path / "jax", "unet", "vae"), pipeline)
     (pipeline / "text_encoder_2").mkdir()
-    ignored = open_source(pipeline).params()[1].ignored
+    ignored = open_checkpoint(pipeline).params()[1].ignored
     assert any(line.endswith("text_encoder_2 (the model has no place for it)") for line in ignored)
 
 

@@ -11,7 +11,7 @@ from huggingface_hub._local_folder import write_download_metadata  # the library
 
 from dreamllm_jax.convert.convert import convert_to_jax
 from dreamllm_jax.convert.hub_files import check_downloads, recorded_digest
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 
 
 def flip(file, at=-1):
@@ -73,8 +73,8 @@ def test_a_conversion_looks_at_them_before_it_writes(golden, tmp_path):
     shard = sorted(source.glob("*.safetensors"))[0]
     digest = hashlib.sha256(shard.read_bytes()).hexdigest()
     write_download_metadata(source, shard.name, "abcdef", digest)
-    convert_to_jax(open_source(source), tmp_path / "whole")
+    convert_to_jax(open_checkpoint(source), tmp_path / "whole")
     flip(shard)
     with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
-        convert_to_jax(open_source(source), tmp_path / "broken")
+        convert_to_jax(open_checkpoint(source), tmp_path / "broken")
     assert not (tmp_path / "broken").exists()

@@ -12,7 +12,7 @@ from dreamllm_jax.checkpoint.storage import open_params
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.convert.compose import compose
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from tests.folders import take_towers
 
 CONFIG = dict(
@@ -29,12 +29,12 @@ CONFIG = dict(
 def published(golden, tmp_path_factory):
     """dreamllm-a without its decoder, in LLaVA's files, and its vision tower in a folder beside."""
     home = tmp_path_factory.mktemp("llava")
-    convert_to_jax(open_source(golden / "dreamllm-a" / "checkpoint"), home / "jax")
+    convert_to_jax(open_checkpoint(golden / "dreamllm-a" / "checkpoint"), home / "jax")
     convert_to_torch(take_towers(home / "jax", home / "clip-jax", "vision"), home / "clip-small")
     folder = home / "llava"
     folder.mkdir()
     checkpoint = golden / "dreamllm-a" / "checkpoint"
-    llama = open_source(checkpoint).parts
+    llama = open_checkpoint(checkpoint).parts
     tensors = {name: t.read() for name, t in llama["llama"].items()}
     for name, tensor in llama["vision_projector"].items():
         tensors[f"model.mm_projector.{name.removeprefix('projector.')}"] = tensor.read()
@@ -61,7 +61,7 @@ def spoiled(published, tmp_path):
 
 
 def test_its_tensors_find_their_places(published):
-    source = open_source(published)
+    source = open_checkpoint(published)
     params, report = source.params()
     assert source.kind == "LLaVA" and source.template == "vicuna_v1.1" and not report.faulty
     whole = open_params(published.parent / "jax")
@@ -96,11 +96,11 @@ def test_options_that_are_not_supported(change, words, spoiled):
     if "mm_vision_tower" in change:
         shutil.rmtree(folder.parent / "clip-small")
     with pytest.raises(ValueError, match=words):
-        open_source(folder)
+        open_checkpoint(folder)
 
 
 def test_ids_that_its_tokenizer_contradicts(spoiled):
-    differing = open_source(spoiled(bos_token_id=7, pad_token_id=99)).params()[1].differing
+    differing = open_checkpoint(spoiled(bos_token_id=7, pad_token_id=99)).params()[1].differing
     assert any("config.json says that <s> is 7; it is 1" in line for line in differing)
     assert any("config.json says that [PAD] is 99; it is 512" in line for line in differing)
 
@@ -108,6 +108,6 @@ def test_ids_that_its_tokenizer_contradicts(spoiled):
 def test_a_tower_that_is_only_named_cannot_be_given(spoiled, golden):
     folder = spoiled(mm_vision_tower="openai/clip-vit-large-patch14")
     shutil.rmtree(folder.parent / "clip-small")
-    llm = open_source(golden / "dreamllm-a" / "checkpoint")
+    llm = open_checkpoint(golden / "dreamllm-a" / "checkpoint")
     with pytest.raises(ValueError, match="only names its vision; give its own folder"):
-        compose(llm, vision=open_source(folder))
+        compose(llm, vision=open_checkpoint(folder))

@@ -18,6 +18,7 @@ from dreamllm_jax.diffusion.schedule import row_normal
 from dreamllm_jax.generate.decode import dream
 from dreamllm_jax.generate.prompts import prompt_batch
 from dreamllm_jax.models.clip import normalize_pixels
+from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train.loop import train
 from tests.train import tiny
 
@@ -92,8 +93,8 @@ def test_logits_after_a_picture(trained):
         theirs = trained.llama(inputs_embeds=embeds[None]).logits[0].numpy()
     batch = prompt_batch([prompt], ours.tokenizer, ours.config, None)
     variables, module = {"params": ours.params}, ours._engine.module
-    hidden = module.apply(variables, jax.tree.map(jnp.asarray, batch), method="read")
-    logits = np.asarray(module.apply(variables, hidden, method="logits"))[0, : len(row)]
+    hidden = module.apply(variables, jax.tree.map(jnp.asarray, batch), method=DreamLLMModule.read)
+    logits = np.asarray(module.apply(variables, hidden, method=DreamLLMModule.logits))[0, : len(row)]
     np.testing.assert_allclose(logits, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
@@ -132,7 +133,7 @@ def our_latents(trained, init):
 
     def denoise(latents, timesteps):
         variables = {"params": ours.params}
-        return module.apply(variables, latents, timesteps, context, None, method="denoise")
+        return module.apply(variables, latents, timesteps, context, None, method=DreamLLMModule.denoise)
 
     process = guided(denoise, SCALE)
     return sample(process, init, ours.config.schedule, method="ddim", num_steps=STEPS)

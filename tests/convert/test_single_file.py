@@ -11,7 +11,7 @@ from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import UNetConfig, VaeConfig
 from dreamllm_jax.convert import single_file
 from dreamllm_jax.convert.mapping import to_torch
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.models.parameters import parameter_shapes
 
 WIDTHS = (64, 128, 128, 128)
@@ -157,7 +157,9 @@ def one_file(model: DreamLLMConfig) -> dict[str, np.ndarray]:
 def test_a_file_is_opened_as_its_folder_would_be(family, tmp_path):
     model = model_of(family)
     save_file(one_file(model), tmp_path / "sd.safetensors")
-    source = open_source(tmp_path / "sd.safetensors", prediction_type="epsilon" if family == "2" else None)
+    source = open_checkpoint(
+        tmp_path / "sd.safetensors", prediction_type="epsilon" if family == "2" else None
+    )
     ours = source.model
     for name in ("block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim"):
         assert getattr(ours.unet, name) == getattr(model.unet, name), name
@@ -210,13 +212,13 @@ def test_diffusers_reads_the_same(family):
 def test_what_a_file_does_not_say(tmp_path):
     save_file(one_file(model_of("2")), tmp_path / "sd2.safetensors")
     with pytest.raises(ValueError, match="this is a Stable Diffusion 2.*--prediction-type"):
-        open_source(tmp_path / "sd2.safetensors")
-    velocity = open_source(tmp_path / "sd2.safetensors", prediction_type="v_prediction").model
+        open_checkpoint(tmp_path / "sd2.safetensors")
+    velocity = open_checkpoint(tmp_path / "sd2.safetensors", prediction_type="v_prediction").model
     assert velocity.schedule.prediction_type == "v_prediction" and velocity.unet.sample_size == 96
     rest = {n: t for n, t in one_file(model_of("1")).items() if "middle_block.1.proj_in.weight" not in n}
     save_file(rest, tmp_path / "less.safetensors")
     with pytest.raises(ValueError, match="less.safetensors lacks 'mid_block.attentions.0.proj_in.weight'"):
-        open_source(tmp_path / "less.safetensors")
+        open_checkpoint(tmp_path / "less.safetensors")
     save_file({"a.weight": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors: the file holds no Stable Diffusion"):
-        open_source(tmp_path / "other.safetensors")
+        open_checkpoint(tmp_path / "other.safetensors")

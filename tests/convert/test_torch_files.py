@@ -9,7 +9,7 @@ import pytest
 from dreamllm_jax.checkpoint.tensors import ArrayTensor, Mapped
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.convert.torch_files import write_torch_file
 from tests.convert.test_convert import command
 from tests.folders import take_towers
@@ -70,7 +70,7 @@ def test_a_dtype_that_older_releases_cannot_load_is_refused(tmp_path):
 
 def test_without_pytorch(golden, tmp_path, monkeypatch, capsys):
     """A whole DreamLLM is refused before anything is written; towers alone are exported."""
-    convert_to_jax(open_source(golden / "dreamllm-a" / "checkpoint"), tmp_path / "jax")
+    convert_to_jax(open_checkpoint(golden / "dreamllm-a" / "checkpoint"), tmp_path / "jax")
     take_towers(tmp_path / "jax", tmp_path / "clip", "vision")
     monkeypatch.setitem(sys.modules, "torch", None)  # what importing it then raises is an ImportError
     before = sorted(tmp_path.iterdir())
@@ -78,4 +78,4 @@ def test_without_pytorch(golden, tmp_path, monkeypatch, capsys):
     assert "run pip install 'dreamllm-jax[torch]'" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
     convert_to_torch(tmp_path / "clip", tmp_path / "out")
-    assert open_source(tmp_path / "out").params()[0]
+    assert open_checkpoint(tmp_path / "out").params()[0]

@@ -1,4 +1,4 @@
-"""What is counted and added: the split, and the text that teaches it."""
+"""What is counted and added: the split, and the text that has_targets it."""
 
 import re
 

@@ -15,7 +15,7 @@ from dreamllm_jax.data.handwriting import training_source
 from dreamllm_jax.data.numbers import corpus_text
 from dreamllm_jax.data.packing import RowLayout
 from dreamllm_jax.data.pieces import Picture, interleaved
-from dreamllm_jax.data.pipeline import BatchStream, batches, joined
+from dreamllm_jax.data.pipeline import BatchStream, batches, merge_iterator_states
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from tests.data.fakes import WordTokenizer
 
@@ -81,10 +81,10 @@ def test_hosts_share_the_same_rows(stream):
             both = getattr(halves[0], field.name), getattr(halves[1], field.name)
             if both[0] is not None:
                 np.testing.assert_array_equal(np.concatenate(both), getattr(batch, field.name))
-    assert joined([p.state_dict() for p in reversed(parts)]) == whole.state_dict()
+    assert merge_iterator_states([p.state_dict() for p in reversed(parts)]) == whole.state_dict()
     # A state taken on one number of hosts is good on another; what it lacks is packed again.
     expected = next(whole)
-    for place in (joined([p.state_dict() for p in parts]), parts[1].state_dict()):
+    for place in (merge_iterator_states([p.state_dict() for p in parts]), parts[1].state_dict()):
         moved = stream()
         moved.load_state(place)
         assert_same(next(moved), expected)
@@ -185,7 +185,7 @@ def test_documents_keep_to_the_positions_of_the_language_model(tokenizer):
 def test_config_mistakes():
     with pytest.raises(ValueError, match="unknown key 'pair'. Did you mean 'pairs'"):
         build(DataConfig, {"kinds": {"pair": 1.0}})
-    with pytest.raises(ValueError, match="data.rows is 0"):
+    with pytest.raises(ValueError, match="data.batch_size is 0"):
         DataConfig(rows=0)
     with pytest.raises(ValueError, match="cannot be negative"):
         KindWeights(text=-1.0)

@@ -12,7 +12,7 @@ from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import ClipVisionConfig, UNetConfig, VaeConfig
 from dreamllm_jax.data.pieces import Text
-from dreamllm_jax.data.pipeline import batches, check_source, open_source
+from dreamllm_jax.data.pipeline import batches, check_source, open_documents
 from dreamllm_jax.data.records import Mixture
 from tests.data.datasets import BROKEN, picture, write_folder, write_json, write_lines, write_tar
 from tests.data.fakes import WordTokenizer
@@ -150,7 +150,7 @@ def test_what_is_missing_is_named(folder):
     ):
         data = config(folder, sources=[{"kind": "pairs", "path": value}])
         assert getattr(data.sources[0], field) == value
-        for look in (check_source, lambda data, tokenizer: open_source(data, 16, tokenizer)):
+        for look in (check_source, lambda data, tokenizer: open_documents(data, 16, tokenizer)):
             with pytest.raises(ValueError, match=sentence):
                 look(data, WordTokenizer())
     lost = dict(kind="conversations", path=f"{folder}/talks.json", images=f"{folder}/lost")
@@ -159,7 +159,7 @@ def test_what_is_missing_is_named(folder):
     write_json(folder / "none.json", [])
     with pytest.raises(ValueError, match="'.*none.json' holds no record"):
         empty = config(folder, sources=[{"kind": "conversations", "path": f"{folder}/none.json"}])
-        open_source(empty, 16, WordTokenizer())
+        open_documents(empty, 16, WordTokenizer())
     odd = dict(kind="conversations", path=f"{folder}/talks.json", template="vicuna")
     with pytest.raises(ValueError, match=r"conversations\) template: Unknown .* template 'vicuna'"):
         check_source(config(folder, sources=[odd]), WordTokenizer())

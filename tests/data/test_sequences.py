@@ -41,7 +41,7 @@ def test_pair_comprehension():
     assert s.tokens.tolist() == [1, *SEEN, 100, 101, 2]
     assert learned(s) == [100, 101, 2]
     assert s.image_slots.tolist() == [-1, -1, 0, 1, 2, 3, -1, -1, -1, -1]
-    assert s.images == (RED,) and s.dreams == () and s.dropped == 0 and s.teaches
+    assert s.images == (RED,) and s.dreams == () and s.dropped == 0 and s.has_targets
 
 
 def test_pair_creation_learns_no_token():
@@ -49,7 +49,7 @@ def test_pair_creation_learns_no_token():
     assert s.tokens.tolist() == [1, 100, 101, *DREAM, 2]
     assert learned(s) == []
     assert s.dream_slots.tolist() == [-1, -1, -1, -1, 0, 1, 2, -1, -1]
-    assert s.dreams == (RED,) and s.images == () and s.teaches
+    assert s.dreams == (RED,) and s.images == () and s.has_targets
 
 
 def test_a_spelled_picture_takes_the_place_of_a_picture():
@@ -151,7 +151,9 @@ def test_image_budgets_end_the_document():
     assert s.tokens.tolist() == [1, 100, *DREAM, *SEEN, 101, 2]
     assert (s.dropped_images, s.dropped_tokens) == (1, 1)
     s = encode(interleaved([RED, "one"], "creation"), max_dreams=0)
-    assert s.tokens.tolist() == [1, 2] and not s.teaches and (s.dropped_images, s.dropped_tokens) == (1, 1)
+    assert (
+        s.tokens.tolist() == [1, 2] and not s.has_targets and (s.dropped_images, s.dropped_tokens) == (1, 1)
+    )
 
 
 def test_eos_option_and_length():
@@ -165,7 +167,7 @@ def test_eos_option_and_length():
 
 def test_caption_beside_its_picture():
     s = encode(captioned(RED, "a seven"))
-    assert s.tokens.tolist() == [1, 100, 101, 2] and s.images == s.dreams == (RED,) and s.teaches
+    assert s.tokens.tolist() == [1, 100, 101, 2] and s.images == s.dreams == (RED,) and s.has_targets
     assert (s.image_slots < 0).all() and (s.dream_slots < 0).all()
     s = encode([Beside(RED)], max_images=0, max_dreams=1)
     assert s.images == () and s.dreams == (RED,)

@@ -19,11 +19,11 @@ from dreamllm_jax.config.model import GenerationConfig  # noqa: E402
 from dreamllm_jax.config.train import MeshConfig  # noqa: E402
 from dreamllm_jax.data.formats import tar_index  # noqa: E402
 from dreamllm_jax.data.numbers import corpus_text  # noqa: E402
-from dreamllm_jax.data.pipeline import open_source  # noqa: E402
+from dreamllm_jax.data.pipeline import open_documents  # noqa: E402
 from dreamllm_jax.data.tokenizer import train_tokenizer  # noqa: E402
 from dreamllm_jax.evaluate import __main__ as evaluate_command  # noqa: E402
 from dreamllm_jax.evaluate import run  # noqa: E402
-from dreamllm_jax.sharding import make_mesh, process_rows, shard_batch  # noqa: E402
+from dreamllm_jax.sharding import make_mesh, process_row_indices, shard_batch  # noqa: E402
 from dreamllm_jax.train.start import prepare_index  # noqa: E402
 from tests.data.datasets import picture, write_tar  # noqa: E402
 from tests.data.fakes import WordTokenizer  # noqa: E402
@@ -57,9 +57,9 @@ assert complaint(distributed.check_shared, folder / "file").startswith("process 
 assert "which process 0 has written" in complaint(distributed.wait_for, folder / "never", 0.1)
 
 # Rows: along data each process holds half of them; along tensor over both hosts, both hold all.
-assert process_rows(make_mesh(MeshConfig(data=2, fsdp=1)), 4) == [2 * index, 2 * index + 1]
+assert process_row_indices(make_mesh(MeshConfig(data=2, fsdp=1)), 4) == [2 * index, 2 * index + 1]
 across = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2))
-assert process_rows(across, 4) == [0, 1, 2, 3]
+assert process_row_indices(across, 4) == [0, 1, 2, 3]
 rows = np.arange(8.0, dtype=np.float32).reshape(4, 2)
 for mesh, held in ((make_mesh(MeshConfig(data=2, fsdp=1)), rows[2 * index : 2 * index + 2]), (across, rows)):
     batch = shard_batch(held, mesh, rows=4)
@@ -80,7 +80,7 @@ if index == 0:
 distributed.barrier("tars are written")
 tars = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/{{a,b}}.tar"}]})
 prepare_index(tars, folder / "index")
-assert len(open_source(tars, 16, WordTokenizer(), index_folder=folder / "index").records[0]) == 2
+assert len(open_documents(tars, 16, WordTokenizer(), index_folder=folder / "index").records[0]) == 2
 assert read == ([] if index else ["a.tar", "b.tar"]), read
 wrong = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/c.tar"}]})
 assert "c.tar is no uncompressed tar" in complaint(prepare_index, wrong, folder / "index")

@@ -18,10 +18,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dreamllm_jax import DreamLLM, processes
+from dreamllm_jax import DreamLLM, distributed
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
-from dreamllm_jax.sharding import make_mesh, process_rows
+from dreamllm_jax.sharding import make_mesh, process_row_indices
 from dreamllm_jax.train import loop
 
 STEPS = 7  # of the last stage
@@ -42,7 +42,7 @@ def recorded(stage) -> list[dict[int, int]]:
 
     def seeing(batch, mesh, rows):
         if batch.tokens.shape[1] == stage.data.length:
-            seen.append(dict(zip(process_rows(mesh, rows), fingerprints(batch), strict=True)))
+            seen.append(dict(zip(process_row_indices(mesh, rows), fingerprints(batch), strict=True)))
         return shard_batch(batch, mesh, rows)
 
     loop.shard_batch = seeing
@@ -54,7 +54,7 @@ def ended(recipe: Recipe, run: Path, at: int) -> str:
     step, last = loop.train_step, jax.process_index() == jax.process_count() - 1
 
     def asked_to_end(state, *args, **options):
-        if last and int(state.step) + 1 == at and options["stage"] == recipe.stages[-1].program():
+        if last and int(state.step) + 1 == at and options["stage"] == recipe.stages[-1].compile_key():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(3)  # the others are told; steps this small would be over
         return step(state, *args, **options)
@@ -63,7 +63,7 @@ def ended(recipe: Recipe, run: Path, at: int) -> str:
     loop.train_step = asked_to_end
     try:
         loop.train(recipe, run)
-    except processes.Preempted as notice:
+    except distributed.Preempted as notice:
         return str(notice)
     finally:
         loop.train_step = step
@@ -71,15 +71,15 @@ def ended(recipe: Recipe, run: Path, at: int) -> str:
 
 
 def main(folder: Path, mapping: dict, other: Path | None) -> None:
-    processes.initialize()
+    distributed.initialize()
     jax.clear_caches = lambda: None  # the run goes on in this process: its programs are not compiled again
     recipe, run = build_recipe(mapping), folder / "run"
     rows = recorded(recipe.stages[-1])
     if other is None:
         sentence = ended(recipe, run, ASKED_AT)
-        if processes.is_main():
+        if distributed.is_main():
             shutil.copytree(run, folder / "ended")
-        processes.barrier("copied")
+        distributed.barrier("copied")
         trained = loop.train(recipe, run)
     else:
         trained = loop.train(recipe, run)

@@ -139,7 +139,7 @@ def test_no_row_is_skipped_or_read_twice(runs, mapping):
         batches(stage.data, recipe.model, tokenizer, seed=stage_seed(recipe, stage), null_dream=True)
     ) as stream:
         expected = [fingerprints(next(stream)) for _ in range(STEPS)]
-    assert len({row for rows in expected for row in rows}) == STEPS * stage.data.rows
+    assert len({row for rows in expected for row in rows}) == STEPS * stage.data.batch_size
     assert [list(rows.values()) for rows in one.made[0]["rows"]] == expected + expected[ended_after(two) :]
     first, second = (m["rows"] for m in two.made)
     assert [[*a.values(), *b.values()] for a, b in zip(first, second, strict=True)] == expected

@@ -53,7 +53,7 @@ RECIPE = Recipe(
 
 
 class Oracle(DreamLLM):
-    """Draws training pictures and gives the right answers, but for a wrong word where asked to."""
+    """StepNoise training pictures and gives the right answers, but for a wrong word where asked to."""
 
     @classmethod
     def from_pretrained(cls, path):

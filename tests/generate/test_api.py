@@ -96,11 +96,13 @@ def test_more_pictures_than_one_batch_holds(model, monkeypatch):
 
 def test_a_model_on_a_mesh_generates_the_same(model, devices, flatten_params):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    spread = DreamLLM(model.config, model.params, model.tokenizer, model.generation, mesh, whole=("unet",))
+    spread = DreamLLM(
+        model.config, model.params, model.tokenizer, model.generation, mesh, replicated=("unet",)
+    )
     axes = {top: str({x.sharding.spec for x in jax.tree.leaves(spread.params[top])}) for top in spread.params}
     assert "fsdp" in axes["llama"] and "fsdp" not in axes["unet"] and "tensor" in axes["unet"]
-    with pytest.raises(ValueError, match=r"whole names u-net; choose among .*unet"):
-        DreamLLM(model.config, model.params, model.tokenizer, model.generation, mesh, whole=("u-net",))
+    with pytest.raises(ValueError, match=r"replicated names u-net; choose among .*unet"):
+        DreamLLM(model.config, model.params, model.tokenizer, model.generation, mesh, replicated=("u-net",))
     same_documents(spread.generate_document("one", seed=3), model.generate_document("one", seed=3))
 
 

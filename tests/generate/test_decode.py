@@ -1,4 +1,4 @@
-"""Reading and decoding on the cache equals the full forward of the same tokens, pictures and dreams."""
+"""DecodeState and decoding on the cache equals the full forward of the same tokens, pictures and dreams."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from dreamllm_jax.data.pieces import Picture, Text
 from dreamllm_jax.data.sequences import encode_pieces
 from dreamllm_jax.document import Document
 from dreamllm_jax.generate import decode
-from dreamllm_jax.generate.decode import decode_text, dream, look, sample_tokens
+from dreamllm_jax.generate.decode import append_image, decode_text, dream, sample_tokens
 from dreamllm_jax.generate.engine import prompt_keys
 from dreamllm_jax.generate.prompts import prompt_batch
-from dreamllm_jax.models.dreamllm import query_states
+from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
 
 CAPACITY = 64
 
@@ -57,21 +57,21 @@ def test_what_is_read_step_by_step_is_what_one_forward_reads(model, picture):
 
     @jax.jit
     def whole(params, batch):
-        hidden = engine.module.apply({"params": params}, batch, method="read")
+        hidden = engine.module.apply({"params": params}, batch, method=DreamLLMModule.read)
         states = query_states(hidden, batch.dream_slots, 1, 3)[:, 0]
-        return hidden, *engine.module.apply({"params": params}, states, method="conditions")
+        return hidden, *engine.module.apply({"params": params}, states, method=DreamLLMModule.conditions)
 
     hidden, context, _ = whole(model.params, batch)
-    reading = engine.read(prompt_batch(texts, model.tokenizer, config, None), CAPACITY)
+    state = engine.read(prompt_batch(texts, model.tokenizer, config, None), CAPACITY)
     active = jnp.ones(2, bool)
     start = jnp.int32(special.dream_start)
-    reading, drawn_context, _ = dream(model.params, reading, active, start, model=engine.module)
+    state, drawn_context, _ = dream(model.params, state, active, start, model=engine.module)
     np.testing.assert_allclose(drawn_context, context, atol=1e-5)
     before, after = jnp.array([special.dream_end, special.im_start]), jnp.array([special.im_end])
-    reading = look(model.params, reading, active, jnp.asarray(seen), before, after, model=engine.module)
+    state = append_image(model.params, state, active, jnp.asarray(seen), before, after, model=engine.module)
     last = [len(s) - 1 for s in sequences]
-    np.testing.assert_allclose(reading.last, hidden[np.arange(2), last], atol=1e-5)
-    np.testing.assert_array_equal(reading.cache.lengths, [len(s) for s in sequences])
+    np.testing.assert_allclose(state.last, hidden[np.arange(2), last], atol=1e-5)
+    np.testing.assert_array_equal(state.cache.lengths, [len(s) for s in sequences])
 
 
 def test_a_drawing_changes_what_follows_it_and_waiting_rows_stay(model, picture):
@@ -80,12 +80,12 @@ def test_a_drawing_changes_what_follows_it_and_waiting_rows_stay(model, picture)
     before, after = jnp.array([special.dream_end, special.im_start]), jnp.array([special.im_end])
 
     def seen(*pictures):
-        reading = engine.read(prompt_batch(prompts, model.tokenizer, model.config, None), CAPACITY)
-        old = np.asarray(reading.last)
+        state = engine.read(prompt_batch(prompts, model.tokenizer, model.config, None), CAPACITY)
+        old = np.asarray(state.last)
         images = jnp.asarray(np.stack([to_vision(p, 16) for p in pictures]))
         active = jnp.array([True, False])
-        reading = look(model.params, reading, active, images, before, after, model=engine.module)
-        return old, np.asarray(reading.last), np.asarray(reading.cache.lengths)
+        state = append_image(model.params, state, active, images, before, after, model=engine.module)
+        return old, np.asarray(state.last), np.asarray(state.cache.lengths)
 
     old, a, lengths = seen(picture(1), picture(2))
     _, b, _ = seen(picture(3), picture(2))
@@ -102,7 +102,7 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(model, picture):
     batch = prompt_batch(prompts, tokenizer, config, None)
     settings = model._settings(max_new_tokens=6)
     control = engine.control([tokenizer.special.eos], np.zeros(2, bool), 0, settings)
-    reading, tokens, stop = decode_text(
+    state, tokens, stop = decode_text(
         model.params,
         engine.read(batch, CAPACITY),
         jnp.ones(2, bool),
@@ -117,8 +117,8 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(model, picture):
     forward = jax.jit(
         lambda params, batch: engine.module.apply(
             {"params": params},
-            engine.module.apply({"params": params}, batch, method="read"),
-            method="logits",
+            engine.module.apply({"params": params}, batch, method=DreamLLMModule.read),
+            method=DreamLLMModule.logits,
         )
     )
     length = 48
@@ -152,17 +152,15 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(model, picture):
         np.testing.assert_array_equal(written, greedy)
         if stop[row] >= 0:
             assert logits[first - 1 + len(written)].argmax() == stop[row] == tokenizer.special.eos
-    np.testing.assert_array_equal(
-        reading.cache.lengths - (batch.segment_ids > 0).sum(1), (tokens >= 0).sum(1)
-    )
+    np.testing.assert_array_equal(state.cache.lengths - (batch.segment_ids > 0).sum(1), (tokens >= 0).sum(1))
 
 
 def test_decoding_on_a_cpu_copies_no_weights_for_every_token(model):
     """XLA's CPU backend copies what it slices out of a stack: layers are taken apart before the loop."""
     engine = model._engine
     control = engine.control([], np.zeros(1, bool), 0, model._settings(max_new_tokens=6))
-    reading = engine.read(prompt_batch(["one"], model.tokenizer, model.config, None), CAPACITY)
-    parts, whole = jax.tree.flatten((reading, jnp.ones(1, bool), jnp.array([6]), prompt_keys(0, 1), control))
+    state = engine.read(prompt_batch(["one"], model.tokenizer, model.config, None), CAPACITY)
+    parts, whole = jax.tree.flatten((state, jnp.ones(1, bool), jnp.array([6]), prompt_keys(0, 1), control))
 
     def write(params, parts):
         rest = jax.tree.unflatten(whole, parts)
@@ -182,7 +180,7 @@ def test_layers_are_held_twice_only_where_memory_has_room(model, monkeypatch):
     for pages, worth in ((4 * size, True), (4 * size - 1, False)):
         memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}
         monkeypatch.setattr(decode.os, "sysconf", memory.__getitem__)
-        assert decode._worth_a_copy(layers) == worth
+        assert decode._room_for_a_copy(layers) == worth
 
 
 def test_a_full_cache_ends_a_row(model):
@@ -191,7 +189,7 @@ def test_a_full_cache_ends_a_row(model):
     batch = prompt_batch(["one"], model.tokenizer, model.config, None)
     capacity = int((batch.segment_ids > 0).sum()) + 2
     control = engine.control([], np.zeros(1, bool), 0, settings)
-    reading, tokens, stop = decode_text(
+    state, tokens, stop = decode_text(
         model.params,
         engine.read(batch, capacity),
         jnp.ones(1, bool),
@@ -203,7 +201,7 @@ def test_a_full_cache_ends_a_row(model):
     )
     assert (np.asarray(tokens) >= 0).sum() == 2
     assert int(stop[0]) == -1
-    assert int(reading.cache.lengths[0]) == capacity
+    assert int(state.cache.lengths[0]) == capacity
 
 
 @pytest.mark.parametrize("top_p, possible", [(1.0, {0, 1, 2}), (0.6, {1, 2}), (0.3, {2})])

@@ -67,9 +67,9 @@ def test_xla_knows_the_flags_of_cpu_and_gpu():
 @pytest.mark.parametrize(("name", "topology"), TOPOLOGIES.items())
 def test_the_tpu_compiler_knows_the_flags(name, topology):
     pytest.importorskip("libtpu")
-    from dreamllm_jax.aot.topology import described_devices
+    from dreamllm_jax.aot.topology import topology_devices
 
-    device = described_devices(topology)[0]
+    device = topology_devices(topology)[0]
     shape = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     lowered = jax.jit(lambda x: x + 1).trace(shape).lower(lowering_platforms=("tpu",))
     flags = dict(flag.removeprefix("--").split("=") for flag in joined(name, "LIBTPU_INIT_ARGS"))

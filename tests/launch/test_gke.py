@@ -67,7 +67,7 @@ def test_the_pods_fill_the_slices(jobset):
     split = recipe.mesh.fsdp * recipe.mesh.tensor * recipe.mesh.context
     assert recipe.mesh.data == -1 and replicated["replicas"] * chips % split == 0
     (stage,) = recipe.stages
-    assert stage.data.rows % (replicated["replicas"] * chips * stage.optim.accumulation) == 0
+    assert stage.data.batch_size % (replicated["replicas"] * chips * stage.optim.grad_accum_steps) == 0
 
 
 def test_restarts(jobset):
@@ -107,5 +107,7 @@ def test_the_training_takes_its_arguments(jobset):
     assert set(arguments) - {"config", "workdir"} == {key for key in arguments if key.startswith("config.")}
     overrides = [word for word in container["args"] if word.startswith("--config.")]
     recipe = load_recipe(str(ROOT / arguments["config"]), overrides)
-    assert recipe.mesh.whole == ("unet", "vae", "vision") and recipe.stages[0].optim.accumulation == 4
+    assert (
+        recipe.mesh.replicated == ("unet", "vae", "vision") and recipe.stages[0].optim.grad_accum_steps == 4
+    )
     assert recipe.init_from is not None and recipe.init_from.startswith("/runs/models/")

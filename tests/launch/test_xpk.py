@@ -41,7 +41,7 @@ def test_run(cluster):
     (cluster.home / "tpu.env").write_text("LIBTPU_INIT_ARGS=--a=1\nLIBTPU_INIT_ARGS=--b=2\nX=3\n")
     cluster.add("xpk")
     options = (*WHERE.split(), "--type", "v5p-128", "--image", "r/i:1", "--env", "tpu.env")
-    words = ("python", "-m", "m", "--whole=('unet',)", "$HOME", "--flag")
+    words = ("python", "-m", "m", "--replicated=('unet',)", "$HOME", "--flag")
     result = cluster.launch(SCRIPT, "run", "dream", *options, "--", *words)
     assert result.returncode == 0 and "LIBTPU_INIT_ARGS=--a=1 --b=2" in result.stderr
     (asked,) = cluster.asked()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from dreamllm_jax.aot.topology import described_devices
+from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.config.towers import LlamaConfig
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.models.attention import AXES, attention, masks
@@ -20,7 +20,7 @@ from dreamllm_jax.sharding import activation_spec, make_mesh
 def chips():
     """The four described chips of a `v5p:2x2x1`."""
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed (pip install libtpu)")
-    return described_devices("v5p:2x2x1")
+    return topology_devices("v5p:2x2x1")
 
 
 def place(mesh, shape, dtype, *axes):

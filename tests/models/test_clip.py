@@ -122,7 +122,7 @@ def test_vision_matches_transformers(activation, layers):
     model, params = ClipVision(config), params_from(reference.state_dict())
     for layer in layers:
         close(run(model, params, PIXELS, select_layer=layer), expected.hidden_states[layer])
-    close(run(model, params, PIXELS, method="pooled"), expected.pooler_output)
+    close(run(model, params, PIXELS, method=ClipVision.pooled), expected.pooler_output)
 
 
 @pytest.mark.parity
@@ -163,7 +163,7 @@ def test_both_towers_and_the_head_match_transformers():
     head = params_from({k: v for k, v in state.items() if "_model." not in k})
     images, texts, scale = ContrastiveHead(20).apply(
         head,
-        run(ClipVision(VISION), towers["vision_model"], PIXELS, method="pooled"),
+        run(ClipVision(VISION), towers["vision_model"], PIXELS, method=ClipVision.pooled),
         run(ClipText(TEXT), towers["text_model"], TOKENS)[1],
     )
     close(images, expected.image_embeds)

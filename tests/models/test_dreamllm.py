@@ -35,11 +35,11 @@ def apply(params):
 
 @pytest.fixture(scope="module")
 def embeds(apply, batch):
-    return np.asarray(apply(batch, method="embed"))
+    return np.asarray(apply(batch, method=DreamLLMModule.embed))
 
 
 def test_every_slot_holds_what_it_should(apply, params, batch, embeds):
-    features = np.asarray(apply(batch.images, method="see"))
+    features = np.asarray(apply(batch.images, method=DreamLLMModule.see))
     assert features.shape == (tiny.ROWS, 4, tiny.P, 64)
     table, queries = params["llama/embed_tokens/embedding"], params["dream_queries/dream_queries"]
     kinds = set()
@@ -84,11 +84,13 @@ def test_each_tower_attends_as_chosen_for_it(params, batch, tower, monkeypatch):
 def test_pictures_as_bytes_or_normalized(apply, batch):
     images, dreams = batch.images[:, 0], batch.dream_images[:, 0]
     np.testing.assert_allclose(
-        apply(images, method="see"), apply(normalize_pixels(images), method="see"), rtol=1e-6
+        apply(images, method=DreamLLMModule.see),
+        apply(normalize_pixels(images), method=DreamLLMModule.see),
+        rtol=1e-6,
     )
     np.testing.assert_allclose(
-        apply(dreams, method="encode_image"),
-        apply(diffusion_pixels(dreams), method="encode_image"),
+        apply(dreams, method=DreamLLMModule.encode_image),
+        apply(diffusion_pixels(dreams), method=DreamLLMModule.encode_image),
         rtol=1e-6,
     )
 
@@ -97,7 +99,7 @@ def test_pictures_do_not_reach_text_of_a_model_that_cannot_see(params, batch, em
     blind = DreamLLMModule(tiny.config(vision=None))
     kept = {k: v for k, v in params.items() if not k.startswith("vision")}
     seen = np.asarray(batch.image_slots) >= 0
-    found = np.asarray(blind.apply({"params": nested(kept)}, batch, method="embed"))
+    found = np.asarray(blind.apply({"params": nested(kept)}, batch, method=DreamLLMModule.embed))
     np.testing.assert_array_equal(found[~seen], embeds[~seen])
     assert (found[seen] == params["llama/embed_tokens/embedding"][tiny.SPECIAL.im_patch]).all() and seen.any()
 
@@ -142,6 +144,8 @@ def test_absent_towers_have_no_parameters(changes, parts):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_computation_is_in_the_dtype_of_the_config(params, batch, kind):
     model = DreamLLMModule(tiny.config(dtype=kind))
-    hidden = jax.eval_shape(lambda: model.apply({"params": nested(params)}, batch, method="read"))
+    hidden = jax.eval_shape(
+        lambda: model.apply({"params": nested(params)}, batch, method=DreamLLMModule.read)
+    )
     assert hidden.shape == (*batch.tokens.shape, 64) and hidden.dtype == kind
     assert {v.dtype for v in abstract_params(tiny.config(dtype=kind)).values()} == {jnp.dtype("float32")}

@@ -10,7 +10,7 @@ import pytest
 
 from dreamllm_jax.config.towers import LlamaConfig, RopeScaling
 from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.models.llama import Llama, init_cache, layers_apart, looked_up
+from dreamllm_jax.models.llama import Llama, embedding_lookup, init_cache, unstack_layers
 from dreamllm_jax.sharding import make_mesh, parameter_shardings
 
 MHA = LlamaConfig(
@@ -45,9 +45,9 @@ def test_looking_up_on_a_mesh(sizes, rows, devices):
     place = parameter_shardings({"llama/embed_tokens/embedding": table}, mesh)
     table = jax.device_put(table, place["llama/embed_tokens/embedding"])
     with jax.set_mesh(mesh):
-        found = jax.jit(looked_up)(table, tokens)
-        gradient = jax.jit(jax.grad(lambda t: (looked_up(t, tokens) * weights).sum()))(table)
-        outside = jax.jit(looked_up)(table, jnp.full((rows, 6), 48))
+        found = jax.jit(embedding_lookup)(table, tokens)
+        gradient = jax.jit(jax.grad(lambda t: (embedding_lookup(t, tokens) * weights).sum()))(table)
+        outside = jax.jit(embedding_lookup)(table, jnp.full((rows, 6), 48))
     np.testing.assert_array_equal(found, np.asarray(table)[tokens])
     expected = np.zeros((48, 16), np.float32)
     np.add.at(expected, np.asarray(tokens), weights)
@@ -90,7 +90,7 @@ def _run(model, params, tokens, positions, segment_ids):
 @partial(jax.jit, static_argnums=(0, 5))
 def extend(model, params, tokens, valid, cache, apart=False):
     def forward(m):
-        layers = layers_apart(params) if apart else None
+        layers = unstack_layers(params) if apart else None
         hidden, new = m.extend(m.embed(tokens), valid, cache, layers)
         return m.logits(hidden), new
 

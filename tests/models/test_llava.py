@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamllm_jax.convert.sources import open_source
+from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import example_batch, nested
 
@@ -57,14 +57,14 @@ def test_logits_and_gradients(pictures, tmp_path):
     logits = theirs(input_ids=torch.tensor(tokens), pixel_values=given).logits
     (logits * torch.tensor(weights)).sum().backward()
 
-    source = open_source(tmp_path)
+    source = open_checkpoint(tmp_path)
     params = {path: jnp.asarray(t.read()) for path, t in source.params()[0].items()}
     module = DreamLLMModule(source.model)
 
     def loss(pixels):
         batch = jax.tree.map(jnp.asarray, batch_of(source.model, tokens, pixels))
-        hidden = module.apply({"params": nested(params)}, batch, method="read")
-        out = module.apply({"params": nested(params)}, hidden, method="logits")
+        hidden = module.apply({"params": nested(params)}, batch, method=DreamLLMModule.read)
+        out = module.apply({"params": nested(params)}, hidden, method=DreamLLMModule.logits)
         return (out * weights).sum(), out
 
     ours = jnp.asarray(np.moveaxis(pixels, 1, -1).reshape(2, pictures, 28, 28, 3))

@@ -7,7 +7,7 @@ from jax.sharding import SingleDeviceSharding
 
 from dreamllm_jax.aot.census import take
 from dreamllm_jax.aot.hlo import parse
-from dreamllm_jax.aot.topology import described_devices
+from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.models.unet_blocks import GroupNorm
 
 # Programs that are kept cannot be loaded without their devices, and are compiled again.
@@ -19,7 +19,7 @@ BYTES = 64 * 64 * 64 * 320 * 2  # in bfloat16
 
 def traffic(function, number):
     """Bytes that the compiled program moves from and to HBM on one chip."""
-    place = SingleDeviceSharding(described_devices("v5e:2x2")[0])
+    place = SingleDeviceSharding(topology_devices("v5e:2x2")[0])
     inputs = [jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16, sharding=place)] * number
     return take(parse(jax.jit(function).lower(*inputs).compile().as_text()), {"data": 1}).hbm
 

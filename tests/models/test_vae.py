@@ -43,9 +43,9 @@ def test_parity_with_diffusers(from_diffusers, randomize):
     weights = rng.normal(size=PIXELS.shape).astype(np.float32)
 
     def loss(params, pixels):
-        moments = Vae(CONFIG).apply(params, pixels, method="encode")
+        moments = Vae(CONFIG).apply(params, pixels, method=Vae.encode)
         latents = sample_latents(moments, noise, 1.0)
-        out = Vae(CONFIG).apply(params, latents, method="decode")
+        out = Vae(CONFIG).apply(params, latents, method=Vae.decode)
         return (out * weights).sum(), (moments, out)
 
     run = jax.jit(
@@ -82,19 +82,19 @@ def test_shapes_and_clamped_variance(vae):
     params = jax.tree.map(lambda x: x, params)
     bias = jnp.array([0.0] * 4 + [1e3, -1e3, 0, 0])
     params["params"]["quant_conv"]["bias"] = bias
-    moments = module.apply(params, PIXELS, method="encode")
+    moments = module.apply(params, PIXELS, method=Vae.encode)
     assert moments.shape == (2, 4, 3, 8)
     assert (moments[..., 4] == 20).all() and (moments[..., 5] == -30).all()
-    assert module.apply(params, moments[..., :4], method="decode").shape == PIXELS.shape
+    assert module.apply(params, moments[..., :4], method=Vae.decode).shape == PIXELS.shape
 
 
 def test_bfloat16_keeps_float32_moments(vae):
     module, params = vae
     half = Vae(CONFIG, dtype=jnp.bfloat16)
-    moments = half.apply(params, PIXELS, method="encode")
+    moments = half.apply(params, PIXELS, method=Vae.encode)
     assert moments.dtype == jnp.float32
-    assert half.apply(params, moments[..., :4], method="decode").dtype == jnp.bfloat16
-    assert deviation(moments, module.apply(params, PIXELS, method="encode")) < 0.1
+    assert half.apply(params, moments[..., :4], method=Vae.decode).dtype == jnp.bfloat16
+    assert deviation(moments, module.apply(params, PIXELS, method=Vae.encode)) < 0.1
 
 
 def test_latents_follow_mean_variance_and_scale():
@@ -114,8 +114,8 @@ def test_bytes_survive_the_way_to_pixels_and_back():
 def test_bad_input_is_named(vae):
     module, params = vae
     with pytest.raises(ValueError, match="multiples of 4"):
-        module.apply(params, PIXELS[:, :, :10], method="encode")
+        module.apply(params, PIXELS[:, :, :10], method=Vae.encode)
     with pytest.raises(ValueError, match="3 channels"):
-        module.apply(params, PIXELS[..., :1], method="encode")
+        module.apply(params, PIXELS[..., :1], method=Vae.encode)
     with pytest.raises(ValueError, match="latent_channels=4"):
-        module.apply(params, PIXELS, method="decode")
+        module.apply(params, PIXELS, method=Vae.decode)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.models.parameters import nested
-from dreamllm_jax.train.objectives import OBJECTIVES, count, draw
+from dreamllm_jax.train.objectives import OBJECTIVES, count, sample_noise
 from dreamllm_jax.train.step import row_keys
 from tests.train import tiny
 
@@ -33,7 +33,9 @@ def keys():
 
 @pytest.fixture(scope="session")
 def draws(keys, batch):
-    drawn = jax.jit(lambda k: draw(k, batch.dream_mask.shape[1], tiny.config(), tiny.stage().loss))(keys)
+    drawn = jax.jit(lambda k: sample_noise(k, batch.dream_mask.shape[1], tiny.config(), tiny.stage().loss))(
+        keys
+    )
     return jax.tree.map(np.asarray, drawn)
 
 
@@ -64,14 +66,14 @@ def same_gradients():
     def norm(x):
         return float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
 
-    def check(ours, theirs, own=1e-4, whole=1e-6):
+    def check(ours, theirs, own=1e-4, overall=1e-6):
         assert ours.keys() == theirs.keys()
         total = norm([norm(g) for g in theirs.values()])
         assert total > 0
         wrong = {}
         for path, expected in theirs.items():
             error = norm(np.asarray(ours[path], np.float64) - np.asarray(expected, np.float64))
-            if not error <= own * norm(expected) + whole * total:
+            if not error <= own * norm(expected) + overall * total:
                 wrong[path] = (error, norm(expected))
         assert not wrong, f"whole gradient {total}; (error, norm) of {wrong}"
 

@@ -54,7 +54,7 @@ def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):
     mesh, tokenizer = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices), train_tokenizer(["one"], 300)
     uneven = dataclasses.replace(recipe.stages[0], data=dataclasses.replace(recipe.stages[0].data, rows=10))
     with pytest.raises(
-        ValueError, match="data.rows=10 is not divisible by the 4 devices along data and fsdp"
+        ValueError, match="data.batch_size=10 is not divisible by the 4 devices along data and fsdp"
     ):
         check_recipe(recipe, [uneven], mesh, tokenizer)
     model = dataclasses.replace(recipe.model, llama=dataclasses.replace(recipe.model.llama, vocab_size=256))
@@ -63,19 +63,19 @@ def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("whole", "sentence"),
+    ("replicated", "sentence"),
     [
-        (("llama",), "mesh.whole names 'llama', which this stage trains; .*take it out"),
+        (("llama",), "mesh.replicated names 'llama', which this stage trains; .*take it out"),
         (
             ("unet", "depth"),
             "names 'depth', which the model has not; its frozen parts are unet, vae",
         ),
     ],
 )
-def test_only_frozen_parts_can_be_kept_whole(whole, sentence, devices, monkeypatch):
+def test_only_frozen_parts_can_be_kept_whole(replicated, sentence, devices, monkeypatch):
     monkeypatch.setattr(checks, "check_source", lambda *_: None)
     recipe = load_recipe(str(CONFIGS / "stage2.py"))
-    recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, whole=whole))
+    recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, replicated=replicated))
     with pytest.raises(ValueError, match=sentence):
         check_recipe(recipe, recipe.stages, make_mesh(MeshConfig(), devices), train_tokenizer(["one"], 300))
 
@@ -86,7 +86,7 @@ def test_a_run_may_change_its_devices(tmp_path):
     del written["stages"][0]["optim"]["gather"]  # as a version before this setting wrote it
     (tmp_path / "recipe.json").write_text(json.dumps(written))
     mapping = changed("mesh", dict(data=2, fsdp=4)) | {"log_every": 3, "checkpoint_every": 7}
-    mapping["stages"][1]["optim"]["accumulation"] = 2
+    mapping["stages"][1]["optim"]["grad_accum_steps"] = 2
     mapping["model"] |= dict(remat=dict(llama="full"))
     loop._check_folder(tmp_path, build_recipe(mapping))
     mapping["stages"][1]["optim"]["learning_rate"] = 2e-2

@@ -143,7 +143,7 @@ def test_stages_follow_one_another(whole):
 
 
 def test_the_first_stage_trains_its_tower_alone(whole):
-    fresh = start.starting_point(build_recipe(RECIPE))[1]
+    fresh = start.initial_params(build_recipe(RECIPE))[1]
     trained = load_pretrained(whole.vae).params
     assert trained.keys() == fresh.keys()
     moved = {path for path in fresh if (np.asarray(fresh[path]) != trained[path]).any()}
@@ -170,7 +170,7 @@ def test_measured_scale_gives_latents_unit_variance(whole):
     measured = loop.with_measured_scale(config, unread, images).vae.scaling_factor
     variables = {"params": nested({k: jnp.asarray(v) for k, v in params.items()})}
     flat = jnp.asarray(images.reshape(-1, 8, 8, 3))
-    moments = DreamLLMModule(config).apply(variables, flat, method="encode_image")
+    moments = DreamLLMModule(config).apply(variables, flat, method=DreamLLMModule.encode_image)
     mean, logvar = np.split(np.asarray(moments, np.float64), 2, axis=-1)
     noise = np.random.default_rng(1).normal(size=(50, *mean.shape))
     latents = (mean + np.exp(logvar / 2) * noise) * measured
@@ -251,7 +251,7 @@ UNFIT = {
     "rows": (
         changed("stages", 1, "data", "rows", 12),
         None,
-        "stage 'joint': data.rows=12 is not divisible by",
+        "stage 'joint': data.batch_size=12 is not divisible by",
     ),
     "a length": (
         changed("mesh", dict(fsdp=1, context=8))
@@ -264,11 +264,11 @@ UNFIT = {
         None,
         "mesh.tensor=8 does not divide the language model's 4 heads",
     ),
-    "micro-batches": (changed("stages", 1, "optim", "accumulation", 2), None, "choose a multiple of 16"),
+    "micro-batches": (changed("stages", 1, "optim", "grad_accum_steps", 2), None, "choose a multiple of 16"),
     "no micro-batches": (
-        changed("stages", 1, "optim", "accumulation", 0),
+        changed("stages", 1, "optim", "grad_accum_steps", 0),
         None,
-        "stages[1].optim.accumulation is 0; it must be at least 1.",
+        "stages[1].optim.grad_accum_steps is 0; it must be at least 1.",
     ),
     "no steps": (changed("stages", 1, "steps", 0), None, "stages[1]: steps is 0; it must be at least 1."),
     "a rate": (
@@ -365,7 +365,7 @@ def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch, capsys):
     vae = {**tiny.MODEL["vae"], "scaling_factor": theirs.config.vae.scaling_factor}
     mapping["model"] = {**tiny.MODEL, "vae": vae, "contrastive": True, "text": TEXT}
     monkeypatch.setattr(start, "init_on_host", lambda config, key, names: dict.fromkeys(names, "drawn"))
-    params = start.starting_point(build_recipe(mapping))[1]
+    params = start.initial_params(build_recipe(mapping))[1]
     drawn = {path for path, value in params.items() if isinstance(value, str)}
     assert {path.split("/")[0] for path in drawn} == {"text", "contrastive"}
     assert f"drawn afresh, {len(drawn)} tensors of contrastive, text" in capsys.readouterr().out
@@ -377,7 +377,7 @@ def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch, capsys):
 def test_weights_without_a_place_are_named(whole, capsys):
     mapping = changed("init_from", str(whole.joint))
     mapping["model"] = {k: v for k, v in tiny.MODEL.items() if k == "llama"}
-    params = start.starting_point(build_recipe(mapping))[1]
+    params = start.initial_params(build_recipe(mapping))[1]
     assert {path.split("/")[0] for path in params} == {"llama"}
     assert re.search(r"left out, \d+ tensors of condition_projector, .*vision", capsys.readouterr().out)
 

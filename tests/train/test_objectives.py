@@ -1,4 +1,4 @@
-"""What the joint loss depends on, documents and their draws, and what it does not: padding, other rows."""
+"""The joint loss depends on documents and their noise, not on padding or on other rows."""
 
 import dataclasses
 import functools
@@ -13,21 +13,22 @@ from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.diffusion.schedule import alphas_cumprod
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train.objectives import (
-    Draws,
+    StepNoise,
     count,
     denoising_errors,
     draw,
-    draw_timesteps,
     drop_conditions,
+    sample_noise,
+    sample_timesteps,
 )
 from dreamllm_jax.train.step import row_keys
 from tests.train import tiny
 
-fields = [field.name for field in dataclasses.fields(Draws)]
+fields = [field.name for field in dataclasses.fields(StepNoise)]
 
 
-def rows_of_draws(draws: Draws, places: list[tuple[int, int, int] | None]) -> Draws:
-    """Draws for rows that hold the dreams `first` to `first + n - 1` of row `b`, for places (b, first, n)."""
+def rows_of_noise(step_noise: StepNoise, places: list[tuple[int, int, int] | None]) -> StepNoise:
+    """Noise for rows that hold the dreams `first` to `first + n - 1` of row `b`, for places (b, first, n)."""
 
     def take(values):
         out = np.zeros_like(values)
@@ -37,11 +38,11 @@ def rows_of_draws(draws: Draws, places: list[tuple[int, int, int] | None]) -> Dr
                 out[row, :n] = values[b, first : first + n]
         return out
 
-    return jax.tree.map(take, draws)
+    return jax.tree.map(take, step_noise)
 
 
 def test_a_packed_row_equals_its_documents_one_by_one(
-    documents, batch, draws, joint, params, packed_result, same_gradients
+    documents, batch, step_noise, joint, params, packed_result, same_gradients
 ):
     places, alone = [], []
     for b, row in enumerate(tiny.rows_of(documents)):
@@ -51,12 +52,12 @@ def test_a_packed_row_equals_its_documents_one_by_one(
             alone.append([document])
             first += len(document.dreams)
     assert max(map(len, tiny.rows_of(documents))) == 3 and len(alone) == len(documents)
-    assert draws.dropped[batch.dream_mask].any() and not draws.dropped[batch.dream_mask].all()
+    assert step_noise.dropped[batch.dream_mask].any() and not step_noise.dropped[batch.dream_mask].all()
     loss, sums, grads = 0.0, dict.fromkeys(packed_result[1], 0.0), {}
     for i in range(0, len(alone), tiny.ROWS):
         lacking = tiny.ROWS - len(alone[i : i + tiny.ROWS])
         some = tiny.packed(alone[i : i + tiny.ROWS] + [[]] * lacking)
-        some_draws = rows_of_draws(draws, places[i : i + tiny.ROWS] + [None] * lacking)
+        some_draws = rows_of_noise(step_noise, places[i : i + tiny.ROWS] + [None] * lacking)
         part, metrics, some_grads = joint(params, some, some_draws, count(batch))
         loss += part
         sums = {k: v + metrics[k] for k, v in sums.items()}
@@ -79,7 +80,7 @@ def scrambled(x, keep, rng):
     return np.where(keep, x, other).astype(x.dtype)
 
 
-def test_padding_changes_nothing(batch, draws, joint, params, packed_result, same_gradients):
+def test_padding_changes_nothing(batch, step_noise, joint, params, packed_result, same_gradients):
     rng, real = np.random.default_rng(1), batch.segment_ids > 0
     assert not real.all() and not batch.image_mask.all() and not batch.dream_mask.all()
     other = batch.replace(
@@ -89,33 +90,33 @@ def test_padding_changes_nothing(batch, draws, joint, params, packed_result, sam
         images=scrambled(batch.images, batch.image_mask, rng),
         dream_images=scrambled(batch.dream_images, batch.dream_mask, rng),
     )
-    other_draws = jax.tree.map(lambda x: scrambled(x, batch.dream_mask, rng), draws)
+    other_draws = jax.tree.map(lambda x: scrambled(x, batch.dream_mask, rng), step_noise)
     loss, _, grads = joint(params, other, other_draws, count(batch))
     np.testing.assert_allclose(loss, packed_result[0], rtol=1e-6)
     same_gradients(grads, packed_result[2])
 
 
-def test_other_rows_change_nothing(documents, batch, draws, joint, params, same_gradients):
+def test_other_rows_change_nothing(documents, batch, step_noise, joint, params, same_gradients):
     """One row's share of the loss, among the others and among quite different ones."""
     mine = 2
     rng, keep = np.random.default_rng(2), np.arange(tiny.ROWS) == mine
 
-    def share(some, draws):
+    def share(some, step_noise):
         """All other rows are read, but count nothing."""
         muted = some.replace(
             loss_weights=np.where(keep[:, None], some.loss_weights, 0),
             dream_mask=np.where(keep[:, None], some.dream_mask, False),
         )
-        return joint(params, muted, draws, count(batch))
+        return joint(params, muted, step_noise, count(batch))
 
-    loss, metrics, grads = share(batch, draws)
+    loss, metrics, grads = share(batch, step_noise)
     assert metrics["loss_lm"] > 0 and metrics["loss_vm"] > 0
     others = tiny.rows_of(tiny.documents(len(documents), seed=5))
     others[mine] = tiny.rows_of(documents)[mine]
     changed = tiny.packed(others)
     np.testing.assert_array_equal(changed.tokens[mine], batch.tokens[mine])
     assert (changed.tokens != batch.tokens).any(1).sum() == tiny.ROWS - 1
-    changed_draws = jax.tree.map(lambda x: scrambled(x, keep, rng), draws)
+    changed_draws = jax.tree.map(lambda x: scrambled(x, keep, rng), step_noise)
     loss_again, _, grads_again = share(changed, changed_draws)
     np.testing.assert_allclose(loss_again, loss, rtol=1e-6)
     same_gradients(grads_again, grads)
@@ -125,23 +126,23 @@ def test_draws_are_a_function_of_seed_step_and_row():
     @functools.partial(jax.jit, static_argnums=(2, 3))
     def drawn(seed, step, rows, dreams):
         keys = row_keys(jax.random.key(seed), step, rows)
-        return draw(keys, dreams, tiny.config(), tiny.stage().loss)
+        return sample_noise(keys, dreams, tiny.config(), tiny.stage().loss)
 
-    draws = drawn(0, 5, 4, 3)
+    step_noise = drawn(0, 5, 4, 3)
     again, more = drawn(0, 5, 4, 3), drawn(0, 5, 8, 3)
     next_step, next_seed = drawn(0, 6, 4, 3), drawn(1, 5, 4, 3)
-    assert draws.noise.shape == (4, 3, 4, 4, 4) and draws.timesteps.shape == (4, 3)
+    assert step_noise.noise.shape == (4, 3, 4, 4, 4) and step_noise.timesteps.shape == (4, 3)
     for name in fields:
-        mine = np.asarray(getattr(draws, name))
+        mine = np.asarray(getattr(step_noise, name))
         np.testing.assert_array_equal(mine, getattr(again, name))
         np.testing.assert_array_equal(mine, getattr(more, name)[:4])
         if name != "dropped":
             rows = mine.reshape(4, -1)
             assert len({row.tobytes() for row in rows}) == 4, name
             assert (mine != getattr(next_step, name)).any() and (mine != getattr(next_seed, name)).any(), name
-    kinds = [np.asarray(getattr(draws, n)) for n in ("latent_noise", "noise", "perturbation")]
+    kinds = [np.asarray(getattr(step_noise, n)) for n in ("latent_noise", "noise", "perturbation")]
     assert all((a != b).all() for a, b in [kinds[:2], kinds[1:], kinds[::2]])
-    assert (0 <= draws.timesteps).all() and (draws.timesteps < 1000).all()
+    assert (0 <= step_noise.timesteps).all() and (step_noise.timesteps < 1000).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
@@ -179,25 +180,25 @@ class Parrot(DreamLLMModule):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_denoising_errors_by_hand(batch, draws, kind):
+def test_denoising_errors_by_hand(batch, step_noise, kind):
     """The target holds the offset, the input the perturbation too; min-SNR weighs; absent dreams are zero."""
     config = tiny.config(schedule=dict(prediction_type=kind))
-    context = jnp.zeros((draws.timesteps.size, 1, 32))
+    context = jnp.zeros((step_noise.timesteps.size, 1, 32))
     errors = denoising_errors(
         Parrot(config),
         {},
         jax.tree.map(jnp.asarray, batch),
-        jax.tree.map(jnp.asarray, draws),
+        jax.tree.map(jnp.asarray, step_noise),
         tiny.stage().loss,
         context,
         None,
     )
-    abar = alphas_cumprod(config.schedule)[draws.timesteps].astype(np.float64)
+    abar = alphas_cumprod(config.schedule)[step_noise.timesteps].astype(np.float64)
     signal, sigma = np.sqrt(abar)[..., None, None, None], np.sqrt(1 - abar)[..., None, None, None]
     mean = batch.dream_images[:, :, ::2, ::2, :1] / 255.0
-    clean = config.vae.scaling_factor * (mean + np.exp(-1.0) * draws.latent_noise)
-    noise = draws.noise + 0.1 * draws.offset
-    noisy = signal * clean + sigma * (noise + 0.1 * draws.perturbation)
+    clean = config.vae.scaling_factor * (mean + np.exp(-1.0) * step_noise.latent_noise)
+    noise = step_noise.noise + 0.1 * step_noise.offset
+    noisy = signal * clean + sigma * (noise + 0.1 * step_noise.perturbation)
     target = {"epsilon": noise, "v_prediction": signal * noise - sigma * clean, "sample": clean}[kind]
     snr = abar / (1 - abar)
     weights = np.minimum(snr, 5) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[kind]
@@ -216,8 +217,8 @@ def test_counts(batch):
 
 def test_cubic_timesteps_prefer_noisy_steps():
     key = jax.random.key(0)
-    uniform = draw_timesteps(key, 4000, 1000, LossConfig())
-    cubic = draw_timesteps(key, 4000, 1000, LossConfig(timestep_sampling="cubic"))
+    uniform = sample_timesteps(key, 4000, 1000, LossConfig())
+    cubic = sample_timesteps(key, 4000, 1000, LossConfig(timestep_sampling="cubic"))
     assert 480 < float(uniform.mean()) < 520
     assert 730 < float(cubic.mean()) < 770  # E[1 - u^3] = 3/4
     assert int(cubic.min()) >= 0 and int(cubic.max()) <= 999

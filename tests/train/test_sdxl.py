@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.data.packing import assemble
+from dreamllm_jax.data.packing import assemble_batch
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, parameter_shardings, replicated, shard_batch
 from dreamllm_jax.train.step import gradients
@@ -28,7 +28,7 @@ def sdxl_params():
 @pytest.fixture(scope="module")
 def sdxl_batch(documents):
     layout = dataclasses.replace(tiny.LAYOUT, dream_sizes=True)
-    return assemble(tiny.rows_of(documents), layout, tiny.SPECIAL)
+    return assemble_batch(tiny.rows_of(documents), layout, tiny.SPECIAL)
 
 
 @pytest.fixture(scope="module")

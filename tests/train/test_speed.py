@@ -7,7 +7,7 @@ import pytest
 
 from dreamllm_jax.train import speed
 from dreamllm_jax.train.metrics import MetricWriter
-from dreamllm_jax.train.speed import Speedometer
+from dreamllm_jax.train.speed import Throughput
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def clock(monkeypatch):
 
 
 def test_rates(clock, batch):
-    meter = Speedometer({"llama": 3e12, "unet": 1e12}, devices=4, kind="TPU v5", slots=batch.segment_ids.size)
+    meter = Throughput({"llama": 3e12, "unet": 1e12}, devices=4, kind="TPU v5", slots=batch.segment_ids.size)
     meter.count(batch)
     clock.seconds += 1000  # compiling
     meter.restart()
@@ -43,7 +43,7 @@ def test_rates(clock, batch):
 
 
 def test_an_unknown_device_has_no_peak(clock, batch):
-    meter = Speedometer({"llama": 1e12}, devices=1, kind="cpu", slots=batch.segment_ids.size)
+    meter = Throughput({"llama": 1e12}, devices=1, kind="cpu", slots=batch.segment_ids.size)
     meter.count(batch)
     clock.seconds += 1
     rates = meter.read()

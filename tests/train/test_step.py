@@ -9,13 +9,13 @@ import pytest
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, parameter_shardings, replicated, shard_batch
-from dreamllm_jax.train.step import for_compute, gradients
+from dreamllm_jax.train.step import cast_for_compute, gradients
 from tests.train import tiny
 
 ALONE = MeshConfig(data=1, fsdp=1)
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 LONG = MeshConfig(data=1, fsdp=2, tensor=2, context=2)
-TWO = dict(accumulation=2)
+TWO = dict(grad_accum_steps=2)
 CASES = {
     "1 device": (ALONE, {}),
     "8 data": (MeshConfig(data=8, fsdp=1), {}),
@@ -86,9 +86,9 @@ def test_a_tower_kept_whole_need_not_divide_fsdp(devices):
     )
     frozen = {"unet/mid_block/resnets_0/conv1/kernel": jax.ShapeDtypeStruct((3, 3, 6, 6), np.float32)}
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda p: for_compute(p, model, gathered=True, sliced=False), frozen)
+        shapes = jax.eval_shape(lambda p: cast_for_compute(p, model, gathered=True, sliced=False), frozen)
         with pytest.raises(ValueError, match="dimension . is not divisible"):
-            jax.eval_shape(lambda p: for_compute(p, model, gathered=True), frozen)
+            jax.eval_shape(lambda p: cast_for_compute(p, model, gathered=True), frozen)
     assert shapes["unet/mid_block/resnets_0/conv1/kernel"].dtype == model.config.dtype
 
 

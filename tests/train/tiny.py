@@ -8,9 +8,9 @@ import numpy as np
 from dreamllm_jax.config.base import build
 from dreamllm_jax.config.model import DreamLLMConfig, model_config
 from dreamllm_jax.config.train import StageConfig
-from dreamllm_jax.data.packing import RowLayout, assemble
+from dreamllm_jax.data.packing import RowLayout, assemble_batch
 from dreamllm_jax.data.pieces import interleaved
-from dreamllm_jax.data.sequences import Sequence, encode_pieces
+from dreamllm_jax.data.sequences import EncodedDocument, encode_pieces
 from dreamllm_jax.data.tokenizer import SpecialTokens, Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import Flat, abstract_params
@@ -141,7 +141,7 @@ def random_params(config: DreamLLMConfig, seed: int = 0) -> Flat:
     return {path: leaf(path, like) for path, like in abstract_params(config).items()}
 
 
-def documents(number: int, seed: int = 0) -> list[Sequence]:
+def documents(number: int, seed: int = 0) -> list[EncodedDocument]:
     """Short documents, of which about half have a picture that is dreamed, seen or both."""
     rng = np.random.default_rng(seed)
     made = []
@@ -157,14 +157,14 @@ def documents(number: int, seed: int = 0) -> list[Sequence]:
     return made
 
 
-def rows_of(made: list[Sequence], per_row: int = 3) -> list[list[Sequence]]:
+def rows_of(made: list[EncodedDocument], per_row: int = 3) -> list[list[EncodedDocument]]:
     """Rows of up to `per_row` documents; the first row has one less, for more padding."""
     rows = [made[: per_row - 1]]
     rows += [made[i : i + per_row] for i in range(per_row - 1, len(made), per_row)]
     return rows + [[]] * (ROWS - len(rows))
 
 
-def packed(rows: list[list[Sequence]]):
+def packed(rows: list[list[EncodedDocument]]):
     """Their batch."""
     assert len(rows) == ROWS
-    return assemble(rows, LAYOUT, SPECIAL)
+    return assemble_batch(rows, LAYOUT, SPECIAL)

@@ -16,7 +16,7 @@ from typing import Literal
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dreamllm_jax.config.model import Attention
+from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.models.attention.choice import chosen
 from dreamllm_jax.models.attention.chunked import chunked
 from dreamllm_jax.models.attention.cudnn import cudnn
@@ -35,7 +35,7 @@ def attention(
     v: Float[Array, "B S K H"],
     mask: Mask | None = None,
     *,
-    implementation: Attention = "auto",
+    implementation: AttentionKernel = "auto",
     rows: Literal["batch", "pictures"] = "batch",
 ) -> Float[Array, "B L N H"]:
     """`softmax(q k^T / sqrt(H)) v`, the softmax in float32; a query that sees nothing yields zeros.

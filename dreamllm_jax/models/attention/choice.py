@@ -6,13 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dreamllm_jax.config.model import Attention
+from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.models.attention import splash
 from dreamllm_jax.models.attention.masks import Mask
 
 # What "auto" is, by platform: the reference, until `benchmarks.kernels` has shown on one that a kernel is
 # faster there.
-DEFAULTS: dict[str, Attention] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+DEFAULTS: dict[str, AttentionKernel] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
 
 # Attention with fewer queries or keys is left to XLA: its scores are small (a drawn picture's 64 dream
 # queries or 77 words as keys, the coarse levels of the U-Net, one new token on a cache).
@@ -22,8 +22,14 @@ PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 
 
 def chosen(
-    wanted: Attention, queries: int, keys: int, head_dim: int, dtype: Any, mask: Mask | None, platform: str
-) -> Attention:
+    wanted: AttentionKernel,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    dtype: Any,
+    mask: Mask | None,
+    platform: str,
+) -> AttentionKernel:
     """The implementation for attention of this shape under this mask on this platform ("cpu", "gpu", "tpu").
 
         short         xla, whatever is wanted: fewer than 512 queries or keys

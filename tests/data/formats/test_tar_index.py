@@ -13,7 +13,7 @@ from dreamllm_jax.data.formats import tar_index
 from dreamllm_jax.data.formats.tar_index import update_index
 from dreamllm_jax.data.formats.webdataset import Pairs
 from dreamllm_jax.data.pieces import Picture, Text
-from dreamllm_jax.data.pipeline import open_source
+from dreamllm_jax.data.pipeline import open_documents
 from dreamllm_jax.data.records import index_sources, open_records
 from tests.data.datasets import picture, write_tar
 from tests.data.fakes import WordTokenizer
@@ -159,7 +159,7 @@ def test_sources_of_a_config(tars, read, tmp_path):
     folder = tmp_path / "index"
     files = index_sources(config.sources, folder)
     assert sorted(files) == sorted(folder.iterdir()) and len(files) == 2
-    mixture = open_source(config, 16, WordTokenizer(), index_folder=folder)
+    mixture = open_documents(config, 16, WordTokenizer(), index_folder=folder)
     assert [told(r) for r in mixture.records] == [right(0, 1, 2, 3), right(4, 5)] and read.total() == 3
     assert len(open_records(config.sources[0], "creation", WordTokenizer())) == 4 and read.total() == 5
     (tmp_path / "no.tar").write_bytes(b"<html>not found</html>")
