@@ -254,7 +254,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def process_row_indices(mesh: Mesh, rows: int) -> list[int]:
+def process_row_indices(mesh: Mesh, batch_size: int) -> list[int]:
     """Which of a global batch's rows this process's own devices hold, in order: those it has to read.
 
     Where devices of several processes hold the same row (`tensor` or `context` reaches over hosts) each of
@@ -264,24 +264,24 @@ def process_row_indices(mesh: Mesh, rows: int) -> list[int]:
       ValueError: the rows are not divisible by the devices that split them.
     """
     split = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % split:
+    if batch_size % split:
         raise ValueError(
-            f"A batch of {rows} rows is not divisible by data x fsdp = {split} devices; "
+            f"A batch of {batch_size} rows is not divisible by data x fsdp = {split} devices; "
             "choose a multiple as the number of rows."
         )
-    slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    return sorted({row for (cut,) in slices for row in range(*cut.indices(rows))})
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (cut,) in slices for row in range(*cut.indices(batch_size))})
 
 
-def shard_batch(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
-    """Global device arrays of `rows` rows from this process's own (numpy, the `process_row_indices`).
+def shard_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
+    """Global device arrays of `batch_size` rows from this process's own (numpy, the `process_row_indices`).
 
-    `rows` may be left out where there is one process.
+    `batch_size` may be left out where there is one process.
 
     Raises:
       ValueError: the rows are not divisible by the devices that split them.
     """
-    total = len(jax.tree.leaves(batch)[0]) if rows is None else rows
+    total = len(jax.tree.leaves(batch)[0]) if batch_size is None else batch_size
     held, sharding = process_row_indices(mesh, total), batch_sharding(mesh)
 
     def put(x: Any) -> jax.Array:

@@ -40,7 +40,7 @@ class Size:
     def stage(self, training: Training) -> StageConfig:
         """The joint stage: connectors alone are trained (I), or the language model with them (II)."""
         trainable = CONNECTORS if training == "stage1" else ("llama", *CONNECTORS)
-        data: Any = dict(rows=self.rows, length=self.length, max_images=1, max_dreams=1)
+        data: Any = dict(batch_size=self.rows, length=self.length, max_images=1, max_dreams=1)
         base = dict(name=training, trainable=trainable, steps=100, data=data, optim=self.optim)
         return build(StageConfig, base)
 

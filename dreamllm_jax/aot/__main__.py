@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--topology", required=True, help="e.g. v5p:4x4x4, v5e:16x16, or v5p:4x4x4*2 for two slices")
     add("--stage", help="the recipe's stage of this name (default: its first)")
     add("--program", choices=("train", *GENERATION), default="train")
-    add("--rows", type=int, default=8, help="prompts or pictures at once, for programs of generation")
+    add("--batch-size", type=int, default=8, help="prompts or pictures at once, for programs of generation")
     add(
         "--effort",
         choices=tuple(EFFORTS),
@@ -108,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: Any, overrides: list[str]) -> None:
     recipe = load_recipe(options.config, overrides)
     stage = recipe.stages[0] if options.stage is None else recipe.stage(options.stage)
-    if options.rows < 1:
-        raise ValueError(f"--rows={options.rows}: give at least 1.")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size={options.batch_size}: give at least 1.")
     devices = topology_devices(options.topology)
     if options.search is not None:
         _search(options, recipe, stage, devices)
@@ -117,7 +117,7 @@ def _run(options: Any, overrides: list[str]) -> None:
     if options.program == "train":
         program = train_program(recipe, stage, devices)
     else:
-        program = generation_program(recipe, options.program, options.rows, devices)
+        program = generation_program(recipe, options.program, options.batch_size, devices)
     found, text = find(recipe, program, options.topology, options.effort)
     print(table(found), flush=True)
     if options.out is not None:

@@ -100,9 +100,11 @@ def open_pretrained(path: str | Path, dtype: str | None = None) -> Pretrained:
     missing = [key for key in ("model", "generation") if key not in content]
     if missing:
         raise ValueError(f"{folder}/config.json has no {' and no '.join(missing)}; the folder is damaged.")
-    generation = build(GenerationConfig, content["generation"], "generation")
+    generation = build(GenerationConfig, content["generation"], "generation", saved=True)
     params = cast(open_params(folder), dtype)
-    config, params, tokenizer = with_control_tokens(model_config(content["model"]), params, folder)
+    config, params, tokenizer = with_control_tokens(
+        model_config(content["model"], saved=True), params, folder
+    )
     return Pretrained(config, params, tokenizer, generation)
 
 

@@ -11,11 +11,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dreamllm_jax.config.renames import RENAMED
+
 C = TypeVar("C")
 
 
-def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "") -> C:
+def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "", saved: bool = False) -> C:
     """Builds the frozen dataclass `cls` from a mapping (dict or ConfigDict), recursively.
+
+    `saved` says that the mapping was read from a file that this project wrote: keys of earlier versions are
+    translated (see `renames`).
 
     Raises:
       ValueError: an unknown key, a missing required one or a value of the wrong type, with the
@@ -28,8 +33,11 @@ def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "") -> C:
         raise ValueError(f"{name}: got {mapping!r}; expected a mapping with the keys of {cls.__name__}.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    given = dict(mapping.items())
+    renamed = RENAMED[cls.__name__] if cls.__name__ in RENAMED else {}
+    given = {renamed[k] if saved and k in renamed else k: v for k, v in mapping.items()}
     for key in given:
+        if key in renamed:
+            raise ValueError(f"{name}: key {key!r} is now called {renamed[key]!r}; rename it.")
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(sorted(fields))}."
@@ -38,7 +46,7 @@ def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "") -> C:
     for key, field in fields.items():
         path = f"{where}.{key}" if where else key
         if key in given:
-            values[key] = _convert(hints[key], given[key], path)
+            values[key] = _convert(hints[key], given[key], path, saved)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{name}: key {key!r} is missing; it has no default, set it.")
     try:
@@ -49,14 +57,14 @@ def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "") -> C:
         raise ValueError(f"{where}{between}{short}") from None
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, saved: bool) -> Any:
     if isinstance(value, np.generic):  # numpy's numbers are numbers
         value = value.item()
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(args, value, where)
+        return _convert_union(args, value, where, saved)
     if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, where)
+        return build(typing.cast(type, hint), value, where, saved)
     if origin is typing.Literal:
         if value not in args:
             raise ValueError(f"{where}: got {value!r}; expected one of {', '.join(map(repr, args))}.")
@@ -65,11 +73,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}: got {value!r}; expected a list.")
         if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+            return tuple(_convert(args[0], v, f"{where}[{i}]", saved) for i, v in enumerate(value))
         if len(value) != len(args):
             raise ValueError(f"{where}: got {len(value)} values; expected {len(args)}.")
         return tuple(
-            _convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+            _convert(a, v, f"{where}[{i}]", saved) for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -78,7 +86,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where}: got {value!r} ({type(value).__name__}); expected {hint.__name__}.")
 
 
-def _convert_union(args: tuple, value: Any, where: str) -> Any:
+def _convert_union(args: tuple, value: Any, where: str, saved: bool) -> Any:
     if value is None and type(None) in args:
         return None
     errors = []
@@ -86,7 +94,7 @@ def _convert_union(args: tuple, value: Any, where: str) -> Any:
         if arg is type(None):
             continue
         try:
-            return _convert(arg, value, where)
+            return _convert(arg, value, where, saved)
         except ValueError as error:
             errors.append(str(error))
     raise ValueError(errors[0] if len(errors) == 1 else " Or: ".join(errors))

@@ -171,6 +171,6 @@ class GenerationConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
 
 
-def model_config(mapping: Any) -> DreamLLMConfig:
-    """Builds the model's config from a recipe's `model` section, strictly."""
-    return build(DreamLLMConfig, mapping, "model")
+def model_config(mapping: Any, saved: bool = False) -> DreamLLMConfig:
+    """Builds the model's config from a recipe's `model` section, or from one that was `saved`, strictly."""
+    return build(DreamLLMConfig, mapping, "model", saved)

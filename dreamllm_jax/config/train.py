@@ -185,10 +185,10 @@ class Recipe:
         )
 
 
-def recipe(mapping: Any) -> Recipe:
-    """Builds a recipe from what a `configs/` file returns, strictly.
+def recipe(mapping: Any, saved: bool = False) -> Recipe:
+    """Builds a recipe from what a `configs/` file returns, or from a `saved` recipe.json, strictly.
 
     Raises:
       ValueError: an unknown key, a wrong type or an impossible value, by its full path.
     """
-    return build(Recipe, mapping, "")
+    return build(Recipe, mapping, "", saved)

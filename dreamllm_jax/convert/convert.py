@@ -115,8 +115,8 @@ def convert_to_torch(
         raise ValueError(
             f"{source}/config.json does not describe a model; the folder is not a converted one."
         )
-    model = model_config(content["model"])
-    loss = build(LossConfig, content["loss"], "loss") if "loss" in content else LossConfig()
+    model = model_config(content["model"], saved=True)
+    loss = build(LossConfig, content["loss"], "loss", saved=True) if "loss" in content else LossConfig()
     check_complete(source, model, params)
     parts, report = to_torch(params)
     report.raise_if_faulty(str(source))

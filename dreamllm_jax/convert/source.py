@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 
 
 @dataclasses.dataclass
-class Source:
+class ForeignCheckpoint:
     """A recognized checkpoint: `parts` are its tensors, unread, under the names that the tables know.
 
     `template` is the conversation template it was trained with, None for plain continuation. The connectors

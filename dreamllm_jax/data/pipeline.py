@@ -130,7 +130,7 @@ def batches(
         source,
         tokenizer,
         layout,
-        rows=config.rows,
+        batch_size=config.batch_size,
         seed=seed,
         lookahead=config.lookahead,
         prefetch=config.prefetch,
@@ -147,7 +147,7 @@ class BatchStream(Iterator[Batch]):
         source: DocumentSource,
         tokenizer: Tokenizer,
         layout: RowLayout,
-        rows: int,
+        batch_size: int,
         seed: int,
         lookahead: int = 8,
         prefetch: int = 2,
@@ -156,9 +156,9 @@ class BatchStream(Iterator[Batch]):
     ):
         """Of the global batch's `rows`, those of these `numbers`, in this order (None: all)."""
         self._source, self._tokenizer, self._layout = source, tokenizer, layout
-        self._rows, self._lookahead, self._prefetch = rows, lookahead, prefetch
-        self._numbers = range(rows) if numbers is None else list(numbers)
-        assert self._numbers and all(0 <= row < rows for row in self._numbers), numbers
+        self._batch_size, self._lookahead, self._prefetch = batch_size, lookahead, prefetch
+        self._numbers = range(batch_size) if numbers is None else list(numbers)
+        assert self._numbers and all(0 <= row < batch_size for row in self._numbers), numbers
         self._generators = _DocumentGenerator(seed)
         self._worker: _Worker | None = None
         self.load_state({"step": start_step, "rows": {}})
@@ -217,7 +217,7 @@ class BatchStream(Iterator[Batch]):
         """Document `number` of a row, always the same; pictures that cannot be read are left out of it."""
         rng, faulty = self._generators.at(row, number), 0
         try:
-            document = self._source.document(rng, number * self._rows + row)
+            document = self._source.document(rng, number * self._batch_size + row)
         except BrokenRecord:
             document, faulty = [End(supervised=False)], 1
         pieces, broken = _readable(document)

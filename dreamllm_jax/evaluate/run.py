@@ -108,7 +108,7 @@ def read_recipe(workdir: Path) -> Recipe:
             f"python -m dreamllm_jax.train --config=configs/handwriting.py --workdir={workdir}"
         )
     try:
-        recipe = build_recipe(json.loads(path.read_text(encoding="utf-8")))
+        recipe = build_recipe(json.loads(path.read_text(encoding="utf-8")), saved=True)
     except ValueError as error:  # unreadable JSON too
         raise ValueError(
             f"{path} is no recipe ({error}); the folder is damaged or of another version."

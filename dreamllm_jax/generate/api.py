@@ -73,8 +73,8 @@ class DreamLLM:
 
         Parts of the model named in `replicated` ("unet", "vae", "vision", ...) are not sharded along the
         mesh's axis fsdp: every device of that axis holds them in full, as `mesh.replicated` of a recipe does
-        for training. That takes more memory and needs no gathering. Parameters may be tensors that are not read
-        yet; each host then reads what its own devices need, one tensor at a time.
+        for training. That takes more memory and needs no gathering. Parameters may be tensors that are not
+        read yet; each host then reads what its own devices need, one tensor at a time.
 
         Raises:
           ValueError: a model without language model, or with fewer embeddings than the tokenizer has tokens;

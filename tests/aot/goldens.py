@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from dreamllm_jax import sharding
 from dreamllm_jax.config.recipe_files import load_recipe
-from dreamllm_jax.data.packing import blank
+from dreamllm_jax.data.packing import empty_batch
 from dreamllm_jax.data.pipeline import row_layout
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params
@@ -44,7 +44,7 @@ def shardings() -> dict[str, dict[str, str]]:
         return spec
 
     stage = recipe.stages[0]
-    batch = blank(ROWS, row_layout(stage.data, recipe.model, null_dream=False), pad=0)
+    batch = empty_batch(ROWS, row_layout(stage.data, recipe.model, null_dream=False), pad=0)
 
     def loss(params, batch):
         keys = jax.random.split(jax.random.key(0), ROWS)

@@ -30,7 +30,7 @@ from tests.train.tiny import MODEL
 
 def get_config(arg=None):
     model = {k: v for k, v in MODEL.items() if k not in ("unet", "vae", "schedule")} | {"dtype": "bfloat16"}
-    data = dict(rows=8, length=64, max_images=2)
+    data = dict(batch_size=8, length=64, max_images=2)
     stage = dict(name="seeing", trainable=("vision_projector",), steps=1, data=data)
     return dict(name="small", model=model, stages=[stage])
 """
@@ -48,7 +48,7 @@ def recipe(mesh, towers=("llama", "vision"), **stage):
     """A joint stage of the tiny model; without `unet` nothing is drawn."""
     config = tiny.config(dtype="bfloat16")
     absent = {name: None for name in ("vision", "unet", "vae") if name not in towers}
-    data = DataConfig(rows=ROWS, length=LENGTH, max_images=2, max_dreams=2)
+    data = DataConfig(batch_size=ROWS, length=LENGTH, max_images=2, max_dreams=2)
     stage = dataclasses.replace(tiny.stage(loss=dict(condition_dropout=0.0), **stage), data=data)
     return Recipe("tiny", dataclasses.replace(config, **absent), (stage,), mesh=mesh)
 

@@ -71,7 +71,7 @@ def test_the_state_is_exact():
 def test_the_estimate_orders_memory_as_the_compiler_does(devices):  # noqa: F811
     """By remat and by micro-batch; none is off by more than a factor of two."""
     base = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",))
-    stage = dataclasses.replace(base.stages[0], data=dataclasses.replace(base.stages[0].data, rows=128))
+    stage = dataclasses.replace(base.stages[0], data=dataclasses.replace(base.stages[0].data, batch_size=128))
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, length=128))
     base = dataclasses.replace(base, stages=(stage,))
     load, params, mesh = load_of(base, stage), abstract_params(base.model), make_mesh(base.mesh, devices)

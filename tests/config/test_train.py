@@ -46,7 +46,11 @@ def test_stages_by_name():
 def test_stages_share_a_program_that_differ_in_name_length_data_and_rates_only():
     first = stage("one", optim=OptimConfig(learning_rate=1e-3, weight_decay=0.1))
     other = StageConfig(
-        "two", ("llama",), 9, DataConfig(rows=4), optim=OptimConfig(learning_rate=1e-4, weight_decay=0.1)
+        "two",
+        ("llama",),
+        9,
+        DataConfig(batch_size=4),
+        optim=OptimConfig(learning_rate=1e-4, weight_decay=0.1),
     )
     assert first.compile_key() == other.compile_key() != stage("one").compile_key()
     assert (

@@ -35,7 +35,12 @@ RECIPE = dict(
             trainable=("llama", "vision_projector", "dream_queries", "condition_projector"),
             steps=4,
             data=dict(
-                source="handwriting", kinds=dict(pairs=1.0), rows=8, length=64, max_images=2, max_dreams=3
+                source="handwriting",
+                kinds=dict(pairs=1.0),
+                batch_size=8,
+                length=64,
+                max_images=2,
+                max_dreams=3,
             ),
             optim=dict(learning_rate=1e-2, warmup_ratio=0.0),
         )

@@ -34,7 +34,7 @@ def stream(tokenizer):
 
     def make(**options):
         source = training_source(KINDS, "joint")
-        opened.append(BatchStream(source, tokenizer, LAYOUT, **{"rows": 4, "seed": 1, **options}))
+        opened.append(BatchStream(source, tokenizer, LAYOUT, **{"batch_size": 4, "seed": 1, **options}))
         return opened[-1]
 
     yield make
@@ -94,7 +94,7 @@ def test_seed_and_rows_matter(stream):
     a, b = next(stream()), next(stream(seed=2))
     assert (a.tokens != b.tokens).any() and (a.tokens[0] != a.tokens[1]).any()
     assert_same(
-        next(stream(rows=2)),
+        next(stream(batch_size=2)),
         dataclasses.replace(
             a,
             **{
@@ -116,7 +116,7 @@ class Troubled:
 
 
 def test_what_is_lost_is_counted():
-    s = BatchStream(Troubled(), WordTokenizer(), LAYOUT, rows=1, seed=0, lookahead=1, prefetch=0)
+    s = BatchStream(Troubled(), WordTokenizer(), LAYOUT, batch_size=1, seed=0, lookahead=1, prefetch=0)
     batch = next(s)
     for _ in range(5):
         next(s)
@@ -136,7 +136,7 @@ def test_the_threads_error_comes_through(tokenizer):
         def document(self, rng, index):
             raise KeyError("the source broke")
 
-    s = BatchStream(Failing(), tokenizer, LAYOUT, rows=1, seed=0)
+    s = BatchStream(Failing(), tokenizer, LAYOUT, batch_size=1, seed=0)
     for _ in range(2):
         with pytest.raises(KeyError, match="the source broke"):
             next(s)
@@ -167,7 +167,7 @@ def test_documents_keep_to_the_positions_of_the_language_model(tokenizer):
     llama = LlamaConfig(vocab_size=512, hidden_size=8, num_attention_heads=2, max_position_embeddings=20)
     model = DreamLLMConfig(llama=llama, vision=ClipVisionConfig(image_size=16, patch_size=8))
     data = DataConfig(
-        source="handwriting", kinds=KindWeights(documents=1.0), mode="comprehension", rows=2, length=128
+        source="handwriting", kinds=KindWeights(documents=1.0), mode="comprehension", batch_size=2, length=128
     )
 
     def longest(model):
@@ -186,7 +186,7 @@ def test_config_mistakes():
     with pytest.raises(ValueError, match="unknown key 'pair'. Did you mean 'pairs'"):
         build(DataConfig, {"kinds": {"pair": 1.0}})
     with pytest.raises(ValueError, match="data.batch_size is 0"):
-        DataConfig(rows=0)
+        DataConfig(batch_size=0)
     with pytest.raises(ValueError, match="cannot be negative"):
         KindWeights(text=-1.0)
     with pytest.raises(ValueError, match="caption_dropout is 2"):

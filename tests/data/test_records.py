@@ -88,7 +88,7 @@ def config(folder, **changes):
         dict(kind="conversations", path=f"{folder}/talks.json", images=images, weight=2, template="plain"),
         dict(kind="instructions", path=f"{folder}/instruct.json", images=images, weight=1, template="plain"),
     ]
-    data = dict(sources=sources, rows=2, length=48, max_images=4, max_dreams=4, prefetch=0)
+    data = dict(sources=sources, batch_size=2, length=48, max_images=4, max_dreams=4, prefetch=0)
     return build(DataConfig, data | changes)
 
 

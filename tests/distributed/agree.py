@@ -62,7 +62,7 @@ across = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2))
 assert process_row_indices(across, 4) == [0, 1, 2, 3]
 rows = np.arange(8.0, dtype=np.float32).reshape(4, 2)
 for mesh, held in ((make_mesh(MeshConfig(data=2, fsdp=1)), rows[2 * index : 2 * index + 2]), (across, rows)):
-    batch = shard_batch(held, mesh, rows=4)
+    batch = shard_batch(held, mesh, batch_size=4)
     np.testing.assert_array_equal(distributed.to_host(batch), rows)
 spread = jax.make_array_from_callback(
     (4, 2), NamedSharding(across, PartitionSpec(None, ("tensor",))), lambda cut: rows[cut]

@@ -52,7 +52,9 @@ def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):
     monkeypatch.setattr(checks, "check_source", lambda *_: None)
     recipe = load_recipe(str(CONFIGS / "llava15.py"))
     mesh, tokenizer = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices), train_tokenizer(["one"], 300)
-    uneven = dataclasses.replace(recipe.stages[0], data=dataclasses.replace(recipe.stages[0].data, rows=10))
+    uneven = dataclasses.replace(
+        recipe.stages[0], data=dataclasses.replace(recipe.stages[0].data, batch_size=10)
+    )
     with pytest.raises(
         ValueError, match="data.batch_size=10 is not divisible by the 4 devices along data and fsdp"
     ):

@@ -69,7 +69,7 @@ def test_how_often_a_step_passes_a_tower(trainable, expected):
 
 
 def test_a_step_of_the_tiny_model():
-    stage = tiny.stage(data=dict(rows=8, length=64, max_images=2, max_dreams=1))
+    stage = tiny.stage(data=dict(batch_size=8, length=64, max_images=2, max_dreams=1))
     forward = forward_flops(tiny.config(), 8, 64, 16, 8)
     assert forward.keys() == {"llama", "vision", "unet", "vae"} and min(forward.values()) > 0
     assert step_flops(tiny.config(), stage) == {tower: 3 * n for tower, n in forward.items()}

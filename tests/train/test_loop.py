@@ -39,7 +39,12 @@ RECIPE = dict(
             trainable=("vae",),
             steps=2,
             data=dict(
-                source="handwriting", kinds=dict(captions=1.0), rows=8, length=16, max_images=1, max_dreams=1
+                source="handwriting",
+                kinds=dict(captions=1.0),
+                batch_size=8,
+                length=16,
+                max_images=1,
+                max_dreams=1,
             ),
             optim=dict(learning_rate=1e-2),
         ),
@@ -48,7 +53,12 @@ RECIPE = dict(
             trainable=CONNECTORS,
             steps=5,
             data=dict(
-                source="handwriting", kinds=dict(pairs=1.0), rows=8, length=64, max_images=2, max_dreams=3
+                source="handwriting",
+                kinds=dict(pairs=1.0),
+                batch_size=8,
+                length=64,
+                max_images=2,
+                max_dreams=3,
             ),
             loss=dict(condition_dropout=0.3),
             optim=dict(learning_rate=1e-2, ema_decay=DECAY, warmup_ratio=0.4),

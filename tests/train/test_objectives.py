@@ -16,7 +16,6 @@ from dreamllm_jax.train.objectives import (
     StepNoise,
     count,
     denoising_errors,
-    draw,
     drop_conditions,
     sample_noise,
     sample_timesteps,
@@ -57,8 +56,8 @@ def test_a_packed_row_equals_its_documents_one_by_one(
     for i in range(0, len(alone), tiny.ROWS):
         lacking = tiny.ROWS - len(alone[i : i + tiny.ROWS])
         some = tiny.packed(alone[i : i + tiny.ROWS] + [[]] * lacking)
-        some_draws = rows_of_noise(step_noise, places[i : i + tiny.ROWS] + [None] * lacking)
-        part, metrics, some_grads = joint(params, some, some_draws, count(batch))
+        some_noise = rows_of_noise(step_noise, places[i : i + tiny.ROWS] + [None] * lacking)
+        part, metrics, some_grads = joint(params, some, some_noise, count(batch))
         loss += part
         sums = {k: v + metrics[k] for k, v in sums.items()}
         grads = {k: g + grads[k] if grads else g for k, g in some_grads.items()}
@@ -90,8 +89,8 @@ def test_padding_changes_nothing(batch, step_noise, joint, params, packed_result
         images=scrambled(batch.images, batch.image_mask, rng),
         dream_images=scrambled(batch.dream_images, batch.dream_mask, rng),
     )
-    other_draws = jax.tree.map(lambda x: scrambled(x, batch.dream_mask, rng), step_noise)
-    loss, _, grads = joint(params, other, other_draws, count(batch))
+    other_noise = jax.tree.map(lambda x: scrambled(x, batch.dream_mask, rng), step_noise)
+    loss, _, grads = joint(params, other, other_noise, count(batch))
     np.testing.assert_allclose(loss, packed_result[0], rtol=1e-6)
     same_gradients(grads, packed_result[2])
 
@@ -116,8 +115,8 @@ def test_other_rows_change_nothing(documents, batch, step_noise, joint, params, 
     changed = tiny.packed(others)
     np.testing.assert_array_equal(changed.tokens[mine], batch.tokens[mine])
     assert (changed.tokens != batch.tokens).any(1).sum() == tiny.ROWS - 1
-    changed_draws = jax.tree.map(lambda x: scrambled(x, keep, rng), step_noise)
-    loss_again, _, grads_again = share(changed, changed_draws)
+    changed_noise = jax.tree.map(lambda x: scrambled(x, keep, rng), step_noise)
+    loss_again, _, grads_again = share(changed, changed_noise)
     np.testing.assert_allclose(loss_again, loss, rtol=1e-6)
     same_gradients(grads_again, grads)
 
@@ -149,13 +148,15 @@ def test_draws_are_a_function_of_seed_step_and_row():
 def test_the_share_of_dropped_conditions(share):
     loss = build(LossConfig, {"condition_dropout": share})
     keys = jax.random.split(jax.random.key(0), 500)
-    dropped = jax.jit(lambda k: draw(k, 8, tiny.config(), loss).dropped)(keys)
+    dropped = jax.jit(lambda k: sample_noise(k, 8, tiny.config(), loss).dropped)(keys)
     assert abs(dropped.mean() - share) < 0.02
 
 
-def test_a_model_that_does_not_draw_needs_no_draws():
+def test_a_model_that_does_not_draw_needs_no_noise():
     assert (
-        draw(jax.random.split(jax.random.key(0), 2), 0, tiny.config(unet=None, vae=None), LossConfig())
+        sample_noise(
+            jax.random.split(jax.random.key(0), 2), 0, tiny.config(unet=None, vae=None), LossConfig()
+        )
         is None
     )
 
