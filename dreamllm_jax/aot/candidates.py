@@ -29,7 +29,7 @@ class Candidate:
     """What the search may change of a recipe; the rows of a step stay."""
 
     mesh: MeshConfig
-    accumulation: int
+    grad_accum_steps: int
     remat: RematConfig
 
     def applied(self, recipe: Recipe, stage: StageConfig) -> tuple[Recipe, StageConfig]:

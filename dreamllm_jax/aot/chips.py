@@ -60,6 +60,6 @@ def chip_of(kind: str) -> Chip:
         if chip.kind == kind:
             return chip
     raise ValueError(
-        f"there are no figures of {kind!r}; the table compile/chips.py has "
+        f"there are no figures of {kind!r}; the table aot/chips.py has "
         f"{', '.join(c.kind for c in CHIPS.values())}."
     )

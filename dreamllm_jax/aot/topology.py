@@ -1,4 +1,4 @@
-"""LoweredProgram TPUs: `v5p:4x4x4` to devices that programs can be compiled for, but not run on."""
+"""Describes TPU topologies such as `v5p:4x4x4`: devices that programs compile for, but cannot run on."""
 
 from __future__ import annotations
 

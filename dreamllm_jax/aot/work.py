@@ -110,7 +110,7 @@ def _call(config: DreamLLMConfig, tower: str, length: int) -> tuple[Any, list[An
     if tower == "vision":
         assert config.vision is not None
         side = config.vision.image_size
-        return "see", [floats(1, side, side, 3)], 0
+        return DreamLLMModule.see, [floats(1, side, side, 3)], 0
     assert tower == "unet" and config.unet is not None
     size, added = config.latent_size, None
     if config.unet.pooled_text_dim is not None:
@@ -118,4 +118,4 @@ def _call(config: DreamLLMConfig, tower: str, length: int) -> tuple[Any, list[An
         added = {"text_embeds": floats(1, config.unet.pooled_text_dim), "time_ids": times}
     context = floats(1, config.num_dream_queries, config.unet.cross_attention_dim)
     steps = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return "denoise", [floats(1, size, size, config.unet.in_channels), steps, context, added], 2
+    return DreamLLMModule.denoise, [floats(1, size, size, config.unet.in_channels), steps, context, added], 2
