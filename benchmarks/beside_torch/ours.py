@@ -15,10 +15,10 @@ from dreamllm_jax.config.train import MeshConfig, Recipe
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.schedule import row_normal
 from dreamllm_jax.generate.decode import DecodeState, decode_text
-from dreamllm_jax.generate.documents import block_length, draw_and_append
+from dreamllm_jax.generate.documents import draw_and_append, image_block_length
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import draw_images
-from dreamllm_jax.generate.prompts import bucket
+from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, shard_batch
 from dreamllm_jax.train.objectives import StepNoise, sample_noise
@@ -80,7 +80,7 @@ class Generator:
     def read(self, rows: int, tokens_after: int) -> DecodeState:
         """Reads the prompts into caches with room for so many tokens more."""
         limit = self.size.model.context_length
-        capacity = bucket(self.size.prompt + tokens_after, limit)
+        capacity = bucket_length(self.size.prompt + tokens_after, limit)
         return jax.block_until_ready(self.engine.read(self.inputs.prompts(rows), capacity))
 
     def logits(self, state: DecodeState) -> np.ndarray:
@@ -120,7 +120,7 @@ class Generator:
 
     def document(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(text, picture, text) after one prompt; the picture is seen before the second text."""
-        room = 2 * self.size.new_tokens + block_length(self.engine)
+        room = 2 * self.size.new_tokens + image_block_length(self.engine)
         state, first = self.write(self.read(1, room), 1)
         null = (jnp.asarray(self.inputs.conditions(1)[1], self.size.model.dtype), None)
         state, pictures = draw_and_append(

@@ -18,7 +18,7 @@ from dreamllm_jax.data.packing import empty_batch
 from dreamllm_jax.data.pipeline import row_layout
 from dreamllm_jax.generate.decode import Control, decode_text, prefill
 from dreamllm_jax.generate.images import draw_images
-from dreamllm_jax.generate.prompts import bucket
+from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
@@ -122,7 +122,7 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
 def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config = recipe.model
     capacity = config.context_length
-    length = bucket(max(1, capacity - recipe.generation.max_new_tokens), capacity)
+    length = bucket_length(max(1, capacity - recipe.generation.max_new_tokens), capacity)
     stage = dataclasses.replace(recipe.stages[0].data, length=length, max_images=1, max_dreams=0)
     batch = empty_batch(1, row_layout(stage, config, null_dream=False), pad=0).replace(
         dream_images=None, dream_sizes=None

@@ -1,4 +1,4 @@
-"""`DreamLLM`: what users call. It reads and writes documents in which text and images interleave."""
+"""`DreamLLM`, the class that users call: it reads and writes documents of interleaved text and images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +15,35 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from dreamllm_jax.batch import Batch
 from dreamllm_jax.checkpoint.model_folder import check_complete, save_pretrained
 from dreamllm_jax.checkpoint.storage import flatten, to_device, unflatten
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.convert.opening import open_model
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.distributed import to_host
-from dreamllm_jax.generate.decode import decode_text, dream
+from dreamllm_jax.document import Document
+from dreamllm_jax.generate.conditions import Conditions
+from dreamllm_jax.generate.decode import decode_text
 from dreamllm_jax.generate.documents import write_documents
 from dreamllm_jax.generate.engine import Engine, prompt_keys
-from dreamllm_jax.generate.images import Condition, NullCondition, draw_rows
-from dreamllm_jax.generate.prompts import (
-    Prompt,
-    as_list,
-    bucket,
-    longest_prompt,
-    prompt_batch,
-)
+from dreamllm_jax.generate.images import draw_in_batches
+from dreamllm_jax.generate.prompts import Prompt, as_list, bucket_length, longest_prompt, prompt_batch
+from dreamllm_jax.generate.settings import DocumentSettings, ImageSettings, Seed, TextSettings
 from dreamllm_jax.sharding import parameter_shardings
 
+P, R = ParamSpec("P"), TypeVar("R")
 
-def _on_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A method whose programs are made for the model's mesh: activations lie on it as in training."""
 
-    @functools.wraps(call)
-    def on_mesh(self: DreamLLM, *args: Any, **options: Any) -> Any:
+def _on_mesh(
+    method: Callable[Concatenate[DreamLLM, P], R],
+) -> Callable[Concatenate[DreamLLM, P], R]:
+    """Runs a method with the model's mesh set, so that activations are sharded as in training."""
+
+    @functools.wraps(method)
+    def on_mesh(self: DreamLLM, /, *args: P.args, **options: P.kwargs) -> R:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            return call(self, *args, **options)
+            return method(self, *args, **options)
 
     return on_mesh
 
@@ -52,12 +51,13 @@ def _on_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
 class DreamLLM:
     """A DreamLLM with its weights.
 
-    A prompt is a string or a `Document`; a list of prompts is a batch, generated together, and
-    gives a list of results. The same seed gives the same result: prompt i of a batch with seed s
-    gets what it would get alone with seed s + i (or give one seed per prompt). Settings that a
-    call leaves out are those of `generation`.
+    A prompt is a string or a `Document`. A list of prompts is one batch: its members are generated together,
+    and the result is a list. The same seed gives the same result. Prompt i of a batch with seed s gets what
+    it would get alone with seed s + i; a list of seeds gives each prompt its own. A setting that a call
+    leaves out is taken from `generation`.
 
-    Of several processes with one mesh over their devices, all make the same calls, and get the same results.
+    With several processes and one mesh over all their devices, every process makes the same calls and gets
+    the same results.
     """
 
     def __init__(
@@ -69,31 +69,31 @@ class DreamLLM:
         mesh: Mesh | None = None,
         replicated: Sequence[str] = (),
     ):
-        """Places the parameters (flat or nested) on the default device, or sharded over `mesh`.
+        """Puts the parameters (flat or nested) on the default device, or shards them over `mesh`.
 
         Parts of the model named in `replicated` ("unet", "vae", "vision", ...) are not sharded along the
-        mesh's axis fsdp: every device of that axis holds them in full, as `mesh.replicated` of a recipe does
-        for training. That takes more memory and needs no gathering. Parameters may be tensors that are not
-        read yet; each host then reads what its own devices need, one tensor at a time.
+        mesh's axis fsdp: every device of that axis holds them in full, as with `mesh.replicated` of a recipe.
+        That takes more memory and needs no gathering. Parameters may be tensors that are not read yet; each
+        host then reads what its own devices need, one tensor at a time.
 
         Raises:
-          ValueError: a model without language model, or with fewer embeddings than the tokenizer has tokens;
-            `replicated` names a part that the model has not.
+          ValueError: the model has no language model, it embeds fewer tokens than the tokenizer has, or
+            `replicated` names a part that it does not have.
         """
-        _check_language(config, tokenizer)
+        _check_language_model(config, tokenizer)
         flat = flatten(params)
         parts = sorted({path.split("/")[0] for path in flat})
         if absent := sorted(set(replicated) - set(parts)):
             raise ValueError(f"replicated names {', '.join(absent)}; choose among {', '.join(parts)}.")
-        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = (
-            dict.fromkeys(flat, alone) if mesh is None else parameter_shardings(flat, mesh, replicated)
-        )
-        placed = {k: to_device(v, shardings[k]) for k, v in flat.items()}
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = dict.fromkeys(flat, default)
+        if mesh is not None:
+            shardings = parameter_shardings(flat, mesh, replicated)
+        on_device = {path: to_device(value, shardings[path]) for path, value in flat.items()}
         self._mesh = mesh
-        self._engine = Engine(config, unflatten(placed), tokenizer)
+        self._engine = Engine(config, unflatten(on_device), tokenizer)
+        self._conditions = Conditions(self._engine)
         self.generation = GenerationConfig() if generation is None else generation
-        self._null_conditions: dict[bytes, NullCondition] = {}  # by the tokens of the negative prompt
 
     @classmethod
     def from_pretrained(
@@ -103,15 +103,18 @@ class DreamLLM:
         mesh: Mesh | None = None,
         replicated: Sequence[str] = (),
     ) -> DreamLLM:
-        """Loads a folder that `save_pretrained` or a training run wrote, or a checkpoint in PyTorch's form.
+        """Loads a saved model, the model of a training run, or a checkpoint in PyTorch's formats.
 
-        Such a checkpoint (DreamLLM, LLaMA or Vicuna, LLaVA-1.5; a folder or an id on the hub) is converted in
-        passing. Control tokens that its tokenizer lacks are added, with rows for them.
-        `dtype` ("float32", "bfloat16") casts the weights and sets the compute dtype; `mesh` and `replicated`
-        are as in the constructor.
+        A PyTorch checkpoint (DreamLLM, LLaMA or Vicuna, LLaVA-1.5) may be a folder or the id of a model on
+        the Hugging Face hub. It is converted while it is read. Control tokens that its tokenizer lacks are
+        added, and the embedding tables grow by as many rows.
+
+        Args:
+          dtype: "float32" or "bfloat16"; casts the weights and sets the compute dtype. Default: as saved.
+          mesh, replicated: as in the constructor.
 
         Raises:
-          ValueError: the folder is missing, foreign, incomplete or damaged, or another dtype.
+          ValueError: the folder is missing, of an unknown kind, incomplete or damaged; an unknown dtype.
         """
         if dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'.")
@@ -121,11 +124,12 @@ class DreamLLM:
         return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh, replicated)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes the folder that `from_pretrained` loads, whole or not at all."""
+        """Writes the folder that `from_pretrained` loads. The folder appears complete or not at all."""
         save_pretrained(path, flatten(self.params), self.config, self.tokenizer, self.generation)
 
     @property
     def config(self) -> DreamLLMConfig:
+        """The model's config."""
         return self._engine.config
 
     @property
@@ -135,8 +139,13 @@ class DreamLLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
         return self._engine.tokenizer
 
+    @overload
+    def generate_text(self, prompt: Prompt, **settings: Unpack[TextSettings]) -> str: ...
+    @overload
+    def generate_text(self, prompt: Sequence[Prompt], **settings: Unpack[TextSettings]) -> list[str]: ...
     @_on_mesh
     def generate_text(
         self,
@@ -145,22 +154,22 @@ class DreamLLM:
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """The text that continues a prompt, up to `</s>`: str, or a list of them for a list.
+        seed: Seed = 0,
+    ) -> str | list[str]:
+        """Returns the text that continues a prompt, up to `</s>`; a list for a list of prompts.
 
-        Temperature 0 takes the likeliest token each time.
+        Temperature 0 decodes greedily.
 
         Raises:
-          ValueError: a prompt, or prompt and `max_new_tokens` together, beyond the model's context.
+          ValueError: a prompt together with `max_new_tokens` exceeds the model's context.
         """
-        prompts, many = as_list(prompt)
+        prompts, is_list = as_list(prompt)
         settings = self._settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         keys, engine = prompt_keys(seed, len(prompts)), self._engine
         batch = prompt_batch(prompts, self.tokenizer, self.config, settings.template)
         longest = longest_prompt(batch)
-        self._check_room(longest, settings)
-        capacity = bucket(longest + settings.max_new_tokens, self.config.context_length)
+        _check_length(longest, settings.max_new_tokens, self.config.context_length)
+        capacity = bucket_length(longest + settings.max_new_tokens, self.config.context_length)
         _, tokens, _ = decode_text(
             engine.params,
             engine.read(batch, capacity),
@@ -172,8 +181,14 @@ class DreamLLM:
             max_new_tokens=settings.max_new_tokens,
         )
         texts = [self.tokenizer.decode(row[row >= 0].tolist()).strip() for row in to_host(tokens)]
-        return texts if many else texts[0]
+        return texts if is_list else texts[0]
 
+    @overload
+    def generate_images(self, prompt: Prompt, **settings: Unpack[ImageSettings]) -> list[Image.Image]: ...
+    @overload
+    def generate_images(
+        self, prompt: Sequence[Prompt], **settings: Unpack[ImageSettings]
+    ) -> list[list[Image.Image]]: ...
     @_on_mesh
     def generate_images(
         self,
@@ -186,17 +201,17 @@ class DreamLLM:
         sampler: str | None = None,
         eta: float | None = None,
         num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """Pictures of a prompt: a list of PIL images, or a list of such lists for a list of prompts.
+        seed: Seed = 0,
+    ) -> list[Image.Image] | list[list[Image.Image]]:
+        """Returns a list of PIL images for a prompt, or a list of such lists for a list of prompts.
 
-        `sampler` is one of ddpm, ddim, euler, dpmpp_2m; guidance is towards the prompt and away from
-        `negative_prompt` (by default the empty one).
+        `sampler` is one of ddpm, ddim, euler and dpmpp_2m. Guidance moves towards the prompt and away from
+        `negative_prompt`, which is empty by default.
 
         Raises:
-          ValueError: a model without image decoder, a prompt beyond the context, an unknown sampler.
+          ValueError: the model has no image decoder, a prompt exceeds the context, or the sampler is unknown.
         """
-        prompts, many = as_list(prompt)
+        prompts, is_list = as_list(prompt)
         if not self.config.draws:
             raise ValueError("This model has no image decoder; load one with a U-Net and a VAE to draw.")
         n = num_images_per_prompt
@@ -209,20 +224,26 @@ class DreamLLM:
             sampler=sampler,
             eta=eta,
         )
-        self._check_drawing(settings)
+        self._conditions.check_sampler(settings)
         keys = prompt_keys(seed, len(prompts))
-        batch = self._drawing_batch(prompts, settings.template)
-        negative = self._negative_batch(negative_prompt, settings)
-        condition, null = self._condition(batch), self._null_condition(negative, settings)
-        numbers = jnp.arange(n)
+        batch = self._conditions.batch(prompts, settings.template)
+        negative = self._conditions.negative_batch(negative_prompt, settings)
+        condition = self._conditions.of(batch)
+        unconditional = self._conditions.unconditional(negative, settings)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        image_keys = fold(keys, numbers).reshape(-1)
+        image_keys = fold(keys, jnp.arange(n)).reshape(-1)
         rows = np.repeat(np.arange(len(prompts)), n)
-        images = draw_rows(self._engine, condition, rows, image_keys, settings, null)
-        pictures = [Image.fromarray(i) for i in images]
-        lists = [pictures[i * n : (i + 1) * n] for i in range(len(prompts))]
-        return lists if many else lists[0]
+        arrays = draw_in_batches(self._engine, condition, rows, image_keys, settings, unconditional)
+        images = [Image.fromarray(array) for array in arrays]
+        lists = [images[i * n : (i + 1) * n] for i in range(len(prompts))]
+        return lists if is_list else lists[0]
 
+    @overload
+    def generate_document(self, prompt: Prompt, **settings: Unpack[DocumentSettings]) -> Document: ...
+    @overload
+    def generate_document(
+        self, prompt: Sequence[Prompt], **settings: Unpack[DocumentSettings]
+    ) -> list[Document]: ...
     @_on_mesh
     def generate_document(
         self,
@@ -238,18 +259,18 @@ class DreamLLM:
         guidance_rescale: float | None = None,
         sampler: str | None = None,
         eta: float | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """The document that continues a prompt: a `Document`, or a list of them for a list.
+        seed: Seed = 0,
+    ) -> Document | list[Document]:
+        """Returns the document that continues a prompt; a list for a list of prompts.
 
-        The model decides when to draw, draws, sees its own drawing, and writes on, until it ends the
-        document or has no room left (`finish_reason`). `max_new_tokens` bounds the text, `max_images` the
-        pictures.
+        The model decides when to draw, draws, sees its own drawing, and writes on until it ends the document
+        or has no room left (see `Document.finish_reason`). `max_new_tokens` limits the text, `max_images` the
+        images.
 
         Raises:
-          ValueError: a prompt beyond the context, an unknown sampler.
+          ValueError: a prompt exceeds the context, or the sampler is unknown.
         """
-        prompts, many = as_list(prompt)
+        prompts, is_list = as_list(prompt)
         settings = self._settings(
             max_new_tokens=max_new_tokens,
             max_images=max_images,
@@ -261,81 +282,35 @@ class DreamLLM:
             sampler=sampler,
             eta=eta,
         )
-        self._check_drawing(settings)
+        self._conditions.check_sampler(settings)
         keys = prompt_keys(seed, len(prompts))
         batch = prompt_batch(prompts, self.tokenizer, self.config, settings.template)
-        null = None
+        unconditional = None
         if self.config.draws:
-            null = self._null_condition(self._negative_batch(negative_prompt, settings), settings)
-        documents = write_documents(self._engine, batch, keys, settings, null)
-        return documents if many else documents[0]
+            negative = self._conditions.negative_batch(negative_prompt, settings)
+            unconditional = self._conditions.unconditional(negative, settings)
+        documents = write_documents(self._engine, batch, keys, settings, unconditional)
+        return documents if is_list else documents[0]
 
     def _settings(self, **given: Any) -> GenerationConfig:
-        """The settings of a call. Raises ValueError for one of a wrong type or value."""
-        changes = {k: v for k, v in given.items() if v is not None}
+        """Returns the settings of a call. Raises ValueError for a wrong type or an impossible value."""
+        changes = {name: value for name, value in given.items() if value is not None}
         return build(GenerationConfig, to_dict(self.generation) | changes)
 
-    def _check_drawing(self, settings: GenerationConfig) -> None:
-        """Raises ValueError for an unknown sampler, or steps or an eta that it does not take."""
-        if self.config.draws:
-            make_plan(self.config.schedule, settings.sampler, settings.num_inference_steps, settings.eta)
 
-    def _check_room(self, longest: int, settings: GenerationConfig) -> None:
-        if longest + settings.max_new_tokens > self.config.context_length:
-            raise ValueError(
-                f"The longest prompt has {longest} tokens, and max_new_tokens is {settings.max_new_tokens}; "
-                f"together they exceed the model's context of {self.config.context_length}: shorten one of "
-                "them."
-            )
-
-    def _drawing_batch(self, prompts: list[Prompt], template: str | None) -> Batch:
-        """The rows of some prompts, each with room for a picture at its end.
-
-        Raises:
-          ValueError: a prompt that is too long for that, or cannot be read.
-        """
-        batch = prompt_batch(prompts, self.tokenizer, self.config, template)
-        longest, dream_tokens = longest_prompt(batch), self.config.num_dream_queries + 1
-        if longest + dream_tokens > self.config.context_length:
-            raise ValueError(
-                f"The longest prompt has {longest} tokens; with {dream_tokens} for the dream it exceeds the "
-                f"model's context of {self.config.context_length}: shorten it."
-            )
-        return batch
-
-    def _condition(self, batch: Batch) -> Condition:
-        """The U-Net's conditions of some prompts, each asked for a picture at its end."""
-        needed = longest_prompt(batch) + 1 + self.config.num_dream_queries
-        start = jnp.int32(self.tokenizer.special.dream_start)
-        state = self._engine.read(batch, bucket(needed, self.config.context_length))
-        active = jnp.ones(batch.tokens.shape[0], bool)
-        _, context, pooled = dream(self.params, state, active, start, model=self._engine.module)
-        return context, pooled
-
-    def _negative_batch(self, negative_prompt: str | None, settings: GenerationConfig) -> Batch:
-        """The one row of the negative prompt; None is the empty one, which has no template."""
-        if not isinstance(negative_prompt, str | None):
-            raise ValueError(
-                f"negative_prompt is a {type(negative_prompt).__name__}; give one string, which serves all "
-                "prompts."
-            )
-        return self._drawing_batch([negative_prompt or ""], settings.template if negative_prompt else None)
-
-    def _null_condition(self, negative: Batch, settings: GenerationConfig) -> NullCondition | None:
-        """The unconditional side of guidance, kept between calls."""
-        if settings.guidance_scale == 1:
-            return None
-        place = negative.tokens.tobytes()
-        if place not in self._null_conditions:
-            self._null_conditions[place] = self._condition(negative)
-        return self._null_conditions[place]
+def _check_length(longest: int, max_new_tokens: int, context_length: int) -> None:
+    if longest + max_new_tokens > context_length:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens, and max_new_tokens is {max_new_tokens}; together they "
+            f"exceed the model's context of {context_length}: shorten one of them."
+        )
 
 
-def _check_language(config: DreamLLMConfig, tokenizer: Tokenizer) -> None:
+def _check_language_model(config: DreamLLMConfig, tokenizer: Tokenizer) -> None:
     if config.llama is None:
         raise ValueError("This model has no language model (model.llama is absent); DreamLLM needs one.")
     if tokenizer.vocab_size > config.llama.vocab_size:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} tokens, but the model embeds "
-            f"{config.llama.vocab_size}; they are not of the same model."
+            f"{config.llama.vocab_size}; they do not belong to the same model."
         )

@@ -23,7 +23,7 @@ from dreamllm_jax.sharding import platform
 
 @flax.struct.dataclass
 class DecodeState:
-    """How far each row has been read: the cache, and the state that predicts its next token."""
+    """How far each row has come: its KV cache, and the hidden state that predicts its next token."""
 
     cache: KVCache
     last: Float[Array, "B D"]
@@ -31,9 +31,9 @@ class DecodeState:
 
 @flax.struct.dataclass
 class Control:
-    """What decoding may do: `forbidden` tokens are never written, `stops` end a row's turn.
+    """Rules of decoding: `forbidden` tokens are never decoded, a token of `stops` ends a row's text.
 
-    `dream_start` is possible only in rows that `may_dream`, while `dream_room` tokens are left.
+    `dream_start` can be decoded only in rows where `may_dream` is true and at least `dream_room` tokens fit.
     """
 
     forbidden: Bool[Array, "V"]
@@ -47,7 +47,7 @@ class Control:
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
 def prefill(params: dict, batch: Batch, *, model: DreamLLMModule, capacity: int) -> DecodeState:
-    """Reads prompts (one per row, left-aligned, `segment_ids` 1 where there are tokens)."""
+    """Runs prompts through the model: one per row, left-aligned, `segment_ids` 1 where there are tokens."""
     assert model.config.llama is not None
     variables = {"params": params}
     embeds = model.apply(variables, batch, method=DreamLLMModule.embed)
@@ -82,7 +82,7 @@ def decode_text(
     model: DreamLLMModule,
     max_new_tokens: int,
 ) -> tuple[DecodeState, Int[Array, "B M"], Int[Array, "B"]]:
-    """Writes text in the active rows until each has stopped, run out of its budget, or is full.
+    """Decodes text in the active rows until each has stopped, used up its budget, or filled its cache.
 
     Returns the state, the tokens (-1 after the last), and each row's stop token (-1: none). A
     stop token is not read: what follows it is the caller's business. On CPU the language model's layers
@@ -134,9 +134,10 @@ def _room_for_a_copy(layers: Params) -> bool:
 def sample_tokens(
     logits: Float[Array, "B V"], keys: Key[Array, "B"], temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, "B"]:
-    """One token a row: the likeliest at temperature 0, else drawn from the nucleus (arXiv 1904.09751).
+    """Returns one token per row: the most likely at temperature 0, else a sample from the nucleus.
 
-    Only what is asked for is computed: sorting a vocabulary costs far more than finding its maximum.
+    Nucleus (top-p) sampling is that of arXiv 1904.09751. Greedy decoding does not sort the vocabulary, which
+    would cost far more than finding the maximum.
     """
 
     def nucleus(logits: Array, key: Array) -> Array:
@@ -163,7 +164,7 @@ def dream(
     *,
     model: DreamLLMModule,
 ) -> tuple[DecodeState, Float[Array, "B Q X"], Float[Array, "B G"] | None]:
-    """Reads `<dream_start>` and the queries in the active rows; gives the U-Net's conditions."""
+    """Appends `<dream_start>` and the dream queries in the active rows; returns the U-Net's conditions."""
     variables = {"params": params}
     rows = active.shape[0]
     start = model.apply(variables, dream_start[None, None], method=DreamLLMModule.embed_text)[0]
@@ -188,7 +189,10 @@ def append_image(
     *,
     model: DreamLLMModule,
 ) -> DecodeState:
-    """Reads `before`, the row's own drawing (uint8 [B h w 3]; None in a model that cannot see), `after`."""
+    """Appends the tokens `before`, the row's own drawing, and the tokens `after` in the active rows.
+
+    `images` is uint8 [B h w 3], or None in a model that cannot see; `after` is appended only with an image.
+    """
     variables = {"params": params}
     rows = active.shape[0]
 

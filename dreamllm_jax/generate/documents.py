@@ -1,9 +1,13 @@
 """The document loop: the model writes, decides to draw, draws, sees its drawing, and writes on.
 
-Text is decoded up to `<dream_start>` or `</s>`. At `<dream_start>` the dream queries are read, their
-states condition a picture, and the model reads `<dream_end> <im_start>` + that picture as its
-vision tower sees it + `<im_end>`. Only `<dream_start>` is the model's own choice (arXiv 2309.11499,
-section 3.3); the rest is forced. All rows of a batch go through the loop together.
+Text is decoded until `<dream_start>` or `</s>`. At `<dream_start>` the dream queries are appended, and their
+final states condition an image. The model then reads `<dream_end> <im_start>`, the image as its vision tower
+sees it, and `<im_end>`, and goes on decoding. Only `<dream_start>` is the model's own choice (arXiv
+2309.11499, section 3.3); the other tokens are forced. All rows of a batch go through the loop together. A
+document with two images, where | ends a decoded text and everything in brackets is forced:
+
+    Count from one to two. one | [Q dream queries] [<dream_end> <im_start> P patches <im_end>] two | [...]
+    </s>
 """
 
 from __future__ import annotations
@@ -19,12 +23,12 @@ from dreamllm_jax.distributed import to_host
 from dreamllm_jax.document import Document
 from dreamllm_jax.generate.decode import DecodeState, append_image, decode_text, dream
 from dreamllm_jax.generate.engine import Engine
-from dreamllm_jax.generate.images import NullCondition, draw_rows
-from dreamllm_jax.generate.prompts import bucket, longest_prompt
+from dreamllm_jax.generate.images import UnconditionalState, draw_in_batches
+from dreamllm_jax.generate.prompts import bucket_length, longest_prompt
 
 
-def block_length(engine: Engine) -> int:
-    """Tokens that one picture takes, dreamed and seen, markers included."""
+def image_block_length(engine: Engine) -> int:
+    """Returns the number of tokens of one image, dreamed and seen, with its markers."""
     config = engine.config
     return config.num_dream_queries + 2 + (config.num_patches + 2 if config.sees else 0)
 
@@ -34,14 +38,14 @@ def write_documents(
     batch: Batch,
     keys: jax.Array,
     settings: GenerationConfig,
-    unconditional: NullCondition | None,
+    unconditional: UnconditionalState | None,
 ) -> list[Document]:
-    """Documents that continue the prompts of `batch`, one a row (the prompts themselves not included).
+    """Returns the documents that continue the prompts of `batch`, one per row, without the prompts.
 
-    `max_new_tokens` counts a document's text, `max_images` its pictures.
+    `settings.max_new_tokens` limits the text of a document, `settings.max_images` its images.
     """
-    block, max_new_tokens = block_length(engine), settings.max_new_tokens
-    room = bucket(
+    block, max_new_tokens = image_block_length(engine), settings.max_new_tokens
+    room = bucket_length(
         longest_prompt(batch) + max_new_tokens + settings.max_images * block, engine.config.context_length
     )
     state = engine.read(batch, room)
@@ -76,9 +80,9 @@ def write_documents(
         reason[active & (stop == special.eos)] = "stop"
         active &= stop == special.dream_start
         if active.any():
-            state, pictures = draw_and_append(engine, state, active, keys, settings, unconditional)
-            for row, picture in pictures.items():
-                parts[row].append(Image.fromarray(picture))
+            state, images = draw_and_append(engine, state, active, keys, settings, unconditional)
+            for row, image in images.items():
+                parts[row].append(Image.fromarray(image))
                 drawn[row] += 1
     return [Document(p, finish_reason=str(r)) for p, r in zip(parts, reason, strict=True)]
 
@@ -89,7 +93,7 @@ def draw_and_append(
     active: np.ndarray,
     keys: jax.Array,
     settings: GenerationConfig,
-    unconditional: NullCondition | None,
+    unconditional: UnconditionalState | None,
 ) -> tuple[DecodeState, dict[int, np.ndarray]]:
     """StepNoise one picture in each active row, and reads it there; returns the pictures by row."""
     special = engine.tokenizer.special
@@ -98,13 +102,13 @@ def draw_and_append(
     start = jnp.int32(special.dream_start)
     state, context, pooled = dream(engine.params, state, mask, start, model=engine.module)
     picked = np.flatnonzero(active)
-    images = draw_rows(engine, (context, pooled), picked, row_keys[picked], settings, unconditional)
+    images = draw_in_batches(engine, (context, pooled), picked, row_keys[picked], settings, unconditional)
     size = images.shape[1]
     seen, before, after = None, [special.dream_end], []
     if engine.config.sees:
         seen = np.zeros((len(active), size, size, 3), np.uint8)
         seen[picked] = images
-        seen = engine.as_seen(seen)
+        seen = engine.to_vision_input(seen)
         before, after = [special.dream_end, special.im_start], [special.im_end]
     tokens = (jnp.asarray(before, jnp.int32), jnp.asarray(after, jnp.int32))
     state = append_image(engine.params, state, mask, seen, *tokens, model=engine.module)

@@ -1,4 +1,4 @@
-"""What all generation shares: the module, its parameters on the devices, the tokenizer."""
+"""`Engine`: the module, its parameters on the devices and the tokenizer, shared by all generation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dreamllm_jax.models.dreamllm import DreamLLMModule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Engine:
-    """A model ready to generate; `params` is the nested tree on the devices."""
+    """A model that is ready to generate. `params` is the nested tree on the devices."""
 
     config: DreamLLMConfig
     params: dict[str, Any]
@@ -31,13 +31,13 @@ class Engine:
         return DreamLLMModule(self.config)
 
     def read(self, batch: Batch, capacity: int) -> DecodeState:
-        """Reads prompts into a cache with room for `capacity` tokens a row."""
+        """Runs prompts through the model into a KV cache with room for `capacity` tokens per row."""
         return prefill(self.params, jax.tree.map(jnp.asarray, batch), model=self.module, capacity=capacity)
 
     def control(
         self, stops: Sequence[int], may_dream: np.ndarray, dream_room: int, settings: GenerationConfig
     ) -> Control:
-        """Decoding where only text, `</s>` and (where allowed) `<dream_start>` can be written."""
+        """Returns rules under which only text, `</s>` and, where allowed, `<dream_start>` are decoded."""
         assert self.config.llama is not None
         special = self.tokenizer.special
         forbidden = np.zeros(self.config.llama.vocab_size, bool)
@@ -54,17 +54,17 @@ class Engine:
             top_p=jnp.float32(settings.top_p),
         )
 
-    def as_seen(self, images: np.ndarray) -> jax.Array:
-        """Drawings (uint8 [B h w 3]) at the vision tower's size, as a file of them would be read."""
+    def to_vision_input(self, images: np.ndarray) -> jax.Array:
+        """Resizes drawings (uint8 [B h w 3]) to the vision tower's size, as images from files are."""
         assert self.config.vision is not None
         return jnp.asarray(np.stack([to_vision(i, self.config.vision.image_size) for i in images]))
 
 
 def prompt_keys(seed: int | Sequence[int], prompts: int) -> jax.Array:
-    """One key per prompt: prompt i of a batch with seed s is the single prompt with seed s + i.
+    """Returns one random key per prompt. Prompt i of a batch with seed s gets the key of seed s + i.
 
     Raises:
-      ValueError: something that is no seed, or a list of seeds of another length than the prompts.
+      ValueError: a seed is not an integer in range, or there are not as many seeds as prompts.
     """
     seeds = [seed + i for i in range(prompts)] if isinstance(seed, int | np.integer) else seed
     if not isinstance(seeds, Sequence | np.ndarray) or not all(

@@ -1,4 +1,4 @@
-"""Conditions to pictures: guided sampling and the VAE's decoder, jitted once per size and sampler."""
+"""Conditions to images: guided sampling and the VAE's decoder, compiled once per batch size and sampler."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from dreamllm_jax.distributed import to_host
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 
-# The U-Net's context and (SDXL) its pooled condition: of M pictures, and of the empty or negative prompt.
+# The U-Net's context and, for SDXL, its pooled condition: of M images, and of the empty or negative prompt.
 Condition = tuple[Float[Array, "M Q X"], Float[Array, "M G"] | None]
-NullCondition = tuple[Float[Array, "1 Q X"], Float[Array, "1 G"] | None]
+UnconditionalState = tuple[Float[Array, "1 Q X"], Float[Array, "1 G"] | None]
 
-# How many pictures are drawn at once: few sizes, since each is compiled anew.
-PICTURES_AT_ONCE = (1, 4, 16)
+# How many images are drawn at once. The sizes are few because each is compiled separately.
+BATCH_SIZES = (1, 4, 16)
 
 
-def draw_rows(
+def draw_in_batches(
     engine: Engine,
     condition: Condition,
     rows: np.ndarray,
     keys: jax.Array,
     settings: GenerationConfig,
-    unconditional: NullCondition | None,
+    unconditional: UnconditionalState | None,
 ) -> np.ndarray:
-    """Pictures (uint8 [n, h, w, 3]) for some rows of the conditions, in batches of few sizes."""
-    pictures, begin = [], 0
+    """Draws one image for each entry of `rows`, an index into the conditions, in batches of `BATCH_SIZES`.
+
+    Returns:
+      uint8 [n, h, w, 3], on the host of every process.
+    """
+    images, begin = [], 0
     for size in batch_sizes(len(rows)):
         chosen = rows[begin : begin + size]
         padded = np.resize(chosen, size)
@@ -42,22 +46,22 @@ def draw_rows(
         null = part
         if unconditional is not None:
             null = jax.tree.map(lambda x, n=size: jnp.broadcast_to(x, (n, *x.shape[1:])), unconditional)
-        images = draw_images(engine.params, part, null, chosen_keys, settings, engine.module)
-        pictures.append(to_host(images)[: len(chosen)])
+        drawn = draw_images(engine.params, part, null, chosen_keys, settings, engine.module)
+        images.append(to_host(drawn)[: len(chosen)])
         begin += size
-    return np.concatenate(pictures)
+    return np.concatenate(images)
 
 
-def batch_sizes(pictures: int) -> list[int]:
-    """Sizes out of PICTURES_AT_ONCE, largest first, that together hold so many pictures.
+def batch_sizes(images: int) -> list[int]:
+    """Splits a number of images into batches of `BATCH_SIZES`, largest first.
 
-    Only the last batch is padded, and only where at most a quarter of it is padding: 3 -> [4],
+    Only the last batch is padded, and only if at most a quarter of it is padding. For example 3 -> [4],
     6 -> [4, 1, 1], 13 -> [16].
     """
-    sizes, left = [], pictures
+    sizes, left = [], images
     while left > 0:
-        filled = [size for size in PICTURES_AT_ONCE if 4 * left >= 3 * size]
-        sizes.append(max(filled, default=PICTURES_AT_ONCE[0]))
+        filled = [size for size in BATCH_SIZES if 4 * left >= 3 * size]
+        sizes.append(max(filled, default=BATCH_SIZES[0]))
         left -= sizes[-1]
     return sizes
 
@@ -70,7 +74,7 @@ def draw_images(
     settings: GenerationConfig,
     model: DreamLLMModule,
 ) -> UInt8[Array, "M h w 3"]:
-    """One picture per condition; a picture depends on its own condition and key only."""
+    """Draws one image per condition. An image depends on its own condition and key only."""
     return _draw(
         params,
         condition,

@@ -1,4 +1,4 @@
-"""Prompts to rows: one prompt a row, padded on the right to a length that compiles seldom."""
+"""Prompts to a batch: one prompt per row, padded on the right to one of few lengths."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Prompt = str | Document
 
 
 def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """(prompts, whether a list was given).
+    """Returns the prompts as a list, and whether a list was given.
 
     Raises:
-      ValueError: something that is neither a string, a Document nor a list of them.
+      ValueError: the prompt is neither a string nor a Document nor a list of them.
     """
     if isinstance(prompt, str | Document):
         return [prompt], False
@@ -36,34 +36,37 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     return prompts, True
 
 
-def bucket(size: int, limit: int) -> int:
-    """The next power of two from 16, or multiple of 256, at most `limit`: few shapes, few compilations."""
+def bucket_length(size: int, limit: int) -> int:
+    """Rounds a length up so that few shapes are compiled: to a power of two from 16, or a multiple of 256.
+
+    The result is at most `limit`. For example 17 -> 32, 257 -> 512, 600 -> 768.
+    """
     up = 1 << max(4, (size - 1).bit_length()) if size <= 256 else -(-size // 256) * 256
     return min(up, limit)
 
 
 def longest_prompt(batch: Batch) -> int:
-    """Tokens of the longest row."""
+    """Returns the number of tokens of the longest row."""
     return int((batch.segment_ids > 0).sum(-1).max())
 
 
 def prompt_batch(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, config: DreamLLMConfig, template: str | None
 ) -> Batch:
-    """The rows of some prompts (numpy), prompt pictures seen.
+    """Returns the rows of some prompts, as numpy arrays; the model sees the images in them.
 
     Raises:
-      ValueError: a prompt with more tokens than the context, or with pictures for a model that cannot see.
+      ValueError: a prompt has more tokens than the context, or images for a model that cannot see.
     """
     limit = config.context_length
     for prompt in prompts:
         if isinstance(prompt, Document) and prompt.images and not config.sees:
             raise ValueError(
-                f"The prompt has {len(prompt.images)} pictures, but this model has no vision tower; use text "
+                f"The prompt has {len(prompt.images)} images, but this model has no vision tower; use text "
                 "only."
             )
     sequences = [encode_prompt(p, tokenizer, config.num_patches, limit - 1, None, template) for p in prompts]
-    rows, length = len(sequences), bucket(max(len(s.tokens) for s in sequences), limit)
+    rows, length = len(sequences), bucket_length(max(len(s.tokens) for s in sequences), limit)
     most = max(len(s.images) for s in sequences)
     tokens = np.full((rows, length), tokenizer.special.pad, np.int32)
     slots = np.full((rows, length), -1, np.int32)

@@ -87,7 +87,7 @@ def test_guidance_and_negative_prompts(model):
 
 
 def test_more_pictures_than_one_batch_holds(model, monkeypatch):
-    monkeypatch.setattr("dreamllm_jax.generate.images.PICTURES_AT_ONCE", (1, 4))
+    monkeypatch.setattr("dreamllm_jax.generate.images.BATCH_SIZES", (1, 4))
     many = model.generate_images("one", num_images_per_prompt=6, seed=2)
     assert len(many) == 6  # as 4 and 1 and 1
     same_pictures(model.generate_images("one", num_images_per_prompt=2, seed=2), many[:2])
@@ -173,9 +173,9 @@ def nothing_compiles(model, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("This came as far as the model.")
 
-    monkeypatch.setattr(model, "_null_conditions", {})  # nothing known from an earlier call
-    for name in ("decode_text", "dream"):
-        monkeypatch.setattr(f"dreamllm_jax.generate.api.{name}", refuse)
+    monkeypatch.setattr(model._conditions, "_unconditional", {})  # forget earlier calls
+    for function in ("api.decode_text", "conditions.dream"):
+        monkeypatch.setattr(f"dreamllm_jax.generate.{function}", refuse)
     monkeypatch.setattr("dreamllm_jax.generate.engine.prefill", refuse)
 
 
@@ -246,7 +246,7 @@ def test_a_broken_picture_is_named(model, tmp_path, picture, nothing_compiles):
 
 def test_a_model_that_cannot_see_draws_all_the_same(variant, picture, nothing_compiles, monkeypatch):
     blind = variant(vision=None)
-    with pytest.raises(ValueError, match="1 pictures, but this model has no vision tower"):
+    with pytest.raises(ValueError, match="1 images, but this model has no vision tower"):
         blind.generate_text(Document([picture(0), "one"]))
     monkeypatch.undo()
     document = blind.generate_document("one", max_images=1, seed=3)

@@ -47,6 +47,6 @@ def test_only_text_its_end_and_dreams_can_be_written(model):
 
 
 def test_drawings_are_seen_at_the_vision_towers_size(model):
-    seen = model._engine.as_seen(np.full((2, 8, 8, 3), 200, np.uint8))
+    seen = model._engine.to_vision_input(np.full((2, 8, 8, 3), 200, np.uint8))
     size = model.config.vision.image_size
     assert seen.shape == (2, size, size, 3) and (np.asarray(seen) == 200).all()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreamllm_jax.generate.images import PICTURES_AT_ONCE, batch_sizes
+from dreamllm_jax.generate.images import BATCH_SIZES, batch_sizes
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,6 @@ def test_few_sizes_hold_any_number(pictures, sizes):
 def test_little_is_drawn_in_vain():
     for pictures in range(1, 200):
         sizes = batch_sizes(pictures)
-        assert set(sizes) <= set(PICTURES_AT_ONCE) and sizes == sorted(sizes, reverse=True)
+        assert set(sizes) <= set(BATCH_SIZES) and sizes == sorted(sizes, reverse=True)
         assert pictures <= sum(sizes) <= pictures + sizes[-1] // 4
     assert batch_sizes(0) == []

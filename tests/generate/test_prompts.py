@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from dreamllm_jax.document import Document
-from dreamllm_jax.generate.prompts import as_list, bucket, longest_prompt, prompt_batch
+from dreamllm_jax.generate.prompts import as_list, bucket_length, longest_prompt, prompt_batch
 
 
 def test_buckets_stay_within_the_context():
-    assert [bucket(n, 4096) for n in (1, 16, 17, 200, 257, 600)] == [16, 16, 32, 256, 512, 768]
-    assert bucket(90, 96) == 96
+    assert [bucket_length(n, 4096) for n in (1, 16, 17, 200, 257, 600)] == [16, 16, 32, 256, 512, 768]
+    assert bucket_length(90, 96) == 96
 
 
 def test_one_prompt_or_a_list_of_them():
