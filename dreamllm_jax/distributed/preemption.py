@@ -26,7 +26,7 @@ class PreemptionGuard:
     """
 
     def __init__(self) -> None:
-        self._given, self._before = False, None
+        self._requested, self._before = False, None
 
     def __enter__(self) -> PreemptionGuard:
         if not several() and threading.current_thread() is threading.main_thread():
@@ -36,12 +36,12 @@ class PreemptionGuard:
     def __exit__(self, kind: type[BaseException] | None, error: object, where: TracebackType | None) -> None:
         self._give_back()
 
-    def given(self) -> bool:
+    def requested(self) -> bool:
         """Whether the run shall end here: the same answer on all processes; all ask after every step."""
-        return multihost_utils.reached_preemption_sync_point(next(_looks)) if several() else self._given
+        return multihost_utils.reached_preemption_sync_point(next(_looks)) if several() else self._requested
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._given = True
+        self._requested = True
         self._give_back()  # a second one ends at once
 
     def _give_back(self) -> None:

@@ -33,8 +33,10 @@ def test_meshes_are_those_that_the_rows_and_the_parameters_allow():
     sizes = {(c.data, c.fsdp, c.tensor, c.context) for c, _ in found}
     assert sizes == {(d, f, 8 // d // f, 1) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8}
     assert accumulations(stage, make_mesh(MeshConfig(2, 1, 4))) == [1, 2, 4]
-    whole = {c.whole for c, _ in meshes(JOINT, JOINT.stages[0], abstract_params(JOINT.model), jax.devices())}
-    assert whole == {(), ("vision", "unet", "vae")}  # what is frozen
+    replicated = {
+        c.replicated for c, _ in meshes(JOINT, JOINT.stages[0], abstract_params(JOINT.model), jax.devices())
+    }
+    assert replicated == {(), ("vision", "unet", "vae")}  # what is frozen
 
 
 def test_remat_varies_where_gradients_flow():

@@ -146,7 +146,7 @@ def test_the_threads_error_comes_through(tokenizer):
 def test_from_configs(tokenizer):
     model = DreamLLMConfig(vision=ClipVisionConfig(image_size=16, patch_size=8))
     data = build(
-        DataConfig, {"source": "handwriting", "kinds": {"conversations": 1.0}, "rows": 2, "length": 64}
+        DataConfig, {"source": "handwriting", "kinds": {"conversations": 1.0}, "batch_size": 2, "length": 64}
     )
     stream = batches(data, model, tokenizer, seed=0)
     batch = next(stream)

@@ -32,7 +32,7 @@ def keys():
 
 
 @pytest.fixture(scope="session")
-def draws(keys, batch):
+def step_noise(keys, batch):
     drawn = jax.jit(lambda k: sample_noise(k, batch.dream_mask.shape[1], tiny.config(), tiny.stage().loss))(
         keys
     )
@@ -41,22 +41,22 @@ def draws(keys, batch):
 
 @pytest.fixture(scope="session")
 def joint():
-    """(params, batch, draws, counts) -> (loss, metrics, gradients), on one device."""
+    """(params, batch, step_noise, counts) -> (loss, metrics, gradients), on one device."""
 
-    def loss(params, batch, draws, counts):
-        return OBJECTIVES["joint"](tiny.model(), nested(params), batch, draws, tiny.stage().loss, counts)
+    def loss(params, batch, step_noise, counts):
+        return OBJECTIVES["joint"](tiny.model(), nested(params), batch, step_noise, tiny.stage().loss, counts)
 
     @jax.jit
-    def run(params, batch, draws, counts):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, draws, counts)
+    def run(params, batch, step_noise, counts):
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, step_noise, counts)
         return value, metrics, grads
 
     return lambda *args: jax.tree.map(np.asarray, run(*args))
 
 
 @pytest.fixture(scope="session")
-def packed_result(joint, params, batch, draws):
-    return joint(params, batch, draws, count(batch))
+def packed_result(joint, params, batch, step_noise):
+    return joint(params, batch, step_noise, count(batch))
 
 
 @pytest.fixture(scope="session")

@@ -259,7 +259,7 @@ UNFIT = {
     "a mesh of another size": (changed("mesh", dict(data=3, fsdp=1)), None, "does not divide the 8 devices"),
     "two open axes": (changed("mesh", dict(data=-1, fsdp=-1)), None, "at most one -1"),
     "rows": (
-        changed("stages", 1, "data", "rows", 12),
+        changed("stages", 1, "data", "batch_size", 12),
         None,
         "stage 'joint': data.batch_size=12 is not divisible by",
     ),

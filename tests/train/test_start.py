@@ -18,7 +18,7 @@ class Ready(Exception):
 def test_tars_are_indexed_in_the_work_folder_by_the_first_start_alone(tmp_path, monkeypatch):
     read, members = [], tar_index.members
     monkeypatch.setattr(tar_index, "members", lambda path: read.append(path.name) or members(path))
-    monkeypatch.setattr(loop, "initial_params", lambda recipe: (recipe.model, {}))
+    monkeypatch.setattr(loop, "initial_params", lambda recipe, open_model: (recipe.model, {}))
 
     def ready(folder, every, keep):
         raise Ready
