@@ -1,6 +1,6 @@
-"""The forward process: how much noise each step holds, what the network predicts, what a step weighs.
+"""The forward process: noise levels, training targets and loss weights.
 
-Variance preserving, as in DDPM (arXiv 2006.11239): with abar the cumulative product of 1 - beta,
+The process preserves variance, as in DDPM (arXiv 2006.11239). With abar the cumulative product of 1 - beta,
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps        snr_t = abar_t / (1 - abar_t)
     v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0        (arXiv 2202.00512)
@@ -19,20 +19,21 @@ from dreamllm_jax.config.towers import ScheduleConfig
 
 
 class Schedule(NamedTuple):
-    """The noise levels of training; a pytree, so it may be an argument or a constant of a jitted function."""
+    """The noise levels of training. It is a pytree, so jitted functions may take it or close over it."""
 
     alphas_cumprod: Float[Array, "T"]
 
 
 def make_schedule(config: ScheduleConfig) -> Schedule:
-    """The schedule that `config` describes, the numbers of diffusers' schedulers in float32."""
+    """Returns the schedule that `config` describes, in float32, with the values of diffusers' schedulers."""
     return Schedule(jnp.asarray(alphas_cumprod(config)))
 
 
 def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
-    """abar, float32 [T], decreasing; its last entry is exactly 0 with `rescale_betas_zero_snr`.
+    """Returns abar as float32 [T], decreasing. With `rescale_betas_zero_snr` the last entry is exactly 0.
 
-    Betas are float32 and their products float64, so that these are the levels that published checkpoints saw.
+    Betas are computed in float32 and multiplied in float64. These are the noise levels on which published
+    checkpoints were trained.
     """
     steps, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.beta_schedule == "linear":
@@ -43,19 +44,25 @@ def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
         level = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - level[1:] / level[:-1], 0.999).astype(np.float32)
     abar = np.cumprod(1 - betas, dtype=np.float64)
-    if config.rescale_betas_zero_snr:  # sqrt(abar) shifted and stretched: arXiv 2305.08891, algorithm 1
+    if config.rescale_betas_zero_snr:  # arXiv 2305.08891, algorithm 1: shift and scale sqrt(abar)
         root = np.sqrt(abar)
         abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return abar.astype(np.float32)
 
 
 def inference_timesteps(config: ScheduleConfig, num_steps: int) -> np.ndarray:
-    """The training steps that a sampler of `num_steps` steps visits, int32 [num_steps], decreasing.
+    """Returns the training steps that a sampler visits, as int32 [num_steps], decreasing.
 
-    Spacings are those of table 2 in arXiv 2305.08891; `leading` adds `steps_offset`.
+    The spacings are those of table 2 in arXiv 2305.08891; "leading" adds `steps_offset`. Example: 4 steps
+    out of 1000, with `steps_offset=1`.
+
+        leading    751  501  251    1
+        trailing   999  749  499  249
+        linspace   999  666  333    0
 
     Raises:
-      ValueError: fewer than one step, or more than there are.
+      ValueError: `num_steps` is less than 1 or more than the schedule has, or the first step lies beyond
+        the end of the schedule.
     """
     total = config.num_train_timesteps
     if not 1 <= num_steps <= total:
@@ -68,8 +75,8 @@ def inference_timesteps(config: ScheduleConfig, num_steps: int) -> np.ndarray:
         steps = np.round(np.linspace(0, total - 1, num_steps))[::-1]
     if steps[0] >= total:
         raise ValueError(
-            f"num_steps={num_steps} with leading spacing and steps_offset={config.steps_offset} begins at "
-            f"timestep {steps[0]}; the last is {total - 1}. Take fewer steps or timestep_spacing='trailing'."
+            f"num_steps={num_steps} with leading spacing and steps_offset={config.steps_offset} starts at "
+            f"timestep {steps[0]}; the last is {total - 1}. Use fewer steps or timestep_spacing='trailing'."
         )
     return steps.astype(np.int32)
 
@@ -80,7 +87,7 @@ def add_noise(
     noise: Float[Array, "B h w c"],
     t: Int[Array, "B"],
 ) -> Float[Array, "B h w c"]:
-    """x_t: `clean` latents noised to each row's step `t`."""
+    """Returns x_t: `clean` latents with noise added to the level of each row's step `t`."""
     signal, sigma = _levels(schedule.alphas_cumprod[t], clean)
     return signal * clean + sigma * noise
 
@@ -92,7 +99,7 @@ def prediction_target(
     noise: Float[Array, "B h w c"],
     t: Int[Array, "B"],
 ) -> Float[Array, "B h w c"]:
-    """What the network is to predict at step `t`: the noise, the velocity or the clean latents."""
+    """Returns the training target at step `t`: the noise, the velocity or the clean latents."""
     if config.prediction_type == "epsilon":
         return noise
     if config.prediction_type == "sample":
@@ -107,10 +114,12 @@ def to_clean_and_noise(
     noisy: Float[Array, "B h w c"],
     alpha_bar: Float[Array, "B"] | Float[Array, ""],
 ) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
-    """(x_0, eps) that a prediction at noise level `alpha_bar` implies: the inverse of `prediction_target`.
+    """Returns the (x_0, eps) that a prediction at noise level `alpha_bar` implies.
+
+    This is the inverse of `prediction_target`.
 
     Raises:
-      ValueError: an unknown `prediction_type`.
+      ValueError: `prediction_type` is unknown.
     """
     signal, sigma = _levels(alpha_bar, noisy)
     if prediction_type == "epsilon":
@@ -125,7 +134,7 @@ def to_clean_and_noise(
 
 
 def snr(schedule: Schedule, t: Int[Array, "B"]) -> Float[Array, "B"]:
-    """Signal-to-noise ratio abar / (1 - abar) of each row's step."""
+    """Returns the signal-to-noise ratio abar / (1 - abar) of each row's step."""
     abar = schedule.alphas_cumprod[t]
     return abar / (1 - abar)
 
@@ -133,9 +142,9 @@ def snr(schedule: Schedule, t: Int[Array, "B"]) -> Float[Array, "B"]:
 def loss_weights(
     schedule: Schedule, config: ScheduleConfig, t: Int[Array, "B"], snr_gamma: float | None = None
 ) -> Float[Array, "B"]:
-    """Min-SNR weights of the squared error (arXiv 2303.09556); ones where `snr_gamma` is None.
+    """Returns min-SNR weights of the squared error (arXiv 2303.09556), or ones if `snr_gamma` is None.
 
-    Whatever is predicted, they amount to min(snr, gamma) on the error of x_0.
+    For every prediction type they amount to the weight min(snr, gamma) on the squared error of x_0.
     """
     ratio = snr(schedule, t)
     if snr_gamma is None:
@@ -148,11 +157,11 @@ def loss_weights(
 
 
 def row_normal(keys: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
-    """Standard normal [B, *shape], row b from keys[b] alone: no row depends on its neighbours."""
+    """Returns standard normal noise [B, *shape]. Row b depends on keys[b] only, not on other rows."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def _levels(alpha_bar: Array, like: Array) -> tuple[Array, Array]:
-    """sqrt(abar) and sqrt(1 - abar), shaped to scale the rows of `like`."""
+    """Returns sqrt(abar) and sqrt(1 - abar), shaped to broadcast over the rows of `like`."""
     abar = alpha_bar.reshape(alpha_bar.shape + (1,) * (like.ndim - 1))
     return jnp.sqrt(abar), jnp.sqrt(1 - abar)

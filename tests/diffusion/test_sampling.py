@@ -1,4 +1,4 @@
-"""The samplers, step by step against diffusers, and against problems whose answer is known."""
+"""Samplers compared step by step with diffusers, and with problems that have a known solution."""
 
 import dataclasses
 
@@ -30,17 +30,17 @@ def row_keys(seed, rows):
 
 
 def network(xp, latents, timesteps):
-    """Something nonlinear that depends on both arguments, for numpy-like `xp`."""
+    """A nonlinear function of both arguments, for a numpy-like module `xp`."""
     return xp.tanh(0.8 * latents + 0.3) + xp.cos(0.01 * timesteps) * 0.4
 
 
 def our_trajectory(config, method, num_steps, noise, step_noise, eta=0.0):
-    """The network's inputs at every step, and the result."""
-    seen = []
+    """Returns the network's inputs at every step, and the result."""
+    inputs = []
 
     def denoise(latents, timesteps):
         jax.debug.callback(
-            lambda x, t: seen.append((np.array(x), float(t))), latents, timesteps[0], ordered=True
+            lambda x, t: inputs.append((np.array(x), float(t))), latents, timesteps[0], ordered=True
         )
         return network(jnp, latents, timesteps.reshape(-1, 1, 1, 1))
 
@@ -51,7 +51,7 @@ def our_trajectory(config, method, num_steps, noise, step_noise, eta=0.0):
 
     result = np.asarray(run(noise, step_noise))
     jax.effects_barrier()
-    return seen, result
+    return inputs, result
 
 
 def their_trajectory(monkeypatch, config, method, num_steps, noise, step_noise, eta=0.0):
@@ -62,16 +62,16 @@ def their_trajectory(monkeypatch, config, method, num_steps, noise, step_noise, 
         del fields["set_alpha_to_one"]
     scheduler = getattr(diffusers, name)(**fields)
     scheduler.set_timesteps(num_steps)
-    draws = iter(torch.tensor(np.asarray(step_noise)))
-    monkeypatch.setattr(f"{type(scheduler).__module__}.randn_tensor", lambda *a, **k: next(draws))
+    noises = iter(torch.tensor(np.asarray(step_noise)))
+    monkeypatch.setattr(f"{type(scheduler).__module__}.randn_tensor", lambda *a, **k: next(noises))
     latents = torch.tensor(np.asarray(noise)) * scheduler.init_noise_sigma
-    seen = []
+    inputs = []
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, t)
-        seen.append((scaled.numpy(), float(t)))
+        inputs.append((scaled.numpy(), float(t)))
         kwargs = dict(eta=eta) if method == "ddim" else {}
         latents = scheduler.step(network(torch, scaled, t.float()), t, latents, **kwargs).prev_sample
-    return seen, latents.numpy()
+    return inputs, latents.numpy()
 
 
 def assert_same_trajectory(monkeypatch, config, method, num_steps, eta=0.0, tolerance=3e-6):
@@ -91,7 +91,7 @@ def assert_same_trajectory(monkeypatch, config, method, num_steps, eta=0.0, tole
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     ("method", "spacing"),
-    # Not DDIM on linspace: diffusers' steps to a level that linspace does not visit next.
+    # DDIM with linspace is left out: there diffusers steps to a level other than the one it visits next.
     sorted({(m, s) for m in METHODS for s in ("leading", "trailing", "linspace")} - {("ddim", "linspace")}),
 )
 def test_every_step_equals_diffusers(monkeypatch, method, spacing, prediction):
@@ -114,7 +114,7 @@ def test_zero_terminal_snr_equals_diffusers(monkeypatch, method, prediction):
     config = ScheduleConfig(
         prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
-    # diffusers' Euler holds latents 4096 times as large here, and rounds accordingly.
+    # Here the latents of diffusers' Euler are 4096 times as large, and so are their rounding errors.
     tolerance = 1e-4 if method == "euler" else 3e-6
     assert_same_trajectory(monkeypatch, config, method, 5, tolerance=tolerance)
 
@@ -148,6 +148,17 @@ def gaussian_denoiser(config):
     return denoise
 
 
+def test_the_plan_in_the_docstring():
+    plan = make_plan(ScheduleConfig(), "ddim", 4)
+    expected = [
+        (751, 0.056, 0.876, 0.318, 0, 0),
+        (501, 0.275, 0.672, 0.467, 0, 0),
+        (251, 0.672, 0.072, 0.940, 0, 0),
+        (1, 0.998, 0, 1, 0, 0),
+    ]
+    np.testing.assert_allclose(np.stack(plan, axis=1), expected, atol=5e-4)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_gaussian_is_recovered(method, prediction):
@@ -158,7 +169,7 @@ def test_a_gaussian_is_recovered(method, prediction):
         options = dict(method=method, num_steps=1000, keys=keys)
         return sample(gaussian_denoiser(config), noise, config, **options)
 
-    abar = alphas_cumprod(config)[-1]  # not quite 0: start from what the data becomes there
+    abar = alphas_cumprod(config)[-1]  # not quite 0: start from the data's distribution at that level
     start = np.sqrt(abar) * MEAN + np.sqrt(abar * DEVIATION**2 + 1 - abar) * normal(0, 1, 128, 128, 1)
     result = run(start, row_keys(1, 1))
     assert float(result.mean()) == pytest.approx(MEAN, abs=0.005)
@@ -166,7 +177,7 @@ def test_a_gaussian_is_recovered(method, prediction):
 
 
 def test_orders_of_convergence():
-    """Half the step size halves the error; the second order pays, though its last step is of the first."""
+    """Halving the step size halves the error. The second-order sampler is better despite its last step."""
     config = ScheduleConfig(timestep_spacing="trailing")
     noise, abar = normal(0, 1, 8, 8, 1), float(alphas_cumprod(config)[-1])
     spread = np.sqrt(abar * DEVIATION**2 + 1 - abar)
@@ -182,7 +193,7 @@ def test_orders_of_convergence():
 
 
 def test_euler_is_ddim_without_noise():
-    """Two names and two noise parametrizations of one step, on the same noise levels."""
+    """On the same noise levels, the two are one step under two names and two parametrizations."""
     config, noise = ScheduleConfig(prediction_type="v_prediction"), normal(0, 2, 4, 4, 3)
     euler, ddim = (
         sample(gaussian_denoiser(config), noise, config, method=method, num_steps=9)
@@ -202,9 +213,9 @@ def test_rows_do_not_depend_on_the_batch(method, eta):
 
         return sample(denoise, noise, config, method=method, num_steps=6, eta=eta, keys=keys)
 
-    whole = run(noise, keys)
-    np.testing.assert_allclose(run(noise[3:4], keys[3:4])[0], whole[3], atol=1e-6)
-    np.testing.assert_allclose(run(noise[::-1], keys[::-1])[::-1], whole, atol=1e-6)
+    full = run(noise, keys)
+    np.testing.assert_allclose(run(noise[3:4], keys[3:4])[0], full[3], atol=1e-6)
+    np.testing.assert_allclose(run(noise[::-1], keys[::-1])[::-1], full, atol=1e-6)
 
 
 def test_zero_terminal_snr_is_finite_everywhere():
@@ -218,7 +229,7 @@ def test_zero_terminal_snr_is_finite_everywhere():
 
 
 def halves(latents, timesteps):
-    """A conditional network without conditions: its second half answers something else."""
+    """A stand-in for a conditional network: it treats the second half of the batch differently."""
     rows = latents.shape[0] // 2
     scale = jnp.where(jnp.arange(2 * rows) < rows, 0.5, 1.5).reshape(-1, 1, 1, 1)
     return scale * network(jnp, latents, timesteps.reshape(-1, 1, 1, 1))
@@ -270,6 +281,6 @@ def test_one_compilation_serves_all_guidance_scales():
         (dict(method="ddpm", step_noise=jnp.zeros((3, 1, 2, 2, 1))), "step_noise has shape"),
     ],
 )
-def test_mistakes_are_named(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sample(lambda x, t: x, jnp.zeros((1, 2, 2, 1)), ScheduleConfig(), **options)

@@ -1,4 +1,4 @@
-"""The forward process against diffusers, against the golden data, and against its own algebra."""
+"""The forward process compared with diffusers, with golden data, and with its own algebra."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_timesteps_equal_diffusers(spacing):
     scheduler = diffusers.DDPMScheduler(timestep_spacing=spacing, steps_offset=config.steps_offset)
     for num_steps in (*range(1, 120, 7), 150, 250, 333, 500, 997):
         scheduler.set_timesteps(num_steps)
-        # Trailing spacing there sometimes gains a step by rounding; ours has the number asked for.
+        # In diffusers, rounding sometimes adds a step to "trailing"; ours always has `num_steps`.
         np.testing.assert_array_equal(
             sch.inference_timesteps(config, num_steps), scheduler.timesteps.numpy()[:num_steps]
         )
@@ -102,7 +102,7 @@ def test_a_prediction_gives_back_clean_and_noise(prediction):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weights_mean_the_same_for_every_prediction(prediction):
-    """Errors of one size in x_0 cost min(snr, gamma) each, whichever quantity carries them."""
+    """An error in x_0 has the weight min(snr, gamma), whatever the network predicts."""
     config = ScheduleConfig(prediction_type=prediction)
     schedule = sch.make_schedule(config)
     t = jnp.array([0, 50, 300, 999])
@@ -131,8 +131,17 @@ def test_impossible_numbers_of_steps_are_refused(num_steps):
         sch.inference_timesteps(ScheduleConfig(), num_steps)
 
 
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [("leading", (751, 501, 251, 1)), ("trailing", (999, 749, 499, 249)), ("linspace", (999, 666, 333, 0))],
+)
+def test_the_timesteps_in_the_docstring(spacing, expected):
+    config = ScheduleConfig(timestep_spacing=spacing, steps_offset=1)
+    assert tuple(sch.inference_timesteps(config, 4)) == expected
+
+
 def test_leading_steps_past_the_end_are_refused():
-    with pytest.raises(ValueError, match="begins at timestep 1000"):
+    with pytest.raises(ValueError, match="starts at timestep 1000"):
         sch.inference_timesteps(ScheduleConfig(steps_offset=1), 1000)
 
 
