@@ -51,7 +51,7 @@ class Drawn:
     origin: str
     shape: Shape
     dtype: np.dtype = DTYPES["BF16"]
-    by_rows = True
+    row_readable = True
 
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
         first, last, _ = slice(start, stop).indices(self.shape[0])

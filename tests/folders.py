@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from dreamllm_jax.checkpoint.model_folder import Pretrained
-from dreamllm_jax.checkpoint.storage import open_params, save_params
+from dreamllm_jax.checkpoint.parameter_files import open_params, save_params
 from dreamllm_jax.convert.opening import open_model
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.beside_torch.inputs import FIRST_WORD, SPECIAL, Inputs
 from benchmarks.beside_torch.sizes import Size, Training
-from dreamllm_jax.checkpoint.storage import unflatten
+from dreamllm_jax.checkpoint.parameter_files import unflatten
 from dreamllm_jax.config.train import MeshConfig, Recipe
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.schedule import row_normal
@@ -23,7 +23,7 @@ from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, shard_batch
 from dreamllm_jax.train.objectives import StepNoise, sample_noise
 from dreamllm_jax.train.state import create_state
-from dreamllm_jax.train.step import row_keys, train_step
+from dreamllm_jax.train.step import row_prng_keys, train_step
 
 
 class Step:
@@ -44,7 +44,9 @@ class Step:
 
     def draws(self) -> StepNoise:
         """The noise and the time steps that the next step will draw."""
-        keys = row_keys(jax.random.wrap_key_data(self.state.key), self.state.step, len(self.batch.tokens))
+        keys = row_prng_keys(
+            jax.random.wrap_key_data(self.state.key), self.state.step, len(self.batch.tokens)
+        )
         return jax.device_get(sample_noise(keys, 1, self.model.config, self.stage.loss))
 
     def __call__(self) -> float:

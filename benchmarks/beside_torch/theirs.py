@@ -21,7 +21,7 @@ from transformers import LlamaConfig as TorchLlamaConfig
 
 from benchmarks.beside_torch.inputs import SPECIAL, Inputs
 from benchmarks.beside_torch.sizes import Training
-from dreamllm_jax.checkpoint.storage import as_tensors
+from dreamllm_jax.checkpoint.parameter_files import as_tensors
 from dreamllm_jax.convert import hugging_face
 from dreamllm_jax.convert.mapping import to_torch
 from dreamllm_jax.data.images import to_vision

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.fidelity.cases import CASES, distance, numbers, output_error
 from dreamllm_jax.batch import Batch
-from dreamllm_jax.checkpoint.storage import to_device, unflatten
+from dreamllm_jax.checkpoint.parameter_files import to_device, unflatten
 from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 

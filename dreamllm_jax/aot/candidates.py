@@ -14,7 +14,7 @@ from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import MeshConfig, Recipe, StageConfig
 from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import make_mesh
-from dreamllm_jax.train.checks import check_attention, check_batch_size, check_shardings
+from dreamllm_jax.train.recipe_checks import check_attention_kernels, check_batch_size, check_shardings
 from dreamllm_jax.train.state import partition
 
 REMATS = ("none", "dots", "minimal", "full", "offload")
@@ -79,7 +79,7 @@ def meshes(
             config = MeshConfig(*sizes, replicated=replicated)
             try:
                 mesh = make_mesh(config, devices)
-                check_attention(recipe.model, mesh)
+                check_attention_kernels(recipe.model, mesh)
                 check_batch_size(least, mesh)
                 check_shardings(stage, params, mesh, replicated)
             except ValueError as error:

@@ -22,8 +22,8 @@ from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
-from dreamllm_jax.train.checks import check_attention, check_batch_size, check_shardings
 from dreamllm_jax.train.flops import flops, step_flops
+from dreamllm_jax.train.recipe_checks import check_attention_kernels, check_batch_size, check_shardings
 from dreamllm_jax.train.state import abstract_state
 from dreamllm_jax.train.step import train_step
 
@@ -61,7 +61,7 @@ def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> Low
       ValueError: the mesh does not fit the devices, or the parameters, rows or kernels do not fit the mesh.
     """
     mesh = make_mesh(recipe.mesh, devices)
-    check_attention(recipe.model, mesh)
+    check_attention_kernels(recipe.model, mesh)
     check_batch_size(stage, mesh)
     params = abstract_params(recipe.model)
     check_shardings(stage, params, mesh, recipe.mesh.replicated)
@@ -106,7 +106,7 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
     recipe, mesh = dataclasses.replace(recipe, model=config), make_mesh(recipe.mesh, devices)
     if config.llama is None or (name == "denoise" and not config.draws):
         raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
-    check_attention(config, mesh)
+    check_attention_kernels(config, mesh)
     flat = abstract_params(config)
     places, dtype = parameter_shardings(flat, mesh, recipe.mesh.replicated), jnp.dtype(config.dtype)
     flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=places[k]) for k, v in flat.items()}

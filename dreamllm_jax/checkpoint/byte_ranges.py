@@ -22,7 +22,7 @@ class Checksums:
 
 
 @dataclasses.dataclass(frozen=True)
-class Storage:
+class ByteRange:
     """A range of bytes in a file, with checksums where the format keeps them."""
 
     file: Path

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dreamllm_jax.checkpoint.byte_ranges import Checksums, Storage
+from dreamllm_jax.checkpoint.byte_ranges import ByteRange, Checksums
 from dreamllm_jax.checkpoint.json_files import write_json
 from dreamllm_jax.checkpoint.tensors import (
     DTYPE_NAMES,
@@ -24,7 +24,7 @@ from dreamllm_jax.checkpoint.tensors import (
     FileTensor,
     Tensor,
     num_bytes,
-    stream,
+    stream_chunks,
 )
 
 MAX_HEADER_BYTES = 100_000_000
@@ -63,7 +63,7 @@ def read_safetensors(file: str | Path, checksums: Mapping[str, Checksums] | None
         for name, entry in entries.items():
             first, last = entry["data_offsets"]
             known = checksums[name] if checksums and name in checksums else None
-            storage = Storage(file, 8 + length + first, last - first, known)
+            storage = ByteRange(file, 8 + length + first, last - first, known)
             if entry["dtype"] not in DTYPES:
                 raise ValueError(
                     f"{file}: tensor {name} has the dtype {entry['dtype']}, which is not supported."
@@ -135,7 +135,7 @@ def write_safetensors(
             out.write(struct.pack("<Q", len(text)) + text)
             sums = {name: Checksummer(tensor) for name, tensor in tensors.items()}
             names = list(tensors)
-            for number, piece in stream(tensors.values()):
+            for number, piece in stream_chunks(tensors.values()):
                 data = memoryview(piece.reshape(-1).view("u1")) if piece.size else memoryview(b"")
                 out.write(data)
                 sums[names[number]].update(data)

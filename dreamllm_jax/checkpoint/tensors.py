@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from dreamllm_jax.checkpoint.byte_ranges import CHUNK_BYTES, Storage
-from dreamllm_jax.distributed import is_spread, to_host
+from dreamllm_jax.checkpoint.byte_ranges import CHUNK_BYTES, ByteRange
+from dreamllm_jax.distributed import spans_processes, to_host
 
 Shape = tuple[int, ...]
 
@@ -50,7 +50,7 @@ READERS = 2
 class Tensor(Protocol):
     """Values somewhere: `origin` says where, `read(start, stop)` fetches rows of the first axis.
 
-    `by_rows` says that some rows cost less than all of them.
+    `row_readable` says that some rows cost less than all of them.
     """
 
     @property
@@ -60,7 +60,7 @@ class Tensor(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
     @property
-    def by_rows(self) -> bool: ...
+    def row_readable(self) -> bool: ...
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray: ...
 
 
@@ -82,7 +82,7 @@ class FileTensor:
     """A strided view of a storage: `start` and `strides` count elements, as torch counts them."""
 
     name: str
-    storage: Storage
+    storage: ByteRange
     dtype: np.dtype
     shape: Shape
     start: int = 0
@@ -106,7 +106,7 @@ class FileTensor:
         return f"{self.storage.file}: {self.name or 'the tensor'}"
 
     @property
-    def by_rows(self) -> bool:
+    def row_readable(self) -> bool:
         return bool(self.shape)
 
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
@@ -135,7 +135,7 @@ class ArrayTensor:
         return self.name
 
     @property
-    def by_rows(self) -> bool:
+    def row_readable(self) -> bool:
         return bool(self.shape)
 
     @property
@@ -156,7 +156,7 @@ class Mapped:
 
     base: Tensor
     function: Callable[[np.ndarray], np.ndarray]
-    by_rows = False
+    row_readable = False
 
     @property
     def origin(self) -> str:
@@ -181,7 +181,7 @@ class Stacked:
     """Tensors of one shape and dtype along a new first axis."""
 
     parts: tuple[Tensor, ...]
-    by_rows = True
+    row_readable = True
 
     @property
     def origin(self) -> str:
@@ -211,7 +211,7 @@ class Row:
 
     base: Tensor
     index: int
-    by_rows = False
+    row_readable = False
 
     @property
     def origin(self) -> str:
@@ -242,8 +242,8 @@ class Cast:
         return self.base.origin
 
     @property
-    def by_rows(self) -> bool:
-        return self.base.by_rows
+    def row_readable(self) -> bool:
+        return self.base.row_readable
 
     @property
     def shape(self) -> Shape:
@@ -257,10 +257,10 @@ class Cast:
         return self.base.read(start, stop).astype(self.dtype, copy=False)
 
 
-def is_read_together(tensor: Tensor) -> bool:
+def needs_all_processes(tensor: Tensor) -> bool:
     """Whether the values lie on devices of several processes, which all read the same pieces in one order."""
     base = tensor.base if isinstance(tensor, Cast) else tensor
-    return isinstance(base, ArrayTensor) and is_spread(base.array)
+    return isinstance(base, ArrayTensor) and spans_processes(base.array)
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
@@ -278,9 +278,9 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out
 
 
-def pieces(tensor: Tensor) -> list[Callable[[], np.ndarray]]:
+def chunk_readers(tensor: Tensor) -> list[Callable[[], np.ndarray]]:
     """Readers of the values in order, as contiguous whole rows, small where rows can be read apart."""
-    if num_bytes(tensor) <= CHUNK_BYTES or not tensor.by_rows:
+    if num_bytes(tensor) <= CHUNK_BYTES or not tensor.row_readable:
         return [lambda: contiguous(tensor.read())]
     return [functools.partial(_read_rows, tensor, *ends) for ends in row_ranges(tensor, 0, tensor.shape[0])]
 
@@ -291,20 +291,20 @@ def _read_rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
 
 def row_ranges(tensor: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
     """Rows start..stop in ranges that are read at once: small ones, where rows can be read apart."""
-    if not tensor.by_rows:
+    if not tensor.row_readable:
         return [(start, stop)]
     rows = max(1, CHUNK_BYTES * tensor.shape[0] // max(num_bytes(tensor), 1))
     return [(first, min(first + rows, stop)) for first in range(start, stop, rows)]
 
 
-def stream(tensors: Iterable[Tensor]) -> Iterator[tuple[int, np.ndarray]]:
+def stream_chunks(tensors: Iterable[Tensor]) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the tensor, next piece of it), in order; a few pieces are read ahead by threads."""
     waiting: deque[tuple[int, Future]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
         try:
             for number, tensor in enumerate(tensors):
-                submit = _now if is_read_together(tensor) else pool.submit
-                for read in pieces(tensor):
+                submit = _read_in_this_thread if needs_all_processes(tensor) else pool.submit
+                for read in chunk_readers(tensor):
                     waiting.append((number, submit(read)))
                     if len(waiting) > READERS:
                         done, future = waiting.popleft()
@@ -317,7 +317,7 @@ def stream(tensors: Iterable[Tensor]) -> Iterator[tuple[int, np.ndarray]]:
                 future.cancel()
 
 
-def _now(read: Callable[[], np.ndarray]) -> Future:
+def _read_in_this_thread(read: Callable[[], np.ndarray]) -> Future:
     """Reads at once, in this thread: what processes do together keeps its order."""
     future: Future = Future()
     future.set_result(read())

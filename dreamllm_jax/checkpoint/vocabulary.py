@@ -65,7 +65,7 @@ class Extended:
     base: Tensor
     size: int
     axis: int
-    by_rows = False
+    row_readable = False
 
     @property
     def origin(self) -> str:

@@ -9,16 +9,16 @@ from typing import Any
 
 from dreamllm_jax.checkpoint.json_files import read_json, write_json
 from dreamllm_jax.checkpoint.model_folder import FORMAT, check_complete
-from dreamllm_jax.checkpoint.safetensors_files import SHARD_BYTES, write_sharded
-from dreamllm_jax.checkpoint.storage import (
+from dreamllm_jax.checkpoint.parameter_files import (
     INDEX,
     cast,
-    need_space,
+    check_disk_space,
     new_folder,
     open_params,
     progress_bar,
     save_params,
 )
+from dreamllm_jax.checkpoint.safetensors_files import SHARD_BYTES, write_sharded
 from dreamllm_jax.checkpoint.tensors import DTYPES, Tensor, is_floating, num_bytes
 from dreamllm_jax.checkpoint.vocabulary import check_tokenizer_fits, with_control_tokens
 from dreamllm_jax.config.base import build, to_dict
@@ -127,7 +127,7 @@ def convert_to_torch(
     with new_folder(folder, overwrite) as beside:
         plan = _files(model, loss, parts, tokens)
         total = sum(num_bytes(t) for _, tensors, _ in plan for t in tensors.values())
-        need_space(beside, total)
+        check_disk_space(beside, total)
         with progress_bar(total, f"writing {Path(folder).name}", progress) as step:
             for place, tensors, config in plan:
                 _write(beside / place, tensors, config, shard_bytes, step)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from dreamllm_jax.checkpoint.storage import INDEX, open_params
+from dreamllm_jax.checkpoint.parameter_files import INDEX, open_params
 from dreamllm_jax.checkpoint.tensors import Tensor, num_bytes
 from dreamllm_jax.convert.sources import open_checkpoint
 

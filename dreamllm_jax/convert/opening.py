@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from dreamllm_jax.checkpoint.model_folder import Pretrained, is_model_folder, open_pretrained
-from dreamllm_jax.checkpoint.storage import cast
+from dreamllm_jax.checkpoint.parameter_files import cast
 from dreamllm_jax.checkpoint.vocabulary import with_control_tokens
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.convert.sources import open_checkpoint

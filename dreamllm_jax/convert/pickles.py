@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.checkpoint.byte_ranges import Checksums, Storage
+from dreamllm_jax.checkpoint.byte_ranges import ByteRange, Checksums
 from dreamllm_jax.checkpoint.tensors import DTYPES, FileTensor, Tensor
 
 MAX_PICKLE_BYTES = 256 * 2**20
@@ -174,7 +174,7 @@ def read_pickle(file: str | Path) -> tuple[dict[str, Tensor], list[str]]:
         raise ValueError(f"{file} is damaged, truncated or not a file of torch.save: {reason}.") from error
 
 
-def _read_zip(file: Path) -> tuple[Any, dict[str, Storage]]:
+def _read_zip(file: Path) -> tuple[Any, dict[str, ByteRange]]:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -197,7 +197,7 @@ def _read_zip(file: Path) -> tuple[Any, dict[str, Storage]]:
             if info.compress_type != zipfile.ZIP_STORED or info.file_size < count * dtype.itemsize:
                 raise ValueError(f"{file}: storage {key} is compressed or too short; it is damaged.")
             checksums = Checksums(max(info.file_size, 1), (info.CRC,))
-            storages[key] = Storage(file, _data_offset(stream, info), info.file_size, checksums)
+            storages[key] = ByteRange(file, _data_offset(stream, info), info.file_size, checksums)
     return content, storages
 
 
@@ -211,7 +211,7 @@ def _data_offset(stream: io.BufferedIOBase, info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + name_length + extra_length
 
 
-def _read_legacy(file: Path, stream: io.BufferedIOBase) -> tuple[Any, dict[str, Storage]]:
+def _read_legacy(file: Path, stream: io.BufferedIOBase) -> tuple[Any, dict[str, ByteRange]]:
     if _TensorUnpickler(stream, file).load() != LEGACY_MAGIC:
         raise ValueError(f"{file} is a pickle, but not one of torch.save.")
     _TensorUnpickler(stream, file).load()  # protocol version
@@ -225,12 +225,12 @@ def _read_legacy(file: Path, stream: io.BufferedIOBase) -> tuple[Any, dict[str, 
         dtype, count = unpickler.storages[str(key)]
         if struct.unpack("<q", stream.read(8))[0] != count:
             raise ValueError(f"{file}: storage {key} has another size than the pickle says; it is damaged.")
-        storages[str(key)] = Storage(file, stream.tell(), count * dtype.itemsize)
+        storages[str(key)] = ByteRange(file, stream.tell(), count * dtype.itemsize)
         stream.seek(count * dtype.itemsize, 1)
     return content, storages
 
 
-def _tensors(content: Any, storages: dict[str, Storage]) -> tuple[dict[str, Tensor], list[str]]:
+def _tensors(content: Any, storages: dict[str, ByteRange]) -> tuple[dict[str, Tensor], list[str]]:
     if isinstance(content, _Inert):
         return {"": _tensor("", content, storages)}, []
     if not isinstance(content, Mapping):
@@ -253,6 +253,6 @@ def _tensors(content: Any, storages: dict[str, Storage]) -> tuple[dict[str, Tens
     return tensors, others
 
 
-def _tensor(name: str, handle: _Inert, storages: dict[str, Storage]) -> FileTensor:
+def _tensor(name: str, handle: _Inert, storages: dict[str, ByteRange]) -> FileTensor:
     (key, storage_dtype), start, shape, strides, dtype = handle.value
     return FileTensor(name, storages[key], dtype or storage_dtype, shape, start, strides)

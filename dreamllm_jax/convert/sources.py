@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamllm_jax.checkpoint.json_files import read_json
-from dreamllm_jax.checkpoint.storage import INDEX
+from dreamllm_jax.checkpoint.parameter_files import INDEX
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import (
     ClipTextConfig,

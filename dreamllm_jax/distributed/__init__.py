@@ -12,37 +12,37 @@ Process 0 is the main one: it alone writes files and prints.
 """
 
 from dreamllm_jax.distributed.coordination import (
+    all_gather,
     barrier,
-    check_same,
-    check_shared,
-    from_main,
-    gather,
+    broadcast_from_main,
+    check_equal_on_processes,
+    check_shared_folder,
     is_main,
-    is_spread,
-    say,
-    several,
+    is_multi_process,
+    print_on_main,
+    spans_processes,
+    sum_over_processes,
     to_host,
-    total,
-    wait_for,
+    wait_for_file,
 )
-from dreamllm_jax.distributed.initialization import initialize, leave
+from dreamllm_jax.distributed.initialization import exit_process, initialize
 from dreamllm_jax.distributed.preemption import Preempted, PreemptionGuard
 
 __all__ = [
     "PreemptionGuard",
     "Preempted",
     "barrier",
-    "check_same",
-    "check_shared",
-    "from_main",
-    "gather",
+    "check_equal_on_processes",
+    "check_shared_folder",
+    "broadcast_from_main",
+    "all_gather",
     "initialize",
     "is_main",
-    "is_spread",
-    "leave",
-    "say",
-    "several",
+    "spans_processes",
+    "exit_process",
+    "print_on_main",
+    "is_multi_process",
     "to_host",
-    "total",
-    "wait_for",
+    "sum_over_processes",
+    "wait_for_file",
 ]

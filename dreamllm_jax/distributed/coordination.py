@@ -24,7 +24,7 @@ from dreamllm_jax.distributed.initialization import client, first_line
 # A process that is gone is noticed within minutes; one that is slow (it writes 26 GB) is waited for.
 _PATIENCE_SECONDS = 24 * 3600
 
-_meetings = itertools.count()
+_barrier_ids = itertools.count()
 
 
 def is_main() -> bool:
@@ -32,12 +32,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def several() -> bool:
+def is_multi_process() -> bool:
     """Whether there is more than one process."""
     return jax.process_count() > 1
 
 
-def say(*words: object) -> None:
+def print_on_main(*words: object) -> None:
     """Prints a line, once for all processes."""
     if is_main():
         print(*words, flush=True)
@@ -49,19 +49,19 @@ def barrier(name: str) -> None:
     Raises:
       OSError: the others did not come within a day, or one of them has ended.
     """
-    if not several():
+    if not is_multi_process():
         return
     try:
-        client().wait_at_barrier(f"{name} {next(_meetings)}", _PATIENCE_SECONDS * 1000)
+        client().wait_at_barrier(f"{name} {next(_barrier_ids)}", _PATIENCE_SECONDS * 1000)
     except jax.errors.JaxRuntimeError as error:
         raise OSError(
             f"process {jax.process_index()} waited for the others ({name}): {first_line(error)}."
         ) from error
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """Every process's value (anything of JSON) in the order of the processes, on all of them."""
-    if not several():
+    if not is_multi_process():
         return [value]
     barrier("gather")
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -72,66 +72,66 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
-def from_main(value: Any) -> Any:
+def broadcast_from_main(value: Any) -> Any:
     """Process 0's value (anything of JSON), on all processes: decisions are made there."""
-    return gather(value)[0]
+    return all_gather(value)[0]
 
 
-def total(numbers: Sequence[int]) -> list[int]:
+def sum_over_processes(numbers: Sequence[int]) -> list[int]:
     """Numbers added up over all processes."""
-    return [sum(column) for column in zip(*gather(list(numbers)), strict=True)]
+    return [sum(column) for column in zip(*all_gather(list(numbers)), strict=True)]
 
 
-def check_same(what: str, text: str) -> None:
+def check_equal_on_processes(what: str, text: str) -> None:
     """Checks that all processes were given the same.
 
     Raises:
       ValueError: they were not.
     """
-    theirs = gather(text)
+    theirs = all_gather(text)
     other = [i for i, found in enumerate(theirs) if found != theirs[0]]
     if other:
         raise ValueError(
-            f"{_numbered(other)} had another {what} than process 0; start all of them with the same command "
-            "and the same files."
+            f"{_list_processes(other)} had another {what} than process 0; start all of them with the same "
+            "command and the same files."
         )
 
 
-def check_shared(folder: Path, wait_seconds: float = 10) -> None:
+def check_shared_folder(folder: Path, wait_seconds: float = 10) -> None:
     """Makes a folder, and checks that all processes see in it what process 0 writes.
 
     Raises:
       ValueError: some do not.
       OSError: process 0 cannot write there.
     """
-    if not several():
+    if not is_multi_process():
         return
-    token, problem = folder / f".shared-{from_main(uuid.uuid4().hex)}", None
+    token, problem = folder / f".shared-{broadcast_from_main(uuid.uuid4().hex)}", None
     if is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             token.write_text("written by process 0\n", encoding="utf-8")
         except OSError as error:
             problem = str(error)
-    if problem := from_main(problem):
+    if problem := broadcast_from_main(problem):
         raise OSError(f"process 0 cannot write into {folder}: {problem}.")
-    blind = [i for i, seen in enumerate(gather(_appears(token, wait_seconds))) if not seen]
+    blind = [i for i, seen in enumerate(all_gather(_appears(token, wait_seconds))) if not seen]
     if is_main():
         token.unlink(missing_ok=True)
     if blind:
         raise ValueError(
-            f"{folder} is not one folder for all processes: {_numbered(blind)} cannot see what process 0 "
-            "wrote there; give a folder on a filesystem that all hosts share."
+            f"{folder} is not one folder for all processes: {_list_processes(blind)} cannot see what "
+            "process 0 wrote there; give a folder on a filesystem that all hosts share."
         )
 
 
-def wait_for(path: Path, wait_seconds: float = 60) -> None:
+def wait_for_file(path: Path, wait_seconds: float = 60) -> None:
     """Waits until a file that process 0 wrote can be seen here: network filesystems may take their time.
 
     Raises:
       OSError: it cannot be seen even then.
     """
-    if several() and not _appears(path, wait_seconds):
+    if is_multi_process() and not _appears(path, wait_seconds):
         raise OSError(f"process {jax.process_index()} cannot see {path}, which process 0 has written.")
 
 
@@ -144,11 +144,11 @@ def _appears(path: Path, wait_seconds: float) -> bool:
     return True
 
 
-def _numbered(processes: Sequence[int]) -> str:
+def _list_processes(processes: Sequence[int]) -> str:
     return f"process{'es' if len(processes) > 1 else ''} {', '.join(map(str, processes))}"
 
 
-def is_spread(x: Any) -> bool:
+def spans_processes(x: Any) -> bool:
     """Whether no process holds all of an array: reading it is every process's business."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated
 
@@ -156,10 +156,10 @@ def is_spread(x: Any) -> bool:
 def to_host(x: Any, start: int | None = None, stop: int | None = None) -> np.ndarray:
     """An array (or its rows from `start` to `stop`) as numpy, on all processes.
 
-    Where `is_spread` every process calls this, in the same order; only what is asked for is gathered.
+    Where `spans_processes` every process calls this, in the same order; only what is asked for is gathered.
     """
     whole = start is None and stop is None
-    if not is_spread(x):
+    if not spans_processes(x):
         x = x.addressable_data(0) if isinstance(x, jax.Array) and not x.is_fully_addressable else x
         return np.asarray(x if whole else x[start:stop])
     start, stop, _ = slice(start, stop).indices(x.shape[0] if x.ndim else 1)

@@ -33,7 +33,7 @@ def explicit_process(environment: Mapping[str, str]) -> ProcessSpec | None:
     given = [name for name in (ADDRESS, COUNT, INDEX) if _value(environment, name)]
     alone = _value(environment, COUNT) == "1"
     if COUNT not in given and INDEX not in given:
-        if given and several_processes(environment) is None and not _in_cluster(environment):
+        if given and launcher_hint(environment) is None and not _in_cluster(environment):
             raise ValueError(f"{ADDRESS} is set, but {COUNT} and {INDEX} are not; set all three, or none.")
         return None
     missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
@@ -42,7 +42,7 @@ def explicit_process(environment: Mapping[str, str]) -> ProcessSpec | None:
             f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set, but {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not; set all three, or none."
         )
-    count, index = (_whole_number(environment, name) for name in (COUNT, INDEX))
+    count, index = (_integer(environment, name) for name in (COUNT, INDEX))
     count, index = count or 0, index or 0
     if not 0 <= index < count:
         raise ValueError(
@@ -58,7 +58,7 @@ def explicit_process(environment: Mapping[str, str]) -> ProcessSpec | None:
     return ProcessSpec(address, count, index)
 
 
-def several_processes(environment: Mapping[str, str]) -> str | None:
+def launcher_hint(environment: Mapping[str, str]) -> str | None:
     """The variable, with its value, by which a launcher says that it started several processes."""
     for name in _COUNTS:
         value = _value(environment, name)
@@ -77,7 +77,7 @@ def _value(environment: Mapping[str, str], name: str) -> str:
     return environment[name] if name in environment else ""
 
 
-def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
+def _integer(environment: Mapping[str, str], name: str) -> int | None:
     value = _value(environment, name)
     if not value:
         return None
@@ -89,7 +89,7 @@ def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
 def _check_launcher(environment: Mapping[str, str], count: int, index: int) -> None:
     """A launcher that started several processes must count and number them as the three variables do."""
     for size, rank in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
-        theirs = [_whole_number(environment, name) for name in (size, rank)]
+        theirs = [_integer(environment, name) for name in (size, rank)]
         if None in theirs or theirs[0] == 1 or (rank == "SLURM_PROCID" and not _in_slurm_step(environment)):
             continue
         if theirs != [count, index]:
@@ -109,14 +109,14 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
     return any(name in environment for name in names)
 
 
-def other_mpi(environment: Mapping[str, str]) -> str | None:
+def mpi_detection_method(environment: Mapping[str, str]) -> str | None:
     """JAX's name for MPIs that it knows only when asked: all but Open MPI up to version 4."""
     started = any(_value(environment, n) not in ("", "1") for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
     known = "OMPI_MCA_orte_hnp_uri" in environment or _in_slurm_step(environment)
     return "mpi4py" if started and not known and importlib.util.find_spec("mpi4py") else None
 
 
-def gpus_of_a_lone_task(environment: Mapping[str, str]) -> list[int] | None:
+def gpus_of_single_task(environment: Mapping[str, str]) -> list[int] | None:
     """All GPUs of the node, for the only task of SLURM on it; JAX would give it the first one alone."""
     gpus = _value(environment, "SLURM_GPUS_ON_NODE")
     lone = re.fullmatch(r"1(\(x\d+\))?", _value(environment, "SLURM_STEP_TASKS_PER_NODE"))
@@ -125,7 +125,7 @@ def gpus_of_a_lone_task(environment: Mapping[str, str]) -> list[int] | None:
     return None if _value(environment, "JAX_LOCAL_DEVICE_IDS") else list(range(int(gpus)))
 
 
-def nothing_found(error: Exception, environment: Mapping[str, str]) -> bool:
+def no_cluster_found(error: Exception, environment: Mapping[str, str]) -> bool:
     """Whether JAX says that no cluster is there (or that this pod belongs to none, or that it has begun)."""
     text = str(error)
     return (

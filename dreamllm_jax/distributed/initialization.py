@@ -16,10 +16,10 @@ from dreamllm_jax.distributed.environment import (
     COUNT,
     EXPLICIT,
     explicit_process,
-    gpus_of_a_lone_task,
-    nothing_found,
-    other_mpi,
-    several_processes,
+    gpus_of_single_task,
+    launcher_hint,
+    mpi_detection_method,
+    no_cluster_found,
 )
 
 
@@ -43,7 +43,7 @@ def initialize(timeout_seconds: int = 300) -> None:
 
 
 def _join(timeout_seconds: int) -> None:
-    process, hint = explicit_process(os.environ), several_processes(os.environ)
+    process, hint = explicit_process(os.environ), launcher_hint(os.environ)
     if process is not None and process.count == 1:
         return
     try:
@@ -53,8 +53,8 @@ def _join(timeout_seconds: int) -> None:
             )
         else:
             jax.distributed.initialize(
-                cluster_detection_method=other_mpi(os.environ),
-                local_device_ids=gpus_of_a_lone_task(os.environ),
+                cluster_detection_method=mpi_detection_method(os.environ),
+                local_device_ids=gpus_of_single_task(os.environ),
                 initialization_timeout=timeout_seconds,
             )
     except jax.errors.JaxRuntimeError as error:
@@ -68,7 +68,7 @@ def _join(timeout_seconds: int) -> None:
             "start every one of them, and look whether the address can be reached from each host."
         ) from error
     except (ValueError, RuntimeError) as error:
-        if process is None and hint is None and nothing_found(error, os.environ):
+        if process is None and hint is None and no_cluster_found(error, os.environ):
             return
         if isinstance(error, RuntimeError) and "must be called before" in str(error):
             raise
@@ -83,10 +83,10 @@ def _join(timeout_seconds: int) -> None:
             f"{hint or 'The environment'} says that there are several processes, but not how to reach them "
             f"({first_line(error)}); {how}, or {EXPLICIT} for each, or {COUNT}=1 for one process alone."
         ) from error
-    sys.excepthook = _end_loudly
+    sys.excepthook = _exit_on_exception
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """Ends this process with an exit code; an error here does not wait for what the others are doing."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
@@ -98,9 +98,9 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _end_loudly(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+def _exit_on_exception(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     traceback.print_exception(kind, error, where)
-    leave(1)
+    exit_process(1)
 
 
 def client() -> Any:

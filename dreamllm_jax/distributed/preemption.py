@@ -9,10 +9,10 @@ from types import FrameType, TracebackType
 
 from jax.experimental import multihost_utils
 
-from dreamllm_jax.distributed.coordination import several
+from dreamllm_jax.distributed.coordination import is_multi_process
 
 # JAX agrees on one of these numbers; they go on over the stages of a run, whose steps begin anew.
-_looks = itertools.count(1)
+_sync_points = itertools.count(1)
 
 
 class Preempted(Exception):
@@ -26,25 +26,29 @@ class PreemptionGuard:
     """
 
     def __init__(self) -> None:
-        self._requested, self._before = False, None
+        self._requested, self._previous = False, None
 
     def __enter__(self) -> PreemptionGuard:
-        if not several() and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._take)
+        if not is_multi_process() and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._handle_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, where: TracebackType | None) -> None:
-        self._give_back()
+        self._restore_handler()
 
     def requested(self) -> bool:
         """Whether the run shall end here: the same answer on all processes; all ask after every step."""
-        return multihost_utils.reached_preemption_sync_point(next(_looks)) if several() else self._requested
+        return (
+            multihost_utils.reached_preemption_sync_point(next(_sync_points))
+            if is_multi_process()
+            else self._requested
+        )
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
-        self._give_back()  # a second one ends at once
+        self._restore_handler()  # a second one ends at once
 
-    def _give_back(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+    def _restore_handler(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None

@@ -28,10 +28,10 @@ def main() -> None:
         distributed.barrier("evaluated")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(2)
+        distributed.exit_process(2)
     except OSError as error:  # a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(1)
+        distributed.exit_process(1)
     print(summary(workdir))
     print(f"{'evaluated' if new else 'evaluated before, nothing to do'}: {workdir / 'report.html'}")
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from dreamllm_jax.checkpoint.model_folder import check_complete, save_pretrained
-from dreamllm_jax.checkpoint.storage import flatten, to_device, unflatten
+from dreamllm_jax.checkpoint.parameter_files import flatten, to_device, unflatten
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.convert.opening import open_model

@@ -14,7 +14,7 @@ from dreamllm_jax.convert.mapping import to_jax
 from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
 from dreamllm_jax.models.parameters import nested
 from dreamllm_jax.parity.case import IGNORED, Case, channels_last, slots, spread
-from dreamllm_jax.train.objectives import StepNoise, count, joint
+from dreamllm_jax.train.objectives import StepNoise, joint_objective, loss_counts
 
 TRAINED = ("llama", "vision_projector", "dream_queries", "condition_projector")
 # Where the reference's whole model keeps the parts that receive gradients.
@@ -97,7 +97,9 @@ def run_step(case: Case, batch: Batch, step_noise: StepNoise) -> tuple:
     images, dreams = np.nonzero(batch.image_mask), np.nonzero(batch.dream_mask)
 
     def loss(trained, frozen, batch, step_noise):
-        return joint(model, nested({**frozen, **trained}), batch, step_noise, case.loss, count(batch))
+        return joint_objective(
+            model, nested({**frozen, **trained}), batch, step_noise, case.loss, loss_counts(batch)
+        )
 
     @jax.jit
     def run(trained, frozen, batch, step_noise, noisy):

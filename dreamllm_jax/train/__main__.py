@@ -34,15 +34,15 @@ def main() -> None:
         model = train(recipe, Path(arguments.workdir), arguments.until, open_model)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(2)
+        distributed.exit_process(2)
     except OSError as error:  # a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(1)
+        distributed.exit_process(1)
     except distributed.Preempted as notice:
-        distributed.say(notice)
-        distributed.leave(128 + signal.SIGTERM)
+        distributed.print_on_main(notice)
+        distributed.exit_process(128 + signal.SIGTERM)
     else:
-        distributed.say(f"trained: {model}")
+        distributed.print_on_main(f"trained: {model}")
 
 
 if __name__ == "__main__":

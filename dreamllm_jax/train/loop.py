@@ -41,14 +41,14 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import Flat, nested
 from dreamllm_jax.sharding import make_mesh, process_row_indices, shard_batch
-from dreamllm_jax.train.checks import check_recipe
 from dreamllm_jax.train.flops import step_flops
 from dreamllm_jax.train.metrics import Meter, MetricWriter
 from dreamllm_jax.train.optim import learning_rates
-from dreamllm_jax.train.speed import Throughput
-from dreamllm_jax.train.start import OpenModel, initial_params, prepare_index, prepare_tokenizer
+from dreamllm_jax.train.preparation import OpenModel, initial_params, prepare_index, prepare_tokenizer
+from dreamllm_jax.train.recipe_checks import check_recipe
 from dreamllm_jax.train.state import TrainState, create_state, final_params, stage_seed
 from dreamllm_jax.train.step import train_step
+from dreamllm_jax.train.throughput import Throughput
 
 
 def stage_folder(workdir: Path, recipe: Recipe, stage: StageConfig) -> Path:
@@ -74,13 +74,13 @@ def train(
     _check_folder(workdir, recipe)
     tokenizer = prepare_tokenizer(recipe)
     check_recipe(recipe, stages, mesh, tokenizer)
-    distributed.check_same("recipe", _recipe_text(recipe))
+    distributed.check_equal_on_processes("recipe", _recipe_text(recipe))
     done = [(stage_folder(workdir, recipe, stage) / "done.json").exists() for stage in stages]
     point = program = None
-    for stage, finished in zip(stages, distributed.from_main(done), strict=True):
+    for stage, finished in zip(stages, distributed.broadcast_from_main(done), strict=True):
         folder = stage_folder(workdir, recipe, stage)
         if finished:
-            distributed.say(f"{stage.name}: done")
+            distributed.print_on_main(f"{stage.name}: done")
         else:
             config, params = initial_params(recipe, open_model) if point is None else _load(point)
             _claim(workdir, recipe)
@@ -129,7 +129,7 @@ def run_stage(
             state, place = found
             data.load_state(place["data"])
             meter.resume(place["meter"])
-            distributed.say(f"{stage.name}: resumes after step {int(state.step)} of {stage.steps}")
+            distributed.print_on_main(f"{stage.name}: resumes after step {int(state.step)} of {stage.steps}")
         state = _run_steps(recipe, stage, config, state, data, mesh, checkpoints, meter, folder / "logs")
         params = final_params(state, params)
         if stage.objective == "vae":
@@ -172,7 +172,7 @@ def _run_steps(
             rows = next(data)
             speed.count(rows)
             args = (state, shard_batch(rows, mesh, stage.data.batch_size), rates[step - 1])
-            if step == start + 1 and distributed.several():
+            if step == start + 1 and distributed.is_multi_process():
                 # Compiling takes each process another time; on CPUs the first collective waits 30 s only.
                 train_step.lower(*args, model=model, stage=program).compile()
                 distributed.barrier("compiled")
@@ -203,7 +203,7 @@ def _run_steps(
 
 def _run_position(data: BatchStream, meter: Meter) -> dict[str, Any]:
     """Where all processes together are in the data, their longest time and largest memory."""
-    found = distributed.gather({"data": data.state_dict(), "meter": meter.read()})
+    found = distributed.all_gather({"data": data.state_dict(), "meter": meter.read()})
     meters = [place["meter"] for place in found]
     largest = {name: max(m[name] for m in meters) for name in meters[0]}
     return {"data": merge_iterator_states([place["data"] for place in found]), "meter": largest}
@@ -214,7 +214,7 @@ def _say_losses(stage: StageConfig, counts: dict[str, int | float]) -> None:
     lost = {name: n for name, n in counts.items() if n and name.startswith(("dropped", "broken", "empty"))}
     if lost:
         listed = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in lost.items())
-        distributed.say(f"{stage.name}: in {counts['documents']} documents {listed}")
+        distributed.print_on_main(f"{stage.name}: in {counts['documents']} documents {listed}")
 
 
 def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> DreamLLMConfig:
@@ -243,7 +243,7 @@ def _check_folder(workdir: Path, recipe: Recipe) -> None:
 
 def _claim(workdir: Path, recipe: Recipe) -> None:
     """Writes the recipe into the work folder: from now on it is this recipe's."""
-    distributed.check_shared(workdir)
+    distributed.check_shared_folder(workdir)
     if distributed.is_main():
         workdir.mkdir(parents=True, exist_ok=True)
         _write(workdir / "recipe.json", _recipe_text(recipe))
@@ -274,7 +274,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _load(folder: Path) -> tuple[DreamLLMConfig, Flat]:
-    distributed.wait_for(folder / "config.json")
+    distributed.wait_for_file(folder / "config.json")
     loaded = open_pretrained(folder)
     return loaded.config, loaded.params
 

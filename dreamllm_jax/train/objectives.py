@@ -44,7 +44,7 @@ class StepNoise:
 
 @typing.no_type_check
 @flax.struct.dataclass
-class Counts:
+class LossCounts:
     """What the sums are divided by: supervised tokens, drawn images and rows of the global batch."""
 
     tokens: Float[Array, ""]
@@ -52,9 +52,9 @@ class Counts:
     rows: Float[Array, ""]
 
 
-def count(batch: Batch) -> Counts:
+def loss_counts(batch: Batch) -> LossCounts:
     """The counts of a batch, at least one of each so that an absent kind adds zero."""
-    return Counts(
+    return LossCounts(
         tokens=jnp.maximum(batch.loss_weights.sum(), 1.0),
         dreams=jnp.maximum(batch.dream_mask.sum().astype(jnp.float32), 1.0),
         rows=jnp.float32(batch.tokens.shape[0]),
@@ -134,13 +134,13 @@ def drop_conditions(x: Array, dropped: Bool[Array, "B J"], null_dream: Int[Array
     return jnp.where(use, null, x)
 
 
-def joint(
+def joint_objective(
     model: DreamLLMModule,
     params: dict,
     batch: Batch,
     step_noise: StepNoise | None,
     config: LossConfig,
-    counts: Counts,
+    counts: LossCounts,
 ) -> tuple[Array, dict[str, Array]]:
     """L = w_lm * CE + w_vm * score distillation (arXiv 2309.11499, equations 4 to 6)."""
     variables = {"params": params}
@@ -177,7 +177,7 @@ def diffusion_objective(
     batch: Batch,
     step_noise: StepNoise | None,
     config: LossConfig,
-    counts: Counts,
+    counts: LossCounts,
 ) -> tuple[Array, dict[str, Array]]:
     """Denoising under the text tower's states: how Stable Diffusion was trained (arXiv 2112.10752)."""
     assert step_noise is not None
@@ -195,7 +195,7 @@ def vae_objective(
     batch: Batch,
     step_noise: StepNoise | None,
     config: LossConfig,
-    counts: Counts,
+    counts: LossCounts,
 ) -> tuple[Array, dict[str, Array]]:
     """Reconstruction (mean absolute and squared error) + weighted KL; no adversary, no perceptual net."""
     assert step_noise is not None and batch.dream_images is not None
@@ -223,7 +223,7 @@ def contrastive_objective(
     batch: Batch,
     step_noise: StepNoise | None,
     config: LossConfig,
-    counts: Counts,
+    counts: LossCounts,
 ) -> tuple[Array, dict[str, Array]]:
     """CLIP's contrastive loss between each row's first image and its text."""
     assert batch.images is not None
@@ -236,7 +236,7 @@ def contrastive_objective(
 
 
 OBJECTIVES = {
-    "joint": joint,
+    "joint": joint_objective,
     "diffusion": diffusion_objective,
     "vae": vae_objective,
     "contrastive": contrastive_objective,

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dreamllm_jax.checkpoint.storage import to_device
+from dreamllm_jax.checkpoint.parameter_files import to_device
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import parameter_shardings, path_string, replicated

@@ -14,12 +14,12 @@ from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import Flat, nested
 from dreamllm_jax.sharding import match_rule, parameter_spec, platform
-from dreamllm_jax.train.objectives import OBJECTIVES, Counts, count, sample_noise
+from dreamllm_jax.train.objectives import OBJECTIVES, LossCounts, loss_counts, sample_noise
 from dreamllm_jax.train.optim import make_optimizer
 from dreamllm_jax.train.state import TrainState
 
 
-def row_keys(key: Array, step: Array, rows: int) -> Array:
+def row_prng_keys(key: Array, step: Array, rows: int) -> Array:
     """One key per row of the global batch: a function of (seed, step, row) alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), jnp.arange(rows))
 
@@ -29,7 +29,7 @@ def loss_and_metrics(
     frozen: Flat,
     batch: Batch,
     keys: Array,
-    counts: Counts,
+    counts: LossCounts,
     model: DreamLLMModule,
     stage: StageConfig,
 ) -> tuple[Array, dict[str, Array]]:
@@ -69,7 +69,7 @@ def gradients(
     It goes in `grad_accum_steps` micro-batches. Micro-batch a takes rows a, a + A, a + 2A, ...: each device
     keeps its own rows.
     """
-    counts, parts = count(batch), stage.optim.grad_accum_steps
+    counts, parts = loss_counts(batch), stage.optim.grad_accum_steps
     gathered = stage.optim.gather == "step"
     params = cast_for_compute(trainable, model, gathered)
     frozen = cast_for_compute(frozen, model, gathered, sliced=False)
@@ -118,7 +118,7 @@ def train_step(
 
     Frozen parameters take part in the forward pass and conduct gradients, but receive none.
     """
-    keys = row_keys(jax.random.wrap_key_data(state.key), state.step, batch.tokens.shape[0])
+    keys = row_prng_keys(jax.random.wrap_key_data(state.key), state.step, batch.tokens.shape[0])
     grads, metrics = gradients(state.trainable, state.frozen, batch, keys, model, stage)
     updates, opt_state = make_optimizer(stage.optim).update(grads, state.opt_state, state.trainable)
     trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)

@@ -16,7 +16,7 @@ from dreamllm_jax.data.packing import empty_batch
 from dreamllm_jax.data.pipeline import row_layout
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params
-from dreamllm_jax.train.objectives import count
+from dreamllm_jax.train.objectives import loss_counts
 from dreamllm_jax.train.step import loss_and_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def shardings() -> dict[str, dict[str, str]]:
     def loss(params, batch):
         keys = jax.random.split(jax.random.key(0), ROWS)
         model = DreamLLMModule(recipe.model)
-        return loss_and_metrics(params, {}, batch, keys, count(batch), model, stage)
+        return loss_and_metrics(params, {}, batch, keys, loss_counts(batch), model, stage)
 
     with mock.patch.object(sharding, "activation_spec", record), jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(loss, params, batch)

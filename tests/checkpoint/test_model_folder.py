@@ -7,7 +7,7 @@ import pytest
 
 from dreamllm_jax import DreamLLM
 from dreamllm_jax.checkpoint.model_folder import open_pretrained, save_pretrained
-from dreamllm_jax.checkpoint.storage import flatten
+from dreamllm_jax.checkpoint.parameter_files import flatten
 from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.convert.convert import convert_to_jax

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax import DreamLLM
-from dreamllm_jax.checkpoint.storage import open_params, save_params
+from dreamllm_jax.checkpoint.parameter_files import open_params, save_params
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.checkpoint.vocabulary import Extended, check_tokenizer_fits
 from dreamllm_jax.convert.compose import compose

@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from dreamllm_jax.checkpoint.model_folder import save_pretrained
+from dreamllm_jax.checkpoint.parameter_files import open_params, unflatten
 from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
-from dreamllm_jax.checkpoint.storage import open_params, unflatten
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.inspect import describe

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dreamllm_jax.checkpoint.json_files import write_json
+from dreamllm_jax.checkpoint.parameter_files import open_params, save_params
 from dreamllm_jax.checkpoint.safetensors_files import write_safetensors
-from dreamllm_jax.checkpoint.storage import open_params, save_params
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.pickles import read_pickle

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dreamllm_jax import DreamLLM
+from dreamllm_jax.checkpoint.parameter_files import open_params
 from dreamllm_jax.checkpoint.safetensors_files import write_safetensors
-from dreamllm_jax.checkpoint.storage import open_params
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.convert.compose import compose
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch

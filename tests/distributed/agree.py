@@ -24,18 +24,20 @@ from dreamllm_jax.data.tokenizer import train_tokenizer  # noqa: E402
 from dreamllm_jax.evaluate import __main__ as evaluate_command  # noqa: E402
 from dreamllm_jax.evaluate import run  # noqa: E402
 from dreamllm_jax.sharding import make_mesh, process_row_indices, shard_batch  # noqa: E402
-from dreamllm_jax.train.start import prepare_index  # noqa: E402
+from dreamllm_jax.train.preparation import prepare_index  # noqa: E402
 from tests.data.datasets import picture, write_tar  # noqa: E402
 from tests.data.fakes import WordTokenizer  # noqa: E402
 from tests.train import tiny  # noqa: E402
 
 folder, index = Path(sys.argv[1]), jax.process_index()
-assert distributed.several() and distributed.is_main() == (index == 0)
-assert distributed.gather({"text": "ü" * (index + 1), "n": index}) == [
+assert distributed.is_multi_process() and distributed.is_main() == (index == 0)
+assert distributed.all_gather({"text": "ü" * (index + 1), "n": index}) == [
     {"text": "ü", "n": 0},
     {"text": "üü", "n": 1},
 ]
-assert distributed.from_main(["a", index]) == ["a", 0] and distributed.total([1, index]) == [2, 1]
+assert distributed.broadcast_from_main(["a", index]) == ["a", 0] and distributed.sum_over_processes(
+    [1, index]
+) == [2, 1]
 
 
 def complaint(call, *args) -> str:
@@ -46,15 +48,17 @@ def complaint(call, *args) -> str:
     raise AssertionError(f"{call.__name__}{args} went well")
 
 
-distributed.check_same("recipe", "the same")
-assert complaint(distributed.check_same, "recipe", f"mine {index}").startswith("process 1 had another recipe")
-distributed.check_shared(folder / "shared")
+distributed.check_equal_on_processes("recipe", "the same")
+assert complaint(distributed.check_equal_on_processes, "recipe", f"mine {index}").startswith(
+    "process 1 had another recipe"
+)
+distributed.check_shared_folder(folder / "shared")
 assert index or not list((folder / "shared").iterdir())  # process 0 has taken its token away
-apart = complaint(distributed.check_shared, folder / str(index), 0.2)
+apart = complaint(distributed.check_shared_folder, folder / str(index), 0.2)
 assert "is not one folder for all processes: process 1 cannot see" in apart
 (folder / "file").write_text("")
-assert complaint(distributed.check_shared, folder / "file").startswith("process 0 cannot write into")
-assert "which process 0 has written" in complaint(distributed.wait_for, folder / "never", 0.1)
+assert complaint(distributed.check_shared_folder, folder / "file").startswith("process 0 cannot write into")
+assert "which process 0 has written" in complaint(distributed.wait_for_file, folder / "never", 0.1)
 
 # Rows: along data each process holds half of them; along tensor over both hosts, both hold all.
 assert process_row_indices(make_mesh(MeshConfig(data=2, fsdp=1)), 4) == [2 * index, 2 * index + 1]
@@ -67,7 +71,7 @@ for mesh, held in ((make_mesh(MeshConfig(data=2, fsdp=1)), rows[2 * index : 2 * 
 spread = jax.make_array_from_callback(
     (4, 2), NamedSharding(across, PartitionSpec(None, ("tensor",))), lambda cut: rows[cut]
 )
-assert distributed.is_spread(spread)
+assert distributed.spans_processes(spread)
 np.testing.assert_array_equal(distributed.to_host(spread, 1, 3), rows[1:3])
 
 # Tars: process 0 alone reads their headers, and all know the pairs; one that is no tar is everyone's error.
@@ -101,7 +105,7 @@ sys.argv = ["evaluate", f"--workdir={folder}"]
 evaluate_command.main()
 assert (folder / "exported" / "config.json").exists()
 
-distributed.say("agreed")
+distributed.print_on_main("agreed")
 distributed.barrier("before the end")
 if index == 1:
     raise OSError("the disk is full")

@@ -17,7 +17,7 @@ import pytest
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.pipeline import batches
 from dreamllm_jax.train.metrics import read_curves
-from dreamllm_jax.train.start import prepare_tokenizer
+from dreamllm_jax.train.preparation import prepare_tokenizer
 from dreamllm_jax.train.state import stage_seed
 from tests.distributed.program import ASKED_AGAIN_AT, ASKED_AT, STEPS, fingerprints
 from tests.folders import load_pretrained

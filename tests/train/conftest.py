@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.models.parameters import nested
-from dreamllm_jax.train.objectives import OBJECTIVES, count, sample_noise
-from dreamllm_jax.train.step import row_keys
+from dreamllm_jax.train.objectives import OBJECTIVES, loss_counts, sample_noise
+from dreamllm_jax.train.step import row_prng_keys
 from tests.train import tiny
 
 
@@ -28,7 +28,7 @@ def batch(documents):
 
 @pytest.fixture(scope="session")
 def keys():
-    return row_keys(jax.random.key(7), jnp.int32(3), tiny.ROWS)
+    return row_prng_keys(jax.random.key(7), jnp.int32(3), tiny.ROWS)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def joint():
 
 @pytest.fixture(scope="session")
 def packed_result(joint, params, batch, step_noise):
-    return joint(params, batch, step_noise, count(batch))
+    return joint(params, batch, step_noise, loss_counts(batch))
 
 
 @pytest.fixture(scope="session")

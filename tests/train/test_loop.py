@@ -16,7 +16,7 @@ from dreamllm_jax.checkpoint.model_folder import open_pretrained
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params, nested
-from dreamllm_jax.train import checks, loop, start
+from dreamllm_jax.train import loop, preparation, recipe_checks
 from dreamllm_jax.train.metrics import read_curves
 from dreamllm_jax.train.optim import learning_rates
 from dreamllm_jax.train.state import partition
@@ -153,7 +153,7 @@ def test_stages_follow_one_another(whole):
 
 
 def test_the_first_stage_trains_its_tower_alone(whole):
-    fresh = start.initial_params(build_recipe(RECIPE))[1]
+    fresh = preparation.initial_params(build_recipe(RECIPE))[1]
     trained = load_pretrained(whole.vae).params
     assert trained.keys() == fresh.keys()
     moved = {path for path in fresh if (np.asarray(fresh[path]) != trained[path]).any()}
@@ -325,9 +325,9 @@ UNFIT = {
 def test_what_does_not_fit_is_said_before_anything_happens(
     mapping, until, sentence, tmp_path, monkeypatch, devices
 ):
-    monkeypatch.setattr(checks, "abstract_params", functools.cache(abstract_params))
-    monkeypatch.setattr(start, "abstract_params", functools.cache(abstract_params))
-    monkeypatch.setattr(start, "init_on_host", None)
+    monkeypatch.setattr(recipe_checks, "abstract_params", functools.cache(abstract_params))
+    monkeypatch.setattr(preparation, "abstract_params", functools.cache(abstract_params))
+    monkeypatch.setattr(preparation, "init_on_host", None)
     monkeypatch.setattr(loop, "run_stage", None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
@@ -353,7 +353,7 @@ def test_a_folder_of_another_recipe(whole, monkeypatch):
 
 
 def test_weights_of_another_shape(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "init_on_host", None)
+    monkeypatch.setattr(preparation, "init_on_host", None)
     mapping = changed("init_from", str(whole.joint))
     mapping["model"] = {**tiny.MODEL, "num_dream_queries": 5}
     with pytest.raises(
@@ -363,7 +363,7 @@ def test_weights_of_another_shape(whole, tmp_path, monkeypatch):
 
 
 def test_latents_of_another_scale(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "init_on_host", None)
+    monkeypatch.setattr(preparation, "init_on_host", None)
     with pytest.raises(ValueError, match=r"has model.vae.scaling_factor=.* latents of its own scale: set"):
         loop.train(build_recipe(changed("init_from", str(whole.joint))), tmp_path / "work")
     assert not (tmp_path / "work").exists()
@@ -374,8 +374,8 @@ def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch, capsys):
     mapping = changed("init_from", str(whole.joint))
     vae = {**tiny.MODEL["vae"], "scaling_factor": theirs.config.vae.scaling_factor}
     mapping["model"] = {**tiny.MODEL, "vae": vae, "contrastive": True, "text": TEXT}
-    monkeypatch.setattr(start, "init_on_host", lambda config, key, names: dict.fromkeys(names, "drawn"))
-    params = start.initial_params(build_recipe(mapping))[1]
+    monkeypatch.setattr(preparation, "init_on_host", lambda config, key, names: dict.fromkeys(names, "drawn"))
+    params = preparation.initial_params(build_recipe(mapping))[1]
     drawn = {path for path, value in params.items() if isinstance(value, str)}
     assert {path.split("/")[0] for path in drawn} == {"text", "contrastive"}
     assert f"drawn afresh, {len(drawn)} tensors of contrastive, text" in capsys.readouterr().out
@@ -387,14 +387,17 @@ def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch, capsys):
 def test_weights_without_a_place_are_named(whole, capsys):
     mapping = changed("init_from", str(whole.joint))
     mapping["model"] = {k: v for k, v in tiny.MODEL.items() if k == "llama"}
-    params = start.initial_params(build_recipe(mapping))[1]
+    params = preparation.initial_params(build_recipe(mapping))[1]
     assert {path.split("/")[0] for path in params} == {"llama"}
     assert re.search(r"left out, \d+ tensors of condition_projector, .*vision", capsys.readouterr().out)
 
 
 def test_the_tokenizer_of_the_weights(whole):
     mapping = changed("init_from", str(whole.joint)) | {"tokenizer": {}}
-    ours, theirs = start.prepare_tokenizer(build_recipe(mapping)), load_pretrained(whole.joint).tokenizer
+    ours, theirs = (
+        preparation.prepare_tokenizer(build_recipe(mapping)),
+        load_pretrained(whole.joint).tokenizer,
+    )
     assert ours.encode("a handwritten seven") == theirs.encode("a handwritten seven")
 
 

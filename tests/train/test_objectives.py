@@ -14,13 +14,13 @@ from dreamllm_jax.diffusion.schedule import alphas_cumprod
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train.objectives import (
     StepNoise,
-    count,
     denoising_errors,
     drop_conditions,
+    loss_counts,
     sample_noise,
     sample_timesteps,
 )
-from dreamllm_jax.train.step import row_keys
+from dreamllm_jax.train.step import row_prng_keys
 from tests.train import tiny
 
 fields = [field.name for field in dataclasses.fields(StepNoise)]
@@ -57,7 +57,7 @@ def test_a_packed_row_equals_its_documents_one_by_one(
         lacking = tiny.ROWS - len(alone[i : i + tiny.ROWS])
         some = tiny.packed(alone[i : i + tiny.ROWS] + [[]] * lacking)
         some_noise = rows_of_noise(step_noise, places[i : i + tiny.ROWS] + [None] * lacking)
-        part, metrics, some_grads = joint(params, some, some_noise, count(batch))
+        part, metrics, some_grads = joint(params, some, some_noise, loss_counts(batch))
         loss += part
         sums = {k: v + metrics[k] for k, v in sums.items()}
         grads = {k: g + grads[k] if grads else g for k, g in some_grads.items()}
@@ -90,7 +90,7 @@ def test_padding_changes_nothing(batch, step_noise, joint, params, packed_result
         dream_images=scrambled(batch.dream_images, batch.dream_mask, rng),
     )
     other_noise = jax.tree.map(lambda x: scrambled(x, batch.dream_mask, rng), step_noise)
-    loss, _, grads = joint(params, other, other_noise, count(batch))
+    loss, _, grads = joint(params, other, other_noise, loss_counts(batch))
     np.testing.assert_allclose(loss, packed_result[0], rtol=1e-6)
     same_gradients(grads, packed_result[2])
 
@@ -106,7 +106,7 @@ def test_other_rows_change_nothing(documents, batch, step_noise, joint, params, 
             loss_weights=np.where(keep[:, None], some.loss_weights, 0),
             dream_mask=np.where(keep[:, None], some.dream_mask, False),
         )
-        return joint(params, muted, step_noise, count(batch))
+        return joint(params, muted, step_noise, loss_counts(batch))
 
     loss, metrics, grads = share(batch, step_noise)
     assert metrics["loss_lm"] > 0 and metrics["loss_vm"] > 0
@@ -124,7 +124,7 @@ def test_other_rows_change_nothing(documents, batch, step_noise, joint, params, 
 def test_draws_are_a_function_of_seed_step_and_row():
     @functools.partial(jax.jit, static_argnums=(2, 3))
     def drawn(seed, step, rows, dreams):
-        keys = row_keys(jax.random.key(seed), step, rows)
+        keys = row_prng_keys(jax.random.key(seed), step, rows)
         return sample_noise(keys, dreams, tiny.config(), tiny.stage().loss)
 
     step_noise = drawn(0, 5, 4, 3)
@@ -208,12 +208,12 @@ def test_denoising_errors_by_hand(batch, step_noise, kind):
 
 
 def test_counts(batch):
-    counts = count(batch)
+    counts = loss_counts(batch)
     assert counts.tokens == batch.loss_weights.sum() > 1
     assert counts.dreams == batch.dream_mask.sum() > 1
     assert counts.rows == tiny.ROWS
     nothing = batch.replace(loss_weights=0 * batch.loss_weights, dream_mask=np.zeros_like(batch.dream_mask))
-    assert count(nothing).tokens == 1 and count(nothing).dreams == 1
+    assert loss_counts(nothing).tokens == 1 and loss_counts(nothing).dreams == 1
 
 
 def test_cubic_timesteps_prefer_noisy_steps():

@@ -5,16 +5,16 @@ import types
 
 import pytest
 
-from dreamllm_jax.train import speed
+from dreamllm_jax.train import throughput
 from dreamllm_jax.train.metrics import MetricWriter
-from dreamllm_jax.train.speed import Throughput
+from dreamllm_jax.train.throughput import Throughput
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that is set by hand."""
     now = types.SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now.seconds)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now.seconds)
     return now
 
 

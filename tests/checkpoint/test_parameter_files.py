@@ -11,8 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
-from dreamllm_jax.checkpoint.storage import (
+from dreamllm_jax.checkpoint.parameter_files import (
     INDEX,
     cast,
     flatten,
@@ -23,6 +22,7 @@ from dreamllm_jax.checkpoint.storage import (
     to_device,
     unflatten,
 )
+from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
 
 
 def params():
@@ -130,7 +130,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
 
 def test_a_failing_tensor_leaves_no_readable_folder(tmp_path):
     class Broken:
-        origin, shape, dtype, by_rows = "broken", (2,), np.dtype(np.float32), True
+        origin, shape, dtype, row_readable = "broken", (2,), np.dtype(np.float32), True
 
         def read(self, start=None, stop=None):
             raise ValueError("no")
@@ -141,8 +141,8 @@ def test_a_failing_tensor_leaves_no_readable_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("by_rows", [True, False])
-def test_blocks_share_what_is_read(by_rows, monkeypatch, devices):
+@pytest.mark.parametrize("row_readable", [True, False])
+def test_blocks_share_what_is_read(row_readable, monkeypatch, devices):
     """Every row once, a few at a time where they can be read apart; every device gets its own."""
     values = np.arange(8 * 6 * 4, dtype=np.float32).reshape(8, 6, 4)
     reads = []
@@ -151,7 +151,7 @@ def test_blocks_share_what_is_read(by_rows, monkeypatch, devices):
         origin, shape, dtype = "watched", values.shape, values.dtype
 
         def __init__(self):
-            self.by_rows = by_rows
+            self.row_readable = row_readable
 
         def read(self, start=None, stop=None):
             reads.append((start, stop))
@@ -163,5 +163,5 @@ def test_blocks_share_what_is_read(by_rows, monkeypatch, devices):
         placed = to_device(Watched(), NamedSharding(mesh, spec), jnp.bfloat16)
         np.testing.assert_array_equal(placed, values.astype(jnp.bfloat16))
         assert placed.sharding.spec == spec and placed.dtype == jnp.bfloat16
-        assert reads == ([(0, 2), (2, 4), (4, 6), (6, 8)] if by_rows else [(0, 8)])
+        assert reads == ([(0, 2), (2, 4), (4, 6), (6, 8)] if row_readable else [(0, 8)])
         reads.clear()

@@ -51,11 +51,11 @@ def prepare_index(config: DataConfig, folder: Path) -> None:
             files = [str(file) for file in index_sources(config.sources, folder)]
         except (ValueError, OSError) as error:
             problem, failed = str(error), isinstance(error, OSError)
-    files, problem, failed = distributed.from_main([files, problem, failed])
+    files, problem, failed = distributed.broadcast_from_main([files, problem, failed])
     if problem is not None:
         raise (OSError if failed else ValueError)(problem)
     for file in files:
-        distributed.wait_for(Path(file))
+        distributed.wait_for_file(Path(file))
 
 
 def initial_params(recipe: Recipe, open_model: OpenModel = open_pretrained) -> tuple[DreamLLMConfig, Flat]:
@@ -74,7 +74,9 @@ def initial_params(recipe: Recipe, open_model: OpenModel = open_pretrained) -> t
         for names, what in ((fresh, "drawn afresh"), (loaded.keys() - expected.keys(), "left out")):
             towers = sorted({name.split("/")[0] for name in names})
             if towers:
-                distributed.say(f"{recipe.init_from}: {what}, {len(names)} tensors of {', '.join(towers)}")
+                distributed.print_on_main(
+                    f"{recipe.init_from}: {what}, {len(names)} tensors of {', '.join(towers)}"
+                )
     return recipe.model, {k: fresh[k] if k in fresh else loaded[k] for k in expected}
 
 

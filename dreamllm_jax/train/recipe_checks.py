@@ -36,7 +36,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
         tokenizer's.
     """
     _check_generation(recipe, tokenizer)
-    check_attention(recipe.model, mesh)
+    check_attention_kernels(recipe.model, mesh)
     params = abstract_params(recipe.model)
     for stage in stages:
         try:
@@ -58,7 +58,7 @@ def _check_generation(recipe: Recipe, tokenizer: Tokenizer) -> None:
         raise ValueError(f"generation: {error}") from error
 
 
-def check_attention(model: DreamLLMConfig, mesh: Mesh) -> None:
+def check_attention_kernels(model: DreamLLMConfig, mesh: Mesh) -> None:
     """The kernels that the recipe asks for exist on the mesh's devices, which divide the heads."""
     llama, split = model.llama, mesh.shape["tensor"]
     both = () if llama is None else (llama.num_attention_heads, llama.num_key_value_heads)

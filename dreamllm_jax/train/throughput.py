@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dreamllm_jax.batch import Batch
-from dreamllm_jax.distributed import total
+from dreamllm_jax.distributed import sum_over_processes
 from dreamllm_jax.train.flops import PEAKS
 
 
@@ -50,7 +50,7 @@ class Throughput:
         if not steps:
             return {}
         counts = [self._slots, self._tokens, self._images, self._dreams, self._pictures]
-        slots, tokens, images, dreams, pictures = total(counts)
+        slots, tokens, images, dreams, pictures = sum_over_processes(counts)
         # Processes count the rows that they hold; where `tensor` reaches over hosts some hold the same.
         share = steps * self._step_slots / slots / seconds
         rates = {

@@ -13,9 +13,9 @@ from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.sharding import make_mesh
-from dreamllm_jax.train import checks, loop
-from dreamllm_jax.train.checks import check_recipe
-from dreamllm_jax.train.start import prepare_tokenizer
+from dreamllm_jax.train import loop, recipe_checks
+from dreamllm_jax.train.preparation import prepare_tokenizer
+from dreamllm_jax.train.recipe_checks import check_recipe
 from tests.train.test_loop import RECIPE, changed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -33,7 +33,7 @@ def test_the_handwriting_recipe_passes():
 @pytest.mark.parametrize("shape", [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_the_real_recipes_pass(name, shape, devices, monkeypatch):
     """At full size, on shapes alone; their corpora, which are not here, are not looked for."""
-    monkeypatch.setattr(checks, "check_source", lambda *_: None)
+    monkeypatch.setattr(recipe_checks, "check_source", lambda *_: None)
     recipe = load_recipe(str(CONFIGS / f"{name}.py"))
     check_recipe(recipe, recipe.stages, make_mesh(shape, devices), train_tokenizer(["one"], 300))
 
@@ -49,7 +49,7 @@ def test_a_kernel_that_the_devices_lack():
 
 
 def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):
-    monkeypatch.setattr(checks, "check_source", lambda *_: None)
+    monkeypatch.setattr(recipe_checks, "check_source", lambda *_: None)
     recipe = load_recipe(str(CONFIGS / "llava15.py"))
     mesh, tokenizer = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices), train_tokenizer(["one"], 300)
     uneven = dataclasses.replace(
@@ -75,7 +75,7 @@ def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):
     ],
 )
 def test_only_frozen_parts_can_be_kept_whole(replicated, sentence, devices, monkeypatch):
-    monkeypatch.setattr(checks, "check_source", lambda *_: None)
+    monkeypatch.setattr(recipe_checks, "check_source", lambda *_: None)
     recipe = load_recipe(str(CONFIGS / "stage2.py"))
     recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, replicated=replicated))
     with pytest.raises(ValueError, match=sentence):

@@ -26,10 +26,10 @@ from dreamllm_jax.checkpoint.tensors import (
     ArrayTensor,
     Cast,
     Tensor,
+    chunk_readers,
     contiguous,
-    is_read_together,
+    needs_all_processes,
     num_bytes,
-    pieces,
     row_ranges,
 )
 
@@ -101,7 +101,7 @@ def save_params(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = cast(as_tensors(params), dtype)
     total = sum(num_bytes(t) for t in tensors.values())
-    need_space(folder, total)
+    check_disk_space(folder, total)
     for old in [folder / INDEX, *folder.glob(f"{STEM}*.safetensors")]:
         old.unlink(missing_ok=True)
     with progress_bar(total, f"writing {folder.name}", progress) as step:
@@ -111,8 +111,8 @@ def save_params(
 def read_along(params: Mapping[str, Any]) -> None:
     """What the other processes do while process 0 calls `save_params`: their share of the reading."""
     for tensor in as_tensors(params).values():
-        if is_read_together(tensor):
-            for read in pieces(tensor):
+        if needs_all_processes(tensor):
+            for read in chunk_readers(tensor):
                 read()
 
 
@@ -227,7 +227,7 @@ def progress_bar(total: int, label: str, shown: bool) -> Iterator[Callable[[int]
         yield bar.update
 
 
-def need_space(folder: Path, needed: int) -> None:
+def check_disk_space(folder: Path, needed: int) -> None:
     """Raises ValueError where the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
