@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from dreamllm_jax.aot.activations import activations
-from dreamllm_jax.aot.census import take
+from dreamllm_jax.aot.census import take_census
 from dreamllm_jax.aot.chips import chip_of
 from dreamllm_jax.aot.hlo import parse
 from dreamllm_jax.aot.memory import FREE, DoesNotFit, gib, measure, too_large
@@ -60,7 +60,7 @@ def find(recipe: Recipe, program: LoweredProgram, topology: str, effort: str) ->
         ) from error
     seconds, text = time.perf_counter() - begin, compiled.as_text()
     parsed = parse(text)
-    census = take(parsed, program.mesh.shape)
+    census = take_census(parsed, program.mesh.shape)
     roof = roofline(census, math.fsum(program.model_flops.values()), program.mesh, chip)
     memory = measure(program.arguments, compiled, activations(parsed), chip)
     found = Finding(recipe.name, topology, effort, program, chip, memory, census, roof, seconds)

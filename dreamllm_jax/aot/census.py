@@ -1,4 +1,4 @@
-"""What a compiled program does on one device: FLOPs, HBM bytes, collectives; loops as often as they run."""
+"""What a compiled program does on one device: FLOPs, HBM bytes and collectives, with loops multiplied out."""
 
 from __future__ import annotations
 
@@ -8,24 +8,34 @@ import math
 import re
 from collections.abc import Mapping
 
+import numpy as np
+
 from dreamllm_jax.aot.arithmetic import flops
-from dreamllm_jax.aot.groups import axes_of, replica_groups
-from dreamllm_jax.aot.hlo import Computation, Instruction, Program, Shape, trips
+from dreamllm_jax.aot.hlo import (
+    Computation,
+    Instruction,
+    Program,
+    Shape,
+    loop_body,
+    operation_name,
+    replica_groups,
+    trip_count,
+)
 from dreamllm_jax.aot.traffic import hbm_bytes
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# XLA for TPUs writes a reduce-scatter as a fusion with a computation of this name.
+# On TPUs XLA writes a reduce-scatter as a fusion that calls a computation of this name.
 _SCATTER = "all-reduce-scatter"
-# Parts of the model as they show in the names that JAX gives to operations.
+# Parts of the model, as they appear in the names that JAX gives to operations.
 _TOWERS = re.compile(r"\b(unet|vae|vision|text|llama)\b")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program, as often as it runs (`times`).
+    """One collective of the program, which runs `times` times.
 
-    `operand` and `result` are bytes on one device, each time. `group` devices, which differ along the mesh
-    axes `axes`, take part together.
+    `operand` and `result` are bytes on one device, each time. `group` devices take part together; they differ
+    along the mesh axes `axes`.
     """
 
     kind: str
@@ -39,9 +49,9 @@ class Collective:
 
     @property
     def received(self) -> float:
-        """Bytes that a device takes in, all times together.
+        """Bytes that a device receives, over all times.
 
-        By a ring's algorithm, which moves the least: of n devices each has an n-th, and passes on (n - 1) of
+        Counted for a ring, which moves the least: each of n devices holds one n-th and passes on n - 1 of
         them; an all-reduce does so twice.
         """
         share = (self.group - 1) / self.group
@@ -57,37 +67,52 @@ class Collective:
 
 @dataclasses.dataclass
 class Census:
-    """Sums over a program. `flops` is by part of the model, "other" where the operation names none."""
+    """Sums over a program.
+
+    `flops` is by part of the model, with "other" for operations that name none. `data_dependent_loops` are
+    loops whose trip count is not known; their bodies are counted once.
+    """
 
     flops: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     hbm: float = 0.0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
-    endless: list[str] = dataclasses.field(default_factory=list)  # loops ended by data, counted once
+    data_dependent_loops: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: Census, times: float = 1.0) -> None:
-        """Adds what another does, so many times."""
+        """Adds another census, `times` times."""
         for part, n in other.flops.items():
             self.flops[part] += times * n
         self.hbm += times * other.hbm
         self.collectives += [dataclasses.replace(c, times=c.times * times) for c in other.collectives]
-        self.endless += other.endless
+        self.data_dependent_loops += other.data_dependent_loops
 
     @property
     def total_flops(self) -> float:
         return math.fsum(self.flops.values())
 
 
-def take(program: Program, mesh: Mapping[str, int]) -> Census:
-    """The census of a program partitioned over a mesh (axis -> size)."""
-    return _Taker(program, dict(mesh)).of(program.entry, scheduled=True)
+def take_census(program: Program, mesh: Mapping[str, int]) -> Census:
+    """Returns the census of a program that is partitioned over a mesh (axis -> size)."""
+    return _Counter(program, dict(mesh)).of(program.entry, scheduled=True)
 
 
-class _Taker:
+def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns the mesh axes along which the devices of a group differ, in the mesh's order.
+
+    `mesh` is axis -> size; device indices count through it with the last axis fastest.
+    """
+    coordinates = np.unravel_index(groups, tuple(mesh.values()))
+    return tuple(name for name, c in zip(mesh, coordinates, strict=True) if (c != c[:, :1]).any())
+
+
+class _Counter:
     def __init__(self, program: Program, mesh: dict[str, int]):
         self._program, self._mesh, self._known = program, mesh, {}
 
     def of(self, name: str, scheduled: bool) -> Census:
-        """`scheduled`: its instructions run one by one, and move bytes; those of a fusion do not."""
+        """Returns the census of a computation. Only `scheduled` instructions move bytes, not those of a
+        fusion.
+        """
         if (name, scheduled) not in self._known:
             within, found = self._program.computations[name], Census()
             for instruction in within.instructions.values():
@@ -107,7 +132,7 @@ class _Taker:
             self._loop(found, within, instruction, scheduled)
         elif opcode == "conditional":
             branches = [self.of(name, scheduled) for name in instruction.called]
-            found.add(max(branches, key=lambda b: (b.total_flops, b.hbm)))  # the costliest
+            found.add(max(branches, key=lambda b: (b.total_flops, b.hbm)))  # the most expensive one
         elif opcode == "fusion" and instruction.called[0].startswith(_SCATTER):
             inner = self._program.computations[instruction.called[0]].instructions.values()
             attributes = next(i.attributes for i in inner if i.opcode == "all-reduce")
@@ -122,12 +147,10 @@ class _Taker:
                 found.add(Census(flops={_tower(instruction): n}))
 
     def _loop(self, found: Census, within: Computation, loop: Instruction, scheduled: bool) -> None:
-        body = loop.attribute(r"body=%?([\w.\-]+)")
-        assert body is not None
-        times = trips(self._program, loop, within)
+        times = trip_count(self._program, loop, within)
         if times is None:
-            found.endless.append(loop.name)
-        found.add(self.of(body, scheduled), 1.0 if times is None else float(times))
+            found.data_dependent_loops.append(loop.name)
+        found.add(self.of(loop_body(loop), scheduled), 1.0 if times is None else float(times))
 
     def _collective(
         self, found: Census, within: Computation, instruction: Instruction, kind: str, attributes: str
@@ -135,8 +158,8 @@ class _Taker:
         groups = replica_groups(attributes, math.prod(self._mesh.values()))
         axes = axes_of(groups, self._mesh)
         if not axes:
-            return  # each device with itself
-        results = instruction.made
+            return  # every device is its own group
+        results = instruction.outputs
         operands = self._operands(within, instruction)
         found.collectives.append(
             Collective(
@@ -146,7 +169,7 @@ class _Taker:
                 operand=math.fsum(s.bytes for s in operands),
                 result=math.fsum(s.bytes for s in results),
                 shapes=tuple(results if kind != "reduce-scatter" else operands),
-                source=instruction.attribute(r'op_name="([^"]*)"') or "",
+                source=operation_name(instruction),
             )
         )
 
@@ -155,5 +178,5 @@ class _Taker:
 
 
 def _tower(instruction: Instruction) -> str:
-    found = _TOWERS.search(instruction.attribute(r'op_name="([^"]*)"') or "")
+    found = _TOWERS.search(operation_name(instruction))
     return found.group(1) if found else "other"

@@ -66,7 +66,7 @@ def numbers(finding: Finding) -> dict[str, Any]:
         "model_flops": finding.program.model_flops,
         "compiled_flops": {part: n * chips for part, n in finding.census.flops.items()},
         "compiled_to_model": finding.compiled_flops / model if model else None,
-        "loops_counted_once": finding.census.endless,
+        "loops_counted_once": finding.census.data_dependent_loops,
         "collectives": [
             {"kind": kind, "axes": list(axes), "times": times, "bytes": received}
             for (kind, axes), (times, received) in by_kind(finding.census).items()
@@ -142,7 +142,7 @@ def _work(finding: Finding) -> list[str]:
         lines.append(
             "  less than the model's work: products of few rows are not on the matrix unit, not counted"
         )
-    if finding.census.endless:
+    if finding.census.data_dependent_loops:
         lines.append("  a loop that ends by what it computes is counted as one turn")
     return lines
 

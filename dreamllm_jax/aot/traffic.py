@@ -1,13 +1,20 @@
-"""Bytes that single instructions of a compiled program move between a chip and its HBM."""
+"""Bytes that one instruction of a compiled program moves between a chip and its HBM."""
 
 from __future__ import annotations
 
 import math
 
-from dreamllm_jax.aot.arithmetic import estimate
-from dreamllm_jax.aot.hlo import Computation, Instruction, Program, Shape
+from dreamllm_jax.aot.hlo import (
+    Computation,
+    Instruction,
+    Program,
+    Shape,
+    cost_estimate,
+    is_buffer_allocation,
+)
 
-# What moves nothing itself: names and parts of arrays, control, and the ends of what began elsewhere.
+# Opcodes that move nothing themselves: aliases and parts of arrays, control flow, the ends of asynchronous
+# pairs.
 STILL = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all add-dependency "
     "partition-id replica-id opt-barrier async-start async-update async-done copy-done slice-done "
@@ -17,10 +24,10 @@ _PARTS = ("dynamic-slice", "slice", "gather")
 
 
 def hbm_bytes(program: Program, within: Computation, instruction: Instruction) -> float:
-    """Bytes read and written by a scheduled instruction, each operand and result once.
+    """Returns the bytes that a scheduled instruction reads and writes, each operand and result once.
 
-    Of an array of which a slice is taken or overwritten only the slice counts. What lies in on-chip memory
-    does not. Arrays are taken without the padding of their tiles.
+    Where a slice of an array is read or overwritten, only the slice counts. On-chip memory does not count.
+    Arrays are counted without the padding of their tiles.
     """
     opcode = instruction.opcode
     if opcode in STILL:
@@ -28,21 +35,21 @@ def hbm_bytes(program: Program, within: Computation, instruction: Instruction) -
     if opcode == "fusion":
         return _fusion(program, within, instruction)
     if opcode == "custom-call":
-        if said := estimate(instruction)["bytes_accessed"]:
-            return said
-        if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+        if stated := cost_estimate(instruction)["bytes_accessed"]:
+            return stated
+        if is_buffer_allocation(instruction):
             return 0.0
     if opcode == "dynamic-update-slice":
-        return 2 * _held(within.instructions[instruction.operands[1]].results)
+        return 2 * _in_hbm(within.instructions[instruction.operands[1]].results)
     if opcode in _PARTS:
-        return 2 * _held(instruction.results)
+        return 2 * _in_hbm(instruction.results)
     if opcode in ("copy-start", "slice-start"):
         return math.fsum(s.bytes for s in instruction.results[:2] if s.in_hbm)
-    read = math.fsum(_held(within.instructions[name].results) for name in instruction.operands)
-    return read + _held(instruction.made)
+    read = math.fsum(_in_hbm(within.instructions[name].results) for name in instruction.operands)
+    return read + _in_hbm(instruction.outputs)
 
 
-def _held(results: tuple[Shape, ...]) -> float:
+def _in_hbm(results: tuple[Shape, ...]) -> float:
     return math.fsum(s.bytes for s in results if s.in_hbm)
 
 
@@ -63,7 +70,7 @@ def _fusion(program: Program, within: Computation, instruction: Instruction) -> 
 
 
 def _source(fused: Computation, instruction: Instruction) -> Instruction:
-    """What a chain of other names for it began with."""
+    """Follows a chain of bitcasts back to its beginning."""
     while instruction.opcode == "bitcast":
         instruction = fused.instructions[instruction.operands[0]]
     return instruction
@@ -79,8 +86,8 @@ def _written(program: Program, fused: Computation, part: Instruction, result: Sh
 
 
 def _read(program: Program, fused: Computation, value: Instruction) -> float:
-    """Bytes of a parameter that a fusion reads."""
-    whole = math.fsum(s.bytes for s in value.results)
+    """Returns the bytes of a parameter that a fusion reads."""
+    all_bytes = math.fsum(s.bytes for s in value.results)
     total = 0.0
     for user in fused.users[value.name] if value.name in fused.users else ():
         if user.opcode == "bitcast":
@@ -95,5 +102,5 @@ def _read(program: Program, fused: Computation, value: Instruction) -> float:
                 if name == value.name
             )
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
-            return whole
-    return min(whole, total)
+            return all_bytes
+    return min(all_bytes, total)

@@ -1,7 +1,7 @@
 """The names that a recipe may use for code: a short name, or `package.module:attribute`.
 
-A recipe says `sampler="euler"` for a sampler of this package, and `sampler="my_project.samplers:heun"` for one
-from elsewhere. An installed package may give its own code a short name, by an entry point in its
+A recipe says `sampler="euler"` for a sampler of this package, and `sampler="my_project.samplers:heun"` for
+one from elsewhere. An installed package may give its own code a short name, by an entry point in its
 `pyproject.toml`:
 
     [project.entry-points."dreamllm_jax.samplers"]

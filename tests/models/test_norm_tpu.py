@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from dreamllm_jax.aot.census import take
+from dreamllm_jax.aot.census import take_census
 from dreamllm_jax.aot.hlo import parse
 from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.models.unet_blocks import GroupNorm
@@ -21,7 +21,7 @@ def traffic(function, number):
     """Bytes that the compiled program moves from and to HBM on one chip."""
     place = SingleDeviceSharding(topology_devices("v5e:2x2")[0])
     inputs = [jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16, sharding=place)] * number
-    return take(parse(jax.jit(function).lower(*inputs).compile().as_text()), {"data": 1}).hbm
+    return take_census(parse(jax.jit(function).lower(*inputs).compile().as_text()), {"data": 1}).hbm
 
 
 def test_xla_moves_no_more_than_a_kernel_would():

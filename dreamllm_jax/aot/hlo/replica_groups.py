@@ -1,11 +1,10 @@
-"""Which devices talk in a collective: replica groups in each of their written forms, and their mesh axes."""
+"""Replica groups of collectives, in each of the forms in which XLA writes them."""
 
 from __future__ import annotations
 
 import functools
 import math
 import re
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -16,20 +15,20 @@ _PAIRS = re.compile(r"source_target_pairs=(\{(?:\{\d+,\d+\},?)*\})")
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """Device numbers (places in the flattened mesh), [groups, devices of one].
+    """Returns the devices of each group, as indices into the flattened mesh: int [groups, devices of a
+    group].
 
-    The forms: `{{0,1},{2,3}}` (empty: all devices are one group), `[2,4]<=[4,2]T(1,0)`, and
-    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`. Of a permutation, the pairs of source and target.
+    The forms are `{{0,1},{2,3}}` (if empty, all devices are one group), `[2,4]<=[4,2]T(1,0)`, and
+    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`. For a permutation the groups are the pairs of source
+    and target.
 
     Raises:
-      ValueError: none of these.
+      ValueError: the attributes have none of these forms.
     """
     for pattern in (_LISTED, _IOTA, _MESH, _PAIRS):
         if found := pattern.search(attributes):
             return _parse(found.group(1), devices)
-    raise ValueError(
-        f"the collective's replica groups are written in a form that is not known: {attributes[:200]}"
-    )
+    raise ValueError(f"the collective's replica groups are written in an unknown form: {attributes[:200]}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,7 +47,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,16]T(1,0)`: the numbers from 0 in that shape, transposed so; flat."""
+    """Expands `[4,16]T(1,0)`: counts from 0 in that shape, transposes, flattens."""
     shape, _, order = text.partition("T")
     sizes = _numbers(shape)
     numbers = np.arange(math.prod(sizes)).reshape(sizes)
@@ -56,11 +55,13 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _of_mesh(text: str, devices: int) -> np.ndarray:
-    """The named axes vary within a group. `'a':(2)4`: of axis a, cut into 2 and each into 4, these 4."""
+    """Expands groups along named axes. `'a':(2)4` names a part of axis a: split in 2, the 4 within each
+    half.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text)}
     ids = re.search(r"device_ids=\(([^{]*)\) \{", text)
     numbers = _iota(ids.group(1)) if ids else np.arange(devices)
-    # Axes of which only a part is named are cut into what lies before, within and behind it.
+    # An axis of which only a part is named is split into the parts before, within and after it.
     cut: list[tuple[str, int]] = []
     inner: set[int] = set()
     parts = {
@@ -78,12 +79,3 @@ def _of_mesh(text: str, devices: int) -> np.ndarray:
     first = [i for i in range(len(cut)) if i not in inner]
     grid = numbers.reshape([size for _, size in cut]).transpose(first + last)
     return grid.reshape(-1, math.prod(cut[i][1] for i in last))
-
-
-def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a group differ, in the mesh's order.
-
-    `mesh` is axis -> size; device numbers count through it with the last axis fastest.
-    """
-    places = np.unravel_index(groups, tuple(mesh.values()))
-    return tuple(name for name, place in zip(mesh, places, strict=True) if (place != place[:, :1]).any())

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program (`compiled.as_text()`): its computations, instructions and shapes."""
+"""The parser of HLO text: computations, instructions and shapes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ _END = re.compile(r"\}(?:, execution_thread=.*)?$")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array: element type, sizes, and whether it lies in the device's main memory (HBM)."""
+    """An array: its element type, its dimensions, and whether it is in the device's main memory (HBM)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -39,31 +38,36 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `name = result opcode(operands), attributes`. A tuple has several results."""
+    """One line: `name = result opcode(operands), attributes`. A tuple has several results.
+
+    `argument` is the text between the parentheses.
+    """
 
     name: str
     opcode: str
     results: tuple[Shape, ...]
     operands: tuple[str, ...]
-    argument: str  # the text between the brackets
+    argument: str
     attributes: str
     root: bool
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a regular expression found among the attributes."""
+        """Returns the first group of a regular expression that is searched in the attributes; None without a
+        match.
+        """
         found = re.search(pattern, self.attributes)
         return found.group(1) if found else None
 
     @property
-    def made(self) -> tuple[Shape, ...]:
-        """Its results, without the operands that the beginning of a collective names beside them."""
+    def outputs(self) -> tuple[Shape, ...]:
+        """Its results, without the operands that an asynchronous collective lists beside them."""
         if self.opcode == "all-gather-start":
             return self.results[len(self.results) // 2 :]
         return self.results[1:2] if self.opcode == "collective-permute-start" else self.results
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The computations that it names, branches last."""
+        """The names of the computations that it calls, branches last."""
         branches = _BRANCHES.search(self.attributes)
         listed = _NAME.findall(branches.group(1)) if branches else []
         return (*_CALLED.findall(self.attributes), *listed)
@@ -71,7 +75,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A named list of instructions, in the order of their schedule."""
+    """A named list of instructions, in scheduled order."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -82,7 +86,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """By instruction: those that take it as an operand."""
+        """The instructions that take each instruction as an operand, by its name."""
         found: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
             for name in dict.fromkeys(instruction.operands):
@@ -91,24 +95,24 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """In the order of the call's operands."""
+        """The parameters, in the order of the call's operands."""
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.argument))
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """All computations by name, and the name of the one that begins."""
+    """All computations by name, and the name of the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
 
 
 def parse(text: str) -> Program:
-    """The program of an HLO module's text.
+    """Parses the text of an HLO module.
 
     Raises:
-      ValueError: the text has no entry computation, or an instruction that cannot be read.
+      ValueError: the text has no entry computation, or an instruction that cannot be parsed.
     """
     computations: dict[str, Computation] = {}
     entry, current = None, None
@@ -126,9 +130,8 @@ def parse(text: str) -> Program:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """The lines that begin something, each with those behind it that go on with it.
-
-    Attributes of kernels have line breaks, behind which anything may stand.
+    """Yields logical lines: kernels have attributes with line breaks, which are joined to the line they
+    continue.
     """
     parts: list[str] = []
     for line in text.splitlines():
@@ -143,7 +146,7 @@ def _instruction(line: str, head: re.Match[str]) -> Instruction:
     begin = _closing(line, head.end()) if line[head.end()] == "(" else line.index(" ", head.end())
     opcode = _OPCODE.match(line, begin)
     if opcode is None:
-        raise ValueError(f"the compiled program has an instruction that cannot be read: {line[:200]}")
+        raise ValueError(f"the compiled program has an instruction that cannot be parsed: {line[:200]}")
     end = _closing(line, opcode.end() - 1)
     argument = line[opcode.end() : end - 1]
     return Instruction(
@@ -158,7 +161,7 @@ def _instruction(line: str, head: re.Match[str]) -> Instruction:
 
 
 def _closing(line: str, begin: int) -> int:
-    """The place behind the bracket that closes the one at `begin`."""
+    """Returns the index after the parenthesis that closes the one at `begin`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(line, begin):
         depth += 1 if found.group() == "(" else -1
@@ -169,7 +172,7 @@ def _closing(line: str, begin: int) -> int:
 
 @functools.lru_cache(maxsize=65536)
 def shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays of `bf16[4,8]{1,0:T(8,128)}` or of a tuple of such; S(1) and above is not HBM."""
+    """Parses `bf16[4,8]{1,0:T(8,128)}`, or a tuple of such; memory space S(1) and above is not HBM."""
     return tuple(
         Shape(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), "S(" not in layout)
         for dtype, dims, layout in _SHAPE.findall(text)
@@ -178,32 +181,5 @@ def shapes(text: str) -> tuple[Shape, ...]:
 
 @functools.cache
 def bits(dtype: str) -> int:
-    """Bits of one element: `bf16` 16, `f8e4m3fn` 8, `pred` 8."""
+    """Returns the bits of one element: `bf16` 16, `f8e4m3fn` 8, `pred` 8."""
     return _BITS[dtype] if dtype in _BITS else int(re.sub(r"^[a-z]+", "", dtype).split("e")[0])
-
-
-def trips(program: Program, loop: Instruction, within: Computation) -> int | None:
-    """How often a `while` runs: what the compiler knows, or a counter's limit; None where data decide."""
-    if known := _TRIPS.search(loop.attributes):
-        return int(known.group(1))
-    name = loop.attribute(r"condition=%?([\w.\-]+)")
-    assert name is not None
-    condition = program.computations[name]
-    root = condition.root
-    if root.opcode != "compare" or root.attribute(r"direction=(\w+)") != "LT":
-        return None
-    counter, limit = (condition.instructions[n] for n in root.operands)
-    if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
-        return None
-    begin = _start(within, loop, int(counter.attribute(r"index=(\d+)") or 0))
-    return max(0, int(limit.argument) - begin)
-
-
-def _start(within: Computation, loop: Instruction, index: int) -> int:
-    """What a loop's counter begins with; 0, as in every scan, where it is not written as a constant."""
-    start = within.instructions[loop.operands[0]]
-    if start.opcode == "tuple":
-        start = within.instructions[start.operands[index]]
-    while start.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        start = within.instructions[start.operands[0]]
-    return int(start.argument) if start.opcode == "constant" else 0
