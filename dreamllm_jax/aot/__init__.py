@@ -1,1 +1,7 @@
-"""Compiles programs for TPUs that are not there: whether they fit, and how fast they can be at most."""
+"""Compiles a recipe's programs for chips that are not there, and reports memory, FLOPs and the least time of
+a step.
+
+In: a recipe, one of its programs, and a topology such as `v5p:4x4x4`.
+Out: a report (text, JSON, figure), or the fastest settings that fit.
+Never: runs a program, or needs an accelerator.
+"""

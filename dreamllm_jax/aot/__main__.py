@@ -1,10 +1,10 @@
 """`python -m dreamllm_jax.compile --config=configs/stage2.py --topology=v5p:4x4x4`: compiles without chips.
 
-The TPU's own compiler (libtpu, which needs no TPU) makes a recipe's exact train step, or a program of its
-generation, for a described topology. Printed, and written to --out, are the memory of a chip by kind, model
-and compiled FLOPs, collectives, and how fast the program can be at most. Any setting of the recipe can be
-changed behind it: `--config.mesh.fsdp=16`, `--config.stages.stage2.optim.grad_accum_steps=4`. `--search`
-looks for the mesh, the gradient accumulation and the remat itself.
+The TPU's own compiler (libtpu, which needs no TPU) compiles a recipe's exact train step, or a program of its
+generation, for a topology. The report has the memory of a chip by kind, the model's and the compiled FLOPs,
+the collectives, and a lower bound of the time. Settings of the recipe can be overridden, for example
+`--config.mesh.fsdp=16` or `--config.stages.stage2.optim.grad_accum_steps=4`. `--search` finds the mesh, the
+gradient accumulation and the remat policies.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from dreamllm_jax.aot.activations import activations
 from dreamllm_jax.aot.census import take_census
 from dreamllm_jax.aot.chips import chip_of
 from dreamllm_jax.aot.hlo import parse
-from dreamllm_jax.aot.memory import FREE, DoesNotFit, gib, measure, too_large
-from dreamllm_jax.aot.picture import draw
+from dreamllm_jax.aot.memory import FREE_SHARE, DoesNotFit, gib, measure, too_large
 from dreamllm_jax.aot.program import (
     EFFORTS,
     GENERATION,
@@ -33,20 +32,22 @@ from dreamllm_jax.aot.program import (
     generation_program,
     train_program,
 )
-from dreamllm_jax.aot.report import Finding, numbers, table
+from dreamllm_jax.aot.report import CompileReport, to_json, to_text
 from dreamllm_jax.aot.roofline import roofline
 from dreamllm_jax.aot.search import search
-from dreamllm_jax.aot.search_report import searched, summary
+from dreamllm_jax.aot.search_report import search_summary, search_to_json
 from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.config.recipe_files import load_recipe
 from dreamllm_jax.config.train import Recipe, StageConfig
 
 
-def find(recipe: Recipe, program: LoweredProgram, topology: str, effort: str) -> tuple[Finding, str]:
-    """Compiles a program: what it found, and the compiled text.
+def compile_and_report(
+    recipe: Recipe, program: LoweredProgram, topology: str, effort: str
+) -> tuple[CompileReport, str]:
+    """Compiles a program; returns its report and the compiled text.
 
     Raises:
-      DoesNotFit: it needs more memory than a chip has, so that there is no program.
+      DoesNotFit: the program needs more memory than a chip has.
     """
     chip, begin = chip_of(program.mesh.devices.flat[0].device_kind), time.perf_counter()
     try:
@@ -63,12 +64,14 @@ def find(recipe: Recipe, program: LoweredProgram, topology: str, effort: str) ->
     census = take_census(parsed, program.mesh.shape)
     roof = roofline(census, math.fsum(program.model_flops.values()), program.mesh, chip)
     memory = measure(program.arguments, compiled, activations(parsed), chip)
-    found = Finding(recipe.name, topology, effort, program, chip, memory, census, roof, seconds)
+    found = CompileReport(recipe.name, topology, effort, program, chip, memory, census, roof, seconds)
     return found, text
 
 
 def main() -> None:
-    """Parses the command line and compiles; the exit code is 1 where that is impossible or does not fit."""
+    """Parses the command line and compiles. The exit code is 1 if the request is wrong or the program does
+    not fit.
+    """
     options, overrides = _parser().parse_known_args()
     try:
         _run(options, overrides)
@@ -86,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--topology", required=True, help="e.g. v5p:4x4x4, v5e:16x16, or v5p:4x4x4*2 for two slices")
     add("--stage", help="the recipe's stage of this name (default: its first)")
     add("--program", choices=("train", *GENERATION), default="train")
-    add("--batch-size", type=int, default=8, help="prompts or pictures at once, for programs of generation")
+    add("--batch-size", type=int, default=8, help="prompts or images at once, for programs of generation")
     add(
         "--effort",
         choices=tuple(EFFORTS),
         default="low",
-        help="full: as a run compiles; takes 8 times as long",
+        help="full: as a training run compiles; takes 8 times as long",
     )
     add(
         "--search",
@@ -99,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=3,
         metavar="N",
-        help="look for the fastest mesh, accumulation and remat that fit, with up to N compilations (3)",
+        help="find the fastest mesh, gradient accumulation and remat that fit, with up to N compilations (3)",
     )
     add("--out", type=Path, help="folder for compile.json, compile.png and program.hlo.txt")
     return parser
@@ -118,14 +121,14 @@ def _run(options: Any, overrides: list[str]) -> None:
         program = train_program(recipe, stage, devices)
     else:
         program = generation_program(recipe, options.program, options.batch_size, devices)
-    found, text = find(recipe, program, options.topology, options.effort)
-    print(table(found), flush=True)
+    found, text = compile_and_report(recipe, program, options.topology, options.effort)
+    print(to_text(found), flush=True)
     if options.out is not None:
         write(found, text, options.out)
     if not found.memory.fits:
         raise ValueError(
-            f"{recipe.name}, {program.name} does not fit on {options.topology}: of {gib(found.memory.hbm)} a "
-            f"chip {found.memory.free:.1%} stay free, and {FREE:.0%} must."
+            f"{recipe.name}, {program.name} does not fit on {options.topology}: {found.memory.free:.1%} of "
+            f"a chip's {gib(found.memory.hbm)} stays free, and {FREE_SHARE:.0%} must."
         )
 
 
@@ -133,32 +136,35 @@ def _search(options: Any, recipe: Recipe, stage: StageConfig, devices: list[Any]
     if options.search < 1 or options.program != "train":
         raise ValueError(f"--search={options.search}: give at least 1, and --program=train.")
 
-    def compiled(recipe: Recipe, stage: StageConfig) -> Finding:
-        return find(recipe, train_program(recipe, stage, devices), options.topology, options.effort)[0]
+    def compiled(recipe: Recipe, stage: StageConfig) -> CompileReport:
+        program = train_program(recipe, stage, devices)
+        return compile_and_report(recipe, program, options.topology, options.effort)[0]
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, flush=True)
 
     chip = chip_of(devices[0].device_kind)
-    found = search(recipe, stage, devices, chip, options.search, compiled, say)
-    say(summary(found, stage, chip))
+    found = search(recipe, stage, devices, chip, options.search, compiled, log)
+    log(search_summary(found, stage, chip))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(searched(found, stage), indent=1) + "\n"
+        text = json.dumps(search_to_json(found, stage), indent=1) + "\n"
         (options.out / "search.json").write_text(text, encoding="utf-8")
     if found.best is None:
         raise ValueError(
-            f"{recipe.name}, {stage.name}: of {len(found.tried)} candidates that were compiled none fits on "
+            f"{recipe.name}, {stage.name}: none of the {len(found.trials)} compiled candidates fits on "
             f"{options.topology}; give --search more than {options.search}, or take more chips."
         )
 
 
-def write(found: Finding, text: str, folder: Path) -> None:
-    """Leaves the numbers, the picture and the compiled text in a folder."""
+def write(found: CompileReport, text: str, folder: Path) -> None:
+    """Writes the report as JSON and as a figure, and the compiled text, into a folder."""
+    from dreamllm_jax.aot.plot import save_figure  # matplotlib is slow to import
+
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compile.json").write_text(json.dumps(numbers(found), indent=1) + "\n", encoding="utf-8")
+    (folder / "compile.json").write_text(json.dumps(to_json(found), indent=1) + "\n", encoding="utf-8")
     (folder / "program.hlo.txt").write_text(text, encoding="utf-8")
-    draw(found).save(folder / "compile.png")
+    save_figure(found, folder / "compile.png")
 
 
 def run() -> None:

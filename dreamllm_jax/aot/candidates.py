@@ -1,4 +1,4 @@
-"""The meshes, accumulations and remats that a stage could run with on some devices."""
+"""The meshes, gradient accumulation steps and remat policies that a stage could run with on given devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dreamllm_jax.aot.estimate import Load
+from dreamllm_jax.aot.estimate import StageWork
 from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import MeshConfig, Recipe, StageConfig
 from dreamllm_jax.models.parameters import Flat
@@ -19,21 +19,21 @@ from dreamllm_jax.train.state import partition
 
 REMATS = ("none", "dots", "minimal", "full", "offload")
 PICTURES = ("vision", "unet", "vae")
-# Fewer tokens of a row on a chip, and more chips for a layer, are never the best of what fits.
+# Fewer tokens of a row on a chip, or more chips for a layer, are never the fastest candidate that fits.
 LEAST_TOKENS = 256
 MOST_TENSOR = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What the search may change of a recipe; the rows of a step stay."""
+    """The settings of a recipe that the search varies. The batch size stays."""
 
     mesh: MeshConfig
     grad_accum_steps: int
     remat: RematConfig
 
     def applied(self, recipe: Recipe, stage: StageConfig) -> tuple[Recipe, StageConfig]:
-        """The recipe and its stage with this in place of their own."""
+        """Returns the recipe and its stage with these settings."""
         changed = dataclasses.replace(
             stage, optim=dataclasses.replace(stage.optim, grad_accum_steps=self.grad_accum_steps)
         )
@@ -42,7 +42,7 @@ class Candidate:
         return dataclasses.replace(recipe, mesh=self.mesh, model=model, stages=stages), changed
 
     def overrides(self, stage: StageConfig) -> list[str]:
-        """For the command line, with every setting of the candidate, also those that the recipe has."""
+        """Returns all settings as overrides for the command line, including those that equal the recipe's."""
         mesh = {f"mesh.{name}": value for name, value in vars(self.mesh).items()}
         mesh["mesh.replicated"] = repr(self.mesh.replicated).replace(" ", "").replace("'", '"')
         remat = {f"model.remat.{tower}": policy for tower, policy in vars(self.remat).items()}
@@ -50,11 +50,11 @@ class Candidate:
         return [f"--config.{path}={value}" for path, value in (mesh | parts | remat).items()]
 
     def title(self) -> tuple[str, str, str]:
-        """Mesh, accumulation and remat, in words."""
+        """Returns the mesh, the gradient accumulation and the remat policies as text."""
         axes = {k: v for k, v in vars(self.mesh).items() if k != "replicated" and v > 1}
         mesh = " x ".join(f"{name} {n}" for name, n in axes.items()) or "1 chip"
         if self.mesh.replicated:
-            mesh += f", whole {'+'.join(self.mesh.replicated)}"
+            mesh += f", replicated {'+'.join(self.mesh.replicated)}"
         remat = ", ".join(f"{tower} {policy}" for tower, policy in vars(self.remat).items())
         return mesh, f"accumulation {self.grad_accum_steps}", f"remat {remat}"
 
@@ -62,13 +62,13 @@ class Candidate:
 def meshes(
     recipe: Recipe, stage: StageConfig, params: Flat, devices: list[Any]
 ) -> list[tuple[MeshConfig, Mesh]]:
-    """Every mesh of all devices that the parameters and a micro-batch of one row a device allow.
+    """Returns every mesh over all devices that the parameters and a micro-batch of one row per device allow.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no such mesh.
     """
     least = dataclasses.replace(stage, optim=dataclasses.replace(stage.optim, grad_accum_steps=1))
-    found, refused = [], ["its rows are too short to split"]
+    found, rejections = [], ["its rows are too short to split"]
     for sizes in _factors(len(devices), 4):
         _, _, tensor, context = sizes
         if tensor > MOST_TENSOR or stage.data.length % context:
@@ -83,18 +83,19 @@ def meshes(
                 check_batch_size(least, mesh)
                 check_shardings(stage, params, mesh, replicated)
             except ValueError as error:
-                refused.append(str(error))
+                rejections.append(str(error))
             else:
                 found.append((config, mesh))
     if not found:
         raise ValueError(
-            f"no mesh of {len(devices)} devices suits stage {stage.name!r}; the last: {refused[-1]}"
+            f"no mesh of {len(devices)} devices fits stage {stage.name!r}; the last rejection: "
+            f"{rejections[-1]}"
         )
     return found
 
 
 def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All that multiply to `number`, in order."""
+    """Yields all tuples of `parts` factors whose product is `number`."""
     if parts == 1:
         yield (number,)
         return
@@ -105,22 +106,22 @@ def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def _replicated_choices(stage: StageConfig, params: Flat) -> list[tuple[str, ...]]:
-    """None, the frozen towers of pictures, or all frozen towers."""
+    """Returns the choices for `mesh.replicated`: nothing, the frozen image towers, or all frozen towers."""
     trainable, frozen = ({path.split("/")[0] for path in part} for part in partition(params, stage.trainable))
     towers = [name for name in ("llama", *PICTURES) if name in frozen - trainable]
     pictures = tuple(name for name in towers if name != "llama")
     return list(dict.fromkeys([(), pictures, tuple(towers)]))
 
 
-def accumulations(stage: StageConfig, mesh: Mesh) -> list[int]:
-    """The numbers of micro-batches that leave every device a row at least."""
+def accumulation_steps(stage: StageConfig, mesh: Mesh) -> list[int]:
+    """Returns the numbers of micro-batches that leave every device at least one row."""
     rows = stage.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     return [n for n in range(1, rows + 1) if rows % n == 0]
 
 
-def remats(recipe: Recipe, load: Load) -> list[RematConfig]:
-    """Every policy for each tower that gradients flow through; the recipe's for all others."""
-    towers = list(load.steered)
+def remats(recipe: Recipe, work_of_stage: StageWork) -> list[RematConfig]:
+    """Returns all combinations of policies for the towers that gradients flow through."""
+    towers = list(work_of_stage.with_gradients)
     return [
         dataclasses.replace(recipe.model.remat, **dict(zip(towers, policies, strict=True)))
         for policies in itertools.product(REMATS, repeat=len(towers))

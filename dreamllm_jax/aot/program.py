@@ -1,4 +1,4 @@
-"""The programs that a recipe runs, lowered for described devices: the train step, and those of generation."""
+"""Lowers the programs of a recipe for described devices: the train step, and those of generation."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from dreamllm_jax.train.state import abstract_state
 from dreamllm_jax.train.step import train_step
 
 GENERATION = ("prefill", "decode", "denoise")
-# By effort: what the compiler is told. At low effort a 7B step compiles in about an eighth of the time; FLOPs
-# and memory are the same to a few percent. 9 is XLA's EFFORT_O0: "exec_time_optimization_effort" -1 before,
-# which libtpu 0.0.50 refuses. 0 would be no choice at all, that is full effort.
+# Compiler options by effort. At low effort a 7B step compiles in about an eighth of the time; FLOPs and
+# memory are the same to a few percent. 9 is XLA's EFFORT_O0. The older option "exec_time_optimization_effort"
+# is refused by libtpu 0.0.50. 0 means unset, which is full effort.
 EFFORTS: dict[str, dict[str, int]] = {"low": {"optimization_level": 9}, "full": {}}
 
 
@@ -38,8 +38,8 @@ EFFORTS: dict[str, dict[str, int]] = {"low": {"optimization_level": 9}, "full": 
 class LoweredProgram:
     """A program before it is compiled.
 
-    `arguments` are its inputs by kind, as shapes in their places; `model_flops` is its useful work by tower,
-    of all devices together, each time that it runs.
+    `arguments` are its inputs by kind, as shapes with shardings. `model_flops` is the model's own work by
+    tower, over all devices, each time the program runs.
     """
 
     name: str
@@ -50,15 +50,15 @@ class LoweredProgram:
 
 
 def compile_program(program: LoweredProgram, effort: str) -> jax.stages.Compiled:
-    """The compiler's output; `effort` is a key of EFFORTS."""
+    """Compiles a program; `effort` is a key of EFFORTS."""
     return program.lowered.compile(compiler_options=EFFORTS[effort])
 
 
 def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> LoweredProgram:
-    """The train step of a stage, as `train.loop` runs it.
+    """Lowers the train step of a stage, as `train.loop` runs it.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the parameters, rows or kernels do not fit the mesh.
+      ValueError: the mesh does not fit the devices, or the parameters, batch or kernels do not fit the mesh.
     """
     mesh = make_mesh(recipe.mesh, devices)
     check_attention_kernels(recipe.model, mesh)
@@ -82,7 +82,7 @@ def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> Low
 
 
 def abstract_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Any:
-    """Shapes and places of a stage's batches."""
+    """Returns the shapes and shardings of a stage's batches."""
     layout = row_layout(stage.data, recipe.model, null_dream=stage.loss.condition_dropout > 0)
     sharding, rows = batch_sharding(mesh), stage.data.batch_size
 
@@ -93,23 +93,23 @@ def abstract_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Any:
 
 
 def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any]) -> LoweredProgram:
-    """One of GENERATION for `rows` prompts (pictures), with weights in the model's dtype.
+    """Lowers one of GENERATION for `rows` prompts (or images), with weights in the model's dtype.
 
-    Prompts fill what `generation.max_new_tokens` leaves of the context. The decoding loop ends by what is
-    written; its costs are those of one token.
+    Prompts fill the context except for `generation.max_new_tokens`. The decoding loop depends on data, so its
+    cost is that of one token.
 
     Raises:
-      ValueError: the mesh does not fit the devices or the parameters, or the model cannot do this.
+      ValueError: the mesh does not fit the devices or the parameters, or the model lacks the tower.
     """
-    # A saved model names no kernels: `DreamLLM` runs with the default ones.
+    # A saved model names no attention kernels: `DreamLLM` runs with the default ones.
     config = dataclasses.replace(recipe.model, attention=AttentionConfig())
     recipe, mesh = dataclasses.replace(recipe, model=config), make_mesh(recipe.mesh, devices)
     if config.llama is None or (name == "denoise" and not config.draws):
         raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
     check_attention_kernels(config, mesh)
     flat = abstract_params(config)
-    places, dtype = parameter_shardings(flat, mesh, recipe.mesh.replicated), jnp.dtype(config.dtype)
-    flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=places[k]) for k, v in flat.items()}
+    shardings, dtype = parameter_shardings(flat, mesh, recipe.mesh.replicated), jnp.dtype(config.dtype)
+    flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=shardings[k]) for k, v in flat.items()}
     params = unflatten_dict(flat, sep="/")
     make = {"prefill": _prefill, "decode": _decode, "denoise": _denoise}[name]
     with jax.set_mesh(mesh):
@@ -136,12 +136,12 @@ def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...
     config, new = recipe.model, recipe.generation.max_new_tokens
     read, inputs = _prefill(recipe, params, rows)
     read, reading_of = _flat(read)
-    # The cache lies where reading the prompts leaves it.
+    # The KV cache has the sharding that prefill gives it.
     compiled = jax.jit(read).lower(params, *inputs).compile(compiler_options=EFFORTS["low"])
     shapes = jax.eval_shape(read, params, *inputs)
     state = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        for x, place in zip(shapes, compiled.output_shardings, strict=True)
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for x, sharding in zip(shapes, compiled.output_shardings, strict=True)
     ]
 
     def others() -> tuple[Any, ...]:
@@ -161,9 +161,9 @@ def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...
 
 
 def _flat(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], Callable[[list[Any]], Any]]:
-    """A function with its result as a list of arrays, and what makes the result of such a list.
+    """Returns the function with its result flattened to a list of arrays, and the inverse of the flattening.
 
-    Containers whose fields are checked to be arrays cannot hold shapes.
+    Containers whose fields are type-checked as arrays cannot hold shapes.
     """
     structures = []
 

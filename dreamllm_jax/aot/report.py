@@ -1,4 +1,4 @@
-"""What a compilation found, as numbers (`compile.json`) and as a table."""
+"""The report of a compilation, as JSON (`compile.json`) and as text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import jax
 
 from dreamllm_jax.aot.census import Census, Collective
 from dreamllm_jax.aot.chips import Chip
-from dreamllm_jax.aot.memory import FREE, Memory, gib
+from dreamllm_jax.aot.memory import FREE_SHARE, Memory, gib
 from dreamllm_jax.aot.program import LoweredProgram
 from dreamllm_jax.aot.roofline import Roofline
 
-LARGEST = 8  # collectives that are listed one by one
+LARGEST = 8  # number of collectives that are listed individually
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """Everything about one compiled program."""
+class CompileReport:
+    """Everything that is known about one compiled program. `seconds` is the time of compiling it."""
 
     recipe: str
     topology: str
@@ -31,47 +31,47 @@ class Finding:
     memory: Memory
     census: Census
     roofline: Roofline
-    seconds: float  # of compiling
+    seconds: float
 
     @property
     def compiled_flops(self) -> float:
-        """FLOPs of all devices together."""
+        """FLOPs over all devices."""
         return self.census.total_flops * self.program.mesh.size
 
 
-def numbers(finding: Finding) -> dict[str, Any]:
-    """The finding as plain JSON; bytes and seconds are of one chip, FLOPs of all."""
-    chips, roof = finding.program.mesh.size, finding.roofline
-    model = sum(finding.program.model_flops.values())
+def to_json(report: CompileReport) -> dict[str, Any]:
+    """Returns the report as plain JSON values. Bytes and seconds are of one chip, FLOPs of all chips."""
+    chips, roof = report.program.mesh.size, report.roofline
+    model = sum(report.program.model_flops.values())
     return {
-        "recipe": finding.recipe,
-        "program": finding.program.name,
-        "topology": finding.topology,
-        "chip": finding.chip.kind,
-        "mesh": dict(finding.program.mesh.shape),
+        "recipe": report.recipe,
+        "program": report.program.name,
+        "topology": report.topology,
+        "chip": report.chip.kind,
+        "mesh": dict(report.program.mesh.shape),
         "compiler": {
             "jax": jax.__version__,
             "libtpu": importlib.metadata.version("libtpu"),
-            "effort": finding.effort,
-            "seconds": round(finding.seconds, 1),
+            "effort": report.effort,
+            "seconds": round(report.seconds, 1),
         },
         "memory": {
-            "bytes": finding.memory.kinds,
-            "used": finding.memory.used,
-            "hbm": finding.memory.hbm,
-            "free": finding.memory.free,
-            "fits": finding.memory.fits,
-            "host": finding.memory.host,
+            "bytes": report.memory.kinds,
+            "used": report.memory.used,
+            "hbm": report.memory.hbm,
+            "free": report.memory.free,
+            "fits": report.memory.fits,
+            "host": report.memory.host,
         },
-        "model_flops": finding.program.model_flops,
-        "compiled_flops": {part: n * chips for part, n in finding.census.flops.items()},
-        "compiled_to_model": finding.compiled_flops / model if model else None,
-        "loops_counted_once": finding.census.data_dependent_loops,
+        "model_flops": report.program.model_flops,
+        "compiled_flops": {part: n * chips for part, n in report.census.flops.items()},
+        "compiled_to_model": report.compiled_flops / model if model else None,
+        "loops_counted_once": report.census.data_dependent_loops,
         "collectives": [
             {"kind": kind, "axes": list(axes), "times": times, "bytes": received}
-            for (kind, axes), (times, received) in by_kind(finding.census).items()
+            for (kind, axes), (times, received) in by_kind(report.census).items()
         ],
-        "largest_collectives": [_listed(c) for c in largest(finding.census)],
+        "largest_collectives": [_listed(c) for c in largest(report.census)],
         "roofline": {
             "seconds": roof.seconds,
             "limit": roof.limit,
@@ -84,7 +84,7 @@ def numbers(finding: Finding) -> dict[str, Any]:
 
 
 def by_kind(census: Census) -> dict[tuple[str, tuple[str, ...]], tuple[float, float]]:
-    """(kind, mesh axes) -> (how many, bytes that a device takes in), the heaviest first."""
+    """Returns (kind, mesh axes) -> (times, bytes that a device receives), the most bytes first."""
     found = collections.defaultdict(lambda: (0.0, 0.0))
     for c in census.collectives:
         times, received = found[c.kind, c.axes]
@@ -93,12 +93,12 @@ def by_kind(census: Census) -> dict[tuple[str, tuple[str, ...]], tuple[float, fl
 
 
 def largest(census: Census) -> list[Collective]:
-    """The collectives that move most, those of the same place in the program together."""
+    """Returns the collectives that move most, merging those of the same operation."""
     found: dict[tuple, Collective] = {}
     for c in census.collectives:
-        place = (c.kind, c.axes, c.shapes, c.source)
-        before = found[place].times if place in found else 0.0
-        found[place] = dataclasses.replace(c, times=before + c.times)
+        key = (c.kind, c.axes, c.shapes, c.source)
+        before = found[key].times if key in found else 0.0
+        found[key] = dataclasses.replace(c, times=before + c.times)
     return sorted(found.values(), key=lambda c: -c.received)[:LARGEST]
 
 
@@ -113,37 +113,37 @@ def _listed(c: Collective) -> dict[str, Any]:
     }
 
 
-def table(finding: Finding) -> str:
-    """What is printed."""
-    memory, roof, program = finding.memory, finding.roofline, finding.program
+def to_text(report: CompileReport) -> str:
+    """Returns the report as text."""
+    memory, roof, program = report.memory, report.roofline, report.program
     mesh = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items() if size > 1) or "1 chip"
     lines = [
-        f"{finding.recipe}, {program.name} on {finding.topology} ({program.mesh.size} x "
-        f"{finding.chip.kind}), mesh {mesh}; compiled in {finding.seconds:.0f} s, effort {finding.effort}",
+        f"{report.recipe}, {program.name} on {report.topology} ({program.mesh.size} x "
+        f"{report.chip.kind}), mesh {mesh}; compiled in {report.seconds:.0f} s, effort {report.effort}",
         "",
         f"memory of a chip: {gib(memory.used)} of {gib(memory.hbm)}, {memory.free:.0%} free "
-        f"({'fits' if memory.fits else 'does not fit'}: {FREE:.0%} must stay free)",
+        f"({'fits' if memory.fits else 'does not fit'}: {FREE_SHARE:.0%} must stay free)",
         *[f"  {kind:<16}{gib(n):>14}" for kind, n in memory.kinds.items() if n],
     ]
     if memory.host:
         lines.append(f"  {'on the host':<16}{gib(memory.host):>14}")
-    return "\n".join([*lines, "", *_work(finding), "", *_transfers(finding.census), "", *_bound(roof)])
+    return "\n".join([*lines, "", *_work(report), "", *_transfers(report.census), "", *_bound(roof)])
 
 
-def _work(finding: Finding) -> list[str]:
-    model, chips = finding.program.model_flops, finding.program.mesh.size
-    compiled = {part: n * chips for part, n in finding.census.flops.items()}
+def _work(report: CompileReport) -> list[str]:
+    model, chips = report.program.model_flops, report.program.mesh.size
+    compiled = {part: n * chips for part, n in report.census.flops.items()}
     lines = [f"{'FLOPs of all chips':<18}{'model':>14}{'compiled':>14}{'ratio':>8}"]
     for part in dict.fromkeys([*model, *compiled]):
         lines.append(_flops_row("  " + part, model, compiled, part))
     totals = {"all": sum(model.values())}, {"all": sum(compiled.values())}
     lines.append(_flops_row("  all", *totals, "all"))
-    if finding.compiled_flops < 0.8 * sum(model.values()):
+    if report.compiled_flops < 0.8 * sum(model.values()):
         lines.append(
-            "  less than the model's work: products of few rows are not on the matrix unit, not counted"
+            "  less than the model's work: products of few rows bypass the matrix unit and are not counted"
         )
-    if finding.census.data_dependent_loops:
-        lines.append("  a loop that ends by what it computes is counted as one turn")
+    if report.census.data_dependent_loops:
+        lines.append("  a loop whose length depends on data is counted as one iteration")
     return lines
 
 
@@ -156,9 +156,9 @@ def _flops_row(title: str, model: Mapping[str, float], compiled: Mapping[str, fl
 def _transfers(census: Census) -> list[str]:
     if not census.collectives:
         return ["no collectives"]
-    lines = [f"{'collectives':<22}{'mesh axes':<20}{'times':>8}{'a chip takes in':>18}"]
+    lines = [f"{'collectives':<22}{'mesh axes':<20}{'times':>8}{'received by a chip':>20}"]
     for (kind, axes), (times, received) in by_kind(census).items():
-        lines.append(f"  {kind:<20}{'+'.join(axes):<20}{times:>8.0f}{gib(received):>18}")
+        lines.append(f"  {kind:<20}{'+'.join(axes):<20}{times:>8.0f}{gib(received):>20}")
     lines.append("the largest:")
     for c in largest(census):
         shapes = ", ".join(f"{s.dtype}[{','.join(map(str, s.dims))}]" for s in c.shapes[:2])
@@ -168,7 +168,7 @@ def _transfers(census: Census) -> list[str]:
 
 
 def _tail(source: str) -> str:
-    """The end of an operation's name, without the names of transformations."""
+    """Returns the end of an operation's name, without the names of transformations."""
     parts = [p for p in source.split("/") if p not in ("while", "body", "closed_call", "checkpoint")]
     return "/".join(parts[-4:])
 
@@ -179,6 +179,6 @@ def _bound(roof: Roofline) -> list[str]:
         lines.append(f"  {name:<16}{seconds:>12.4g}")
     return [
         *lines,
-        f"bound: {roof.bound:.4g} s ({roof.limit}), MFU {roof.mfu(roof.bound):.1%}; "
-        f"nothing overlapping: {roof.serial:.4g} s, MFU {roof.mfu(roof.serial):.1%}",
+        f"lower bound: {roof.bound:.4g} s ({roof.limit}), MFU {roof.mfu(roof.bound):.1%}; "
+        f"without overlap: {roof.serial:.4g} s, MFU {roof.mfu(roof.serial):.1%}",
     ]

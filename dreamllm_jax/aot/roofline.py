@@ -1,4 +1,4 @@
-"""How fast a program can be at most: the seconds that each resource of the chips is busy at its peak."""
+"""A lower bound of a program's time: the seconds that each resource of the chips is busy at its peak."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from dreamllm_jax.aot.topology import links, slices_of
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds by resource: "compute", "hbm", "ici AXES" for each combination of mesh axes, "dcn"."""
+    """Seconds by resource: "compute", "hbm", "ici AXES" for each combination of mesh axes, "dcn".
+
+    `peak` is the FLOP/s of all chips together.
+    """
 
     seconds: dict[str, float]
     model_flops: float
-    peak: float  # of all chips together
+    peak: float
 
     @property
     def limit(self) -> str:
@@ -28,21 +31,21 @@ class Roofline:
 
     @property
     def bound(self) -> float:
-        """Seconds that it takes at least: all resources are busy at once."""
+        """The least number of seconds, if all resources are busy at once."""
         return max(self.seconds.values())
 
     @property
     def serial(self) -> float:
-        """Seconds where one resource waits for another all the time."""
+        """The seconds if nothing overlaps."""
         return math.fsum(self.seconds.values())
 
     def mfu(self, seconds: float) -> float:
-        """The share of the chips' bfloat16 peak that the model's own work is, in a run of so long."""
+        """Returns the model FLOPs utilization (of the bfloat16 peak) of a run that takes `seconds`."""
         return self.model_flops / (self.peak * seconds) if seconds else 0.0
 
 
 def roofline(census: Census, model_flops: float, mesh: Mesh, chip: Chip) -> Roofline:
-    """The bound of a program from its census; `model_flops` are those of all devices together."""
+    """Returns the roofline of a program from its census; `model_flops` is over all devices."""
     seconds = collections.defaultdict(float)
     seconds |= {"compute": census.total_flops / chip.peak, "hbm": census.hbm / chip.hbm_bandwidth}
     for collective in census.collectives:
@@ -52,7 +55,9 @@ def roofline(census: Census, model_flops: float, mesh: Mesh, chip: Chip) -> Roof
 
 
 def _seconds(collective: Collective, mesh: Mesh, chip: Chip) -> dict[str, float]:
-    """By network. Among several slices it goes in two steps: within each, then each chip with its like."""
+    """Returns seconds by network. Over several slices a collective takes two steps: within each slice, then
+    across.
+    """
     slices = slices_of(mesh, collective.axes)
     found = {}
     if slices > 1:
@@ -73,14 +78,14 @@ def _seconds(collective: Collective, mesh: Mesh, chip: Chip) -> dict[str, float]
 
 
 def inside_data(mesh: Mesh) -> int:
-    """Devices along `data` within one slice."""
+    """Returns the number of devices along `data` within one slice."""
     return max(1, mesh.shape["data"] // slices_of(mesh))
 
 
 def _bandwidth(collective: Collective, mesh: Mesh, axes: list[str], chip: Chip) -> float:
-    """Bytes per second that a chip takes in. A permutation's go to one neighbour, along one link.
+    """Returns the bytes per second that a chip receives. A permutation sends to one neighbor, along one link.
 
-    In an all-to-all on a ring of n, what two chips have for each other passes n / 4 links on average.
+    In an all-to-all on a ring of n chips, data passes n / 4 links on average.
     """
     if collective.kind == "collective-permute":
         return chip.link

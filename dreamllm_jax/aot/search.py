@@ -1,4 +1,8 @@
-"""The mesh, accumulation and remat with which a stage fits and is fastest: estimated, then compiled."""
+"""Searches for the mesh, gradient accumulation and remat with which a stage fits and runs fastest.
+
+Every candidate is estimated; the most promising ones are compiled, and what the compiler says corrects the
+estimates of the others.
+"""
 
 from __future__ import annotations
 
@@ -8,85 +12,86 @@ from typing import Any
 
 import jax
 
-from dreamllm_jax.aot.candidates import Candidate, accumulations, meshes, remats
+from dreamllm_jax.aot.candidates import Candidate, accumulation_steps, meshes, remats
 from dreamllm_jax.aot.chips import Chip
-from dreamllm_jax.aot.estimate import Estimate, estimate, held, load_of
-from dreamllm_jax.aot.memory import FREE, DoesNotFit, gib
-from dreamllm_jax.aot.report import Finding
+from dreamllm_jax.aot.estimate import Estimate, estimate, mesh_costs, stage_work
+from dreamllm_jax.aot.memory import FREE_SHARE, DoesNotFit, gib
+from dreamllm_jax.aot.report import CompileReport
 from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.models.parameters import abstract_params
 
-# What the estimate cannot tell apart: the search ends where nothing can be faster by more than this part.
-BLUR = 0.03
-# How much of the time that could overlap is taken not to, where candidates are ordered.
-EXPOSED = 0.1
-# By remat: by what the compiler's memory (the loose part) and bound exceed the estimate.
+# The search ends when no candidate can be faster by more than this share, which the estimate cannot resolve.
+TOLERANCE = 0.03
+# The share of the time that could overlap but is assumed not to, when candidates are ordered.
+EXPOSED_SHARE = 0.1
+# Remat policies -> the factors by which the compiler's memory (the uncertain part) and bound exceed the
+# estimate.
 Scales = dict[RematConfig, tuple[float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Tried:
-    """A candidate that was compiled; without a finding `failure` says in a sentence why."""
+class Trial:
+    """A candidate that was compiled. Without a report, `failure` says in one sentence why."""
 
     candidate: Candidate
     estimate: Estimate
-    finding: Finding | None
+    report: CompileReport | None
     failure: str = ""
 
-    def said(self) -> str:
-        """In words."""
-        if self.finding is None:
+    def describe(self) -> str:
+        """Returns the outcome as text."""
+        if self.report is None:
             return self.failure
-        needs, bound = gib(self.finding.memory.used), self.finding.roofline.bound
-        return f"{'fits' if self.fits else 'does not fit'}: {needs}, at least {bound:.4g} s a step"
+        needs, bound = gib(self.report.memory.used), self.report.roofline.bound
+        return f"{'fits' if self.fits else 'does not fit'}: {needs}, at least {bound:.4g} s per step"
 
     @property
     def fits(self) -> bool:
-        return self.finding is not None and self.finding.memory.fits
+        return self.report is not None and self.report.memory.fits
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What was tried, of how many candidates, of which so many can fit by the estimate."""
+    """The trials, the number of `candidates`, and how many of these fit by the estimate (`likely`)."""
 
-    tried: list[Tried]
+    trials: list[Trial]
     candidates: int
     likely: int
 
     @property
-    def best(self) -> Tried | None:
-        """Of what fits, that with the least bound."""
-        fitting = [t for t in self.tried if t.fits]
-        return min(fitting, key=lambda t: t.finding.roofline.bound, default=None)
+    def best(self) -> Trial | None:
+        """The trial that fits and has the lowest bound."""
+        bounds = {t.report.roofline.bound: t for t in self.trials if t.report is not None and t.fits}
+        return bounds[min(bounds)] if bounds else None
 
 
-def estimated(
+def estimate_candidates(
     recipe: Recipe, stage: StageConfig, devices: list[Any], chip: Chip
 ) -> list[tuple[Candidate, Estimate]]:
-    """All candidates that can fit: what they cannot do without leaves memory free.
+    """Returns all candidates that can fit: those whose certain bytes leave memory free.
 
     Raises:
-      ValueError: the stage's objective has no count of FLOPs, or no mesh suits it, or none leaves memory.
+      ValueError: the FLOPs of the stage's objective are not known, no mesh fits it, or no candidate can fit.
     """
     if stage.objective != "joint":
         raise ValueError(
-            f"--search knows the joint objective only; stage {stage.name!r} has {stage.objective!r}."
+            f"--search supports the joint objective only; stage {stage.name!r} has {stage.objective!r}."
         )
-    params, load = abstract_params(recipe.model), load_of(recipe, stage)
-    policies, found = remats(recipe, load), []
+    params, work = abstract_params(recipe.model), stage_work(recipe, stage)
+    policies, found = remats(recipe, work), []
     for config, mesh in meshes(recipe, stage, params, devices):
-        lies = held(dataclasses.replace(recipe, mesh=config), stage, load, params, mesh)
-        for parts in accumulations(stage, mesh):
+        costs = mesh_costs(dataclasses.replace(recipe, mesh=config), stage, work, params, mesh)
+        for steps in accumulation_steps(stage, mesh):
             for remat in policies:
-                candidate = Candidate(config, parts, remat)
-                guess = estimate(*candidate.applied(recipe, stage), load, lies, mesh, chip)
-                if guess.sure <= (1 - FREE) * chip.hbm:
+                candidate = Candidate(config, steps, remat)
+                guess = estimate(*candidate.applied(recipe, stage), work, costs, mesh, chip)
+                if guess.certain <= (1 - FREE_SHARE) * chip.hbm:
                     found.append((candidate, guess))
     if not found:
         raise ValueError(
-            f"stage {stage.name!r} does not fit on {len(devices)} x {chip.kind}: parameters, "
-            f"optimizer and gradients alone leave less than {FREE:.0%} of {gib(chip.hbm)} free on every mesh."
+            f"stage {stage.name!r} does not fit on {len(devices)} x {chip.kind}: parameters, optimizer and "
+            f"gradients alone leave less than {FREE_SHARE:.0%} of {gib(chip.hbm)} free on every mesh."
         )
     return found
 
@@ -97,45 +102,48 @@ def search(
     devices: list[Any],
     chip: Chip,
     number: int,
-    compiled: Callable[[Recipe, StageConfig], Finding],
-    say: Callable[[str], None],
+    compiled: Callable[[Recipe, StageConfig], CompileReport],
+    log: Callable[[str], None],
 ) -> Search:
     """Compiles up to `number` candidates, the fastest by the estimate first.
 
-    Each compilation corrects the estimates of those with the same remat: time, and memory (twice as much of
-    what is loose, where it does not fit at all). It ends early where one fits and by the estimate none that
-    may fit is faster. `compiled` raises DoesNotFit, or another error of the compiler, where there is no
-    program.
+    Each compilation corrects the estimates of the candidates with the same remat policies: their time, and
+    their uncertain memory (doubled where the compiler gives no program). The search ends early if a candidate
+    fits and no other that may fit is faster by the estimate.
+
+    Args:
+      compiled: compiles a candidate; raises DoesNotFit, or another error of the compiler, if there is no
+      program. log: receives lines of progress.
     """
-    pending = estimated(recipe, stage, devices, chip)
-    tried: list[Tried] = []
+    pending = estimate_candidates(recipe, stage, devices, chip)
+    trials: list[Trial] = []
     scales: Scales = {}
     total, likely = len(pending), sum(guess.fits(chip) for _, guess in pending)
-    say(f"{total} candidates leave memory beside their state; by estimate {likely} fit")
-    while len(tried) < number and pending:
+    log(f"{total} candidates leave memory beside their state; {likely} fit by the estimate")
+    while len(trials) < number and pending:
         pick = _next(pending, scales, chip)
-        if pick is None or _enough(tried, *pick, scales):
+        if pick is None or _is_settled(trials, *pick, scales):
             break
         pending.remove(pick)
         candidate, guess = pick
-        say(f"compiling {len(tried) + 1} of at most {number}: {'; '.join(candidate.title())}")
-        finding, failure = None, ""
+        log(f"compiling {len(trials) + 1} of at most {number}: {'; '.join(candidate.title())}")
+        report, failure = None, ""
         try:
-            finding = compiled(*candidate.applied(recipe, stage))
+            report = compiled(*candidate.applied(recipe, stage))
         except DoesNotFit as error:
             failure, scales[candidate.remat] = str(error), (2.0, 1.0)
-        except (ValueError, jax.errors.JaxRuntimeError) as error:  # the compiler's own faults too
+        except (ValueError, jax.errors.JaxRuntimeError) as error:  # also internal errors of the compiler
             failure = str(error).splitlines()[0]
-        if finding is not None:
-            scales[candidate.remat] = _scale(guess, finding)
-        tried.append(Tried(candidate, guess, finding, failure))
-        say(f"  {tried[-1].said()}")
-    return Search(tried, total, likely)
+        if report is not None:
+            scales[candidate.remat] = _scale(guess, report)
+        trials.append(Trial(candidate, guess, report, failure))
+        log(f"  {trials[-1].describe()}")
+    return Search(trials, total, likely)
 
 
-def _scale(guess: Estimate, finding: Finding) -> tuple[float, float]:
-    loose = max(0.0, finding.memory.used - guess.sure)
-    return loose / max(1.0, guess.loose), finding.roofline.bound / guess.seconds
+def _scale(guess: Estimate, report: CompileReport) -> tuple[float, float]:
+    uncertain = max(0.0, report.memory.used - guess.certain)
+    return uncertain / max(1.0, guess.uncertain), report.roofline.bound / guess.seconds
 
 
 def _scaled(candidate: Candidate, scales: Scales) -> tuple[float, float]:
@@ -145,7 +153,9 @@ def _scaled(candidate: Candidate, scales: Scales) -> tuple[float, float]:
 def _next(
     pending: list[tuple[Candidate, Estimate]], scales: Scales, chip: Chip
 ) -> tuple[Candidate, Estimate] | None:
-    """The fastest that may fit; where by estimate none does, that which needs least."""
+    """Returns the fastest candidate that may fit; if none does by the estimate, the one that needs least
+    memory.
+    """
     fitting = [(c, e) for c, e in pending if e.fits(chip, _scaled(c, scales)[0])]
     if fitting:
         return min(fitting, key=lambda pair: _order(*pair, scales))
@@ -153,11 +163,11 @@ def _next(
 
 
 def _order(candidate: Candidate, guess: Estimate, scales: Scales) -> tuple[float, float]:
-    exposed = EXPOSED * (guess.serial - guess.seconds)
+    exposed = EXPOSED_SHARE * (guess.serial - guess.seconds)
     return _scaled(candidate, scales)[1] * guess.seconds + exposed, guess.memory()
 
 
-def _enough(tried: list[Tried], candidate: Candidate, guess: Estimate, scales: Scales) -> bool:
-    """Whether what fits already is as fast as the next candidate can be."""
-    bounds = [t.finding.roofline.bound for t in tried if t.fits and t.finding is not None]
-    return bool(bounds) and min(bounds) <= (1 + BLUR) * _scaled(candidate, scales)[1] * guess.seconds
+def _is_settled(trials: list[Trial], candidate: Candidate, guess: Estimate, scales: Scales) -> bool:
+    """Returns whether a trial that fits is already as fast as the next candidate can be."""
+    bounds = [t.report.roofline.bound for t in trials if t.fits and t.report is not None]
+    return bool(bounds) and min(bounds) <= (1 + TOLERANCE) * _scaled(candidate, scales)[1] * guess.seconds

@@ -15,25 +15,25 @@ from jax.sharding import Mesh
 
 from dreamllm_jax.aot.chips import CHIPS, Chip
 
-# A compiler without its chips is told what it would ask them and their cloud; the type is any that it knows,
-# since the topology is named in the call.
+# What libtpu would otherwise ask the chips and the cloud. The type may be any that it knows, since the
+# topology is named in the call.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Where JAX sees two devices a chip unless it is told to join its cores, as TPU machines do.
+# Chips that JAX sees as two devices unless their cores are joined, as on TPU machines.
 JOINED_CORES = {"v4": {"chip_config_name": "megacore"}}
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of `v5p:4x4x4`, or of several such slices: `v5p:4x4x4*2`.
+    """Returns the devices of a topology such as `v5p:4x4x4`, or of several slices: `v5p:4x4x4*2`.
 
-    Sets environment variables that libtpu reads when it is loaded, those that are not set yet.
+    Sets environment variables that libtpu reads when it is loaded, unless they are set.
 
     Raises:
-      ValueError: libtpu is not installed, or the topology is none that it knows.
+      ValueError: libtpu is not installed, or it does not know the topology.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", topology)
     name, shape, slices = found.groups() if found else ("", "", None)
@@ -51,26 +51,26 @@ def topology_devices(topology: str) -> list[Any]:
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     if not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", "cpu")  # libtpu is for its compiler only: no TPU is looked for
+        jax.config.update("jax_platforms", "cpu")  # only libtpu's compiler is used
     more = JOINED_CORES[name] if name in JOINED_CORES else {}
     if slices is not None:
         more = more | {"num_slices": int(slices)}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **more)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-        said = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise ValueError(
-            f"--topology={topology}: the TPU's compiler knows no such slice ({said}); its TPUs come in "
-            "shapes such as v5p:2x2x1, v5p:4x4x4, v5e:2x2 and v5e:16x16."
+            f"--topology={topology}: the TPU's compiler does not know this slice ({reason}); its TPUs come "
+            "in shapes such as v5p:2x2x1, v5p:4x4x4, v5e:2x2 and v5e:16x16."
         ) from error
     return list(described.devices)
 
 
 def links(mesh: Mesh, axes: Sequence[str], chip: Chip) -> int:
-    """ICI links of a chip that a collective along these mesh axes can use at once.
+    """Returns the number of ICI links of a chip that a collective along these mesh axes can use at once.
 
-    They may lie along several dimensions of the network. One that they fill and that closes to a ring gives
-    two links, any other one: at the ends of a line everything passes through one link.
+    The axes may span several dimensions of the network. A dimension that they fill and that closes to a ring
+    gives two links, any other dimension one: at the end of a line everything passes through one link.
     """
     group = _group(mesh, axes)
     group = [device for device in group if _slice(device) == _slice(group[0])]
@@ -83,15 +83,15 @@ def links(mesh: Mesh, axes: Sequence[str], chip: Chip) -> int:
 
 
 def slices_of(mesh: Mesh, axes: Sequence[str] | None = None) -> int:
-    """How many slices the devices along these mesh axes (default: all) are of."""
+    """Returns to how many slices the devices along these mesh axes (default: all) belong."""
     return len({_slice(device) for device in _group(mesh, mesh.axis_names if axes is None else axes)})
 
 
 def _group(mesh: Mesh, axes: Sequence[str]) -> list[Any]:
-    """The devices along these axes that are first along all others."""
-    place = tuple(slice(None) if name in axes else slice(1) for name in mesh.axis_names)
-    return list(mesh.devices[place].flat)
+    """Returns the devices along these axes, at index 0 of all other axes."""
+    index = tuple(slice(None) if name in axes else slice(1) for name in mesh.axis_names)
+    return list(mesh.devices[index].flat)
 
 
 def _slice(device: Any) -> int:
-    return getattr(device, "slice_index", 0)  # a single described slice has none
+    return getattr(device, "slice_index", 0)  # a single described slice lacks it

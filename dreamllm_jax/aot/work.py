@@ -1,4 +1,6 @@
-"""What one row or picture costs a tower in a step: FLOPs, and bytes kept for the backward pass; by remat."""
+"""The cost of one row or image for a tower in a step: FLOPs and bytes kept for the backward pass, by remat
+policy.
+"""
 
 from __future__ import annotations
 
@@ -16,37 +18,38 @@ from dreamllm_jax.models.parameters import Flat, abstract_params, nested
 from dreamllm_jax.sharding import match_rule
 from dreamllm_jax.train.flops import count_flops
 
-# A U-Net's layers are of several sizes; its largest keeps about this part of all. A guess, for SD's shapes.
+# A U-Net's layers differ in size; its largest keeps about one part in this many. An assumption for SD's
+# shapes.
 UNET_LAYERS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one row (llama) or one picture: `again` are FLOPs of the forward pass that remat repeats.
+    """Of one row (language model) or one image. `recomputed`: FLOPs of the forward pass that remat repeats.
 
-    Bytes that wait for the backward pass: `kept` on the device, `offloaded` on the host, without weights;
-    `layer`: what one layer keeps of itself while its backward pass runs, whatever the remat.
+    Bytes for the backward pass, without weights: `kept` on the device, `offloaded` to the host, and `layer`,
+    which one layer keeps while its own backward pass runs, with any remat policy.
     """
 
-    again: float = 0.0
+    recomputed: float = 0.0
     kept: float = 0.0
     offloaded: float = 0.0
     layer: float = 0.0
 
 
 def work(config: DreamLLMConfig, tower: str, remat: str, trained: bool, length: int) -> Work:
-    """The work of a tower through which gradients flow, to its weights too if `trained`.
+    """Returns the work of a tower that gradients flow through, also to its weights if `trained`.
 
-    Traced on shapes alone, with XLA's attention; the llama's logits are not in it.
+    Traced on shapes alone, with XLA's attention and without the language model's logits.
     """
-    config = dataclasses.replace(config, remat=RematConfig())  # one key for all that is traced already
+    config = dataclasses.replace(config, remat=RematConfig())  # one cache key for all policies
     flops, kept, offloaded = _traced(config, tower, remat, trained, length)
     least, all_kept, _ = _traced(config, tower, "none", trained, length)
     return Work(max(0.0, flops - least), kept, offloaded, all_kept / _layers(config, tower))
 
 
 def _layers(config: DreamLLMConfig, tower: str) -> int:
-    """By what a tower's largest layer is smaller than the whole, in bytes kept."""
+    """Returns how many times a tower keeps the bytes of its largest layer."""
     if tower == "unet":
         return UNET_LAYERS
     return getattr(config, tower).num_hidden_layers
@@ -56,28 +59,28 @@ def _layers(config: DreamLLMConfig, tower: str) -> int:
 def _traced(
     config: DreamLLMConfig, tower: str, remat: str, trained: bool, length: int
 ) -> tuple[float, float, float]:
-    """FLOPs of both passes, bytes kept, bytes offloaded."""
+    """Returns the FLOPs of both passes, the bytes kept, and the bytes offloaded."""
     policy = dataclasses.replace(config.remat, **{tower: remat})
     module = DreamLLMModule(dataclasses.replace(_without_kernels(config), remat=policy))
     dtype = jnp.dtype(config.dtype)
     weights = {
-        path: jax.ShapeDtypeStruct(x.shape, dtype if match_rule(path)[1] else x.dtype)  # as a step casts them
+        path: jax.ShapeDtypeStruct(x.shape, dtype if match_rule(path)[1] else x.dtype)  # cast as in a step
         for path, x in _params(config).items()
         if path.split("/")[0] in (tower, f"{tower}_projector")
     }
-    method, inputs, steered = _call(config, tower, length)
+    method, shapes, argnum = _call(config, tower, length)
 
-    def run(weights: Flat, steering: Any) -> Any:
-        given = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), x) for x in inputs]
-        given[steered] = steering
+    def run(weights: Flat, driven: Any) -> Any:
+        given = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), x) for x in shapes]
+        given[argnum] = driven
         return module.apply({"params": nested(weights)}, *given, method=method)
 
-    def both(weights: Flat, steering: Any) -> Any:
-        learning = (weights, steering) if trained else (steering,)
-        out, pull = jax.vjp(lambda *x: run(*(x if trained else (weights, *x))), *learning)
+    def both(weights: Flat, driven: Any) -> Any:
+        inputs = (weights, driven) if trained else (driven,)
+        out, pull = jax.vjp(lambda *x: run(*(x if trained else (weights, *x))), *inputs)
         return jax.tree.leaves(pull), pull(jax.tree.map(jnp.ones_like, out))
 
-    jaxpr, (residuals, _) = jax.make_jaxpr(both, return_shape=True)(weights, inputs[steered])
+    jaxpr, (residuals, _) = jax.make_jaxpr(both, return_shape=True)(weights, shapes[argnum])
     known = {(x.shape, x.dtype) for x in weights.values()}
     held = {jax.memory.Space.Device: 0.0, jax.memory.Space.Host: 0.0}
     for aval in {id(v): v.aval for v in jaxpr.jaxpr.outvars[: len(residuals)]}.values():
@@ -92,13 +95,17 @@ def _params(config: DreamLLMConfig) -> Flat:
 
 
 def _without_kernels(config: DreamLLMConfig) -> DreamLLMConfig:
-    """With XLA's attention in chunks, which keeps about what kernels keep; theirs is not traced."""
+    """Returns the config with chunked attention, which keeps about as much as kernels do; kernels are not
+    traced.
+    """
     kinds = {k: v if v in ("xla", "auto") else "chunked" for k, v in vars(config.attention).items()}
     return dataclasses.replace(config, attention=dataclasses.replace(config.attention, **kinds))
 
 
 def _call(config: DreamLLMConfig, tower: str, length: int) -> tuple[Any, list[Any], int]:
-    """The tower's method, the shapes of its inputs, and which of them gradients flow to."""
+    """Returns the tower's method, the shapes of its inputs, and the index of the input that gradients flow
+    to.
+    """
 
     def floats(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))

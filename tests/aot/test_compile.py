@@ -11,7 +11,7 @@ from PIL import Image
 from dreamllm_jax.aot import __main__ as command
 from dreamllm_jax.aot.memory import bytes_held, too_large
 from dreamllm_jax.aot.program import generation_program, train_program
-from dreamllm_jax.aot.report import by_kind, numbers
+from dreamllm_jax.aot.report import by_kind, to_json
 from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import RematConfig
@@ -55,7 +55,7 @@ def recipe(mesh, towers=("llama", "vision"), **stage):
 
 def compiled_step(recipe, devices, effort="low"):
     program = train_program(recipe, recipe.stages[0], devices)
-    return command.find(recipe, program, TOPOLOGY, effort)
+    return command.compile_and_report(recipe, program, TOPOLOGY, effort)
 
 
 def run(monkeypatch, *arguments):
@@ -79,12 +79,12 @@ def test_the_command_and_a_frozen_language_model(devices, file, tmp_path, monkey
     """Nothing is kept for frozen weights, no gradient of them is made or sent."""
     assert run(monkeypatch, file, f"--topology={TOPOLOGY}", f"--out={tmp_path}") is None
     found = json.loads((tmp_path / "compile.json").read_text())
-    held = found["memory"]["bytes"]
+    costs = found["memory"]["bytes"]
     assert found["memory"]["fits"] and "small, seeing on v5e:2x2" in capsys.readouterr().out
     assert Image.open(tmp_path / "compile.png").width > 500
 
-    assert 0 < held["optimizer"] <= 2.5 * held["parameters"] < 0.2 * held["frozen"]
-    assert held["activations"] > 0 and held["temporaries"] > 0
+    assert 0 < costs["optimizer"] <= 2.5 * costs["parameters"] < 0.2 * costs["frozen"]
+    assert costs["activations"] > 0 and costs["temporaries"] > 0
     # Model FLOPs are those of two passes: forward, and towards the projector. A third would be for weights.
     ratio = found["compiled_flops"]["llama"] / found["model_flops"]["llama"]
     assert 0.7 < ratio < 1.2
@@ -92,21 +92,21 @@ def test_the_command_and_a_frozen_language_model(devices, file, tmp_path, monkey
     assert set(moved) == {"all-gather", "all-reduce"} and all(
         c["axes"] == ["fsdp"] for c in found["collectives"]
     )
-    assert moved["all-reduce"] < 8 * held["parameters"]  # float32 gradients of what learns, and the loss
+    assert moved["all-reduce"] < 8 * costs["parameters"]  # float32 gradients of what learns, and the loss
 
 
 def test_the_command_says_what_is_impossible(devices, file, monkeypatch, capsys):
-    def said(*arguments):
+    def message(*arguments):
         assert run(monkeypatch, file, *arguments) == 1
         return capsys.readouterr().err
 
-    assert "--topology=v9:2x2 is unknown" in said("--topology=v9:2x2")
-    assert "knows no such slice" in said("--topology=v5p:3x3x3")
-    assert "data.batch_size=6 is not divisible by the 4 devices" in said(
+    assert "--topology=v9:2x2 is unknown" in message("--topology=v9:2x2")
+    assert "does not know this slice" in message("--topology=v5p:3x3x3")
+    assert "data.batch_size=6 is not divisible by the 4 devices" in message(
         f"--topology={TOPOLOGY}", "--config.stages.seeing.data.batch_size=6"
     )
-    assert "mesh" in said(f"--topology={TOPOLOGY}", "--config.mesh.fsdp=3")
-    assert "no tower" in said(f"--topology={TOPOLOGY}", "--program=denoise")
+    assert "mesh" in message(f"--topology={TOPOLOGY}", "--config.mesh.fsdp=3")
+    assert "no tower" in message(f"--topology={TOPOLOGY}", "--program=denoise")
 
 
 def test_what_does_not_fit(devices, file, monkeypatch, capsys):
@@ -125,16 +125,16 @@ def test_the_search_by_command(devices, file, tmp_path, monkeypatch, capsys):
     """What it prints are overrides that the command itself takes; where nothing fits it says so."""
     assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=1", f"--out={tmp_path}") is None
     found, said = json.loads((tmp_path / "search.json").read_text()), capsys.readouterr().out
-    (tried,) = found["tried"]
-    assert tried["fits"] and found["candidates"] == found["fit_by_estimate"] > 50
-    assert tried["compiled"]["mesh"]["fsdp"] == tried["mesh"]["fsdp"]
+    (trials,) = found["trials"]
+    assert trials["fits"] and found["candidates"] == found["fit_by_estimate"] > 50
+    assert trials["compiled"]["mesh"]["fsdp"] == trials["mesh"]["fsdp"]
     assert "--config.mesh.replicated=" in said and all(o.split("=")[0] in said for o in found["best"])
     assert run(monkeypatch, file, f"--topology={TOPOLOGY}", *found["best"]) is None
 
     small = dataclasses.replace(command.chip_of("TPU v5 lite"), hbm=2e6)
     monkeypatch.setattr(command, "chip_of", lambda kind: small)
     assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=1") == 1
-    assert "of 1 candidates that were compiled none fits" in capsys.readouterr().err
+    assert "none of the 1 compiled candidates fits" in capsys.readouterr().err
     assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=0") == 1
 
 
@@ -169,9 +169,9 @@ def test_a_joint_step_in_micro_batches(devices):
     )
     found, text = compiled_step(wanted, devices)
     assert found.memory.fits
-    held = {k: v for k, v in found.program.arguments.items() if k != "batch"}
+    costs = {k: v for k, v in found.program.arguments.items() if k != "batch"}
     donated = text.split("\n", 1)[0].count("-alias)")
-    assert donated == len(jax.tree.leaves(held)) + 2  # the whole state, its step and its key too
+    assert donated == len(jax.tree.leaves(costs)) + 2  # the whole state, its step and its key too
     across = {kind for kind, axes in by_kind(found.census) if "data" in axes}
     assert across == {"all-reduce"}
     parameters = max(x.size for x in jax.tree.leaves(found.program.arguments))
@@ -182,7 +182,7 @@ def test_a_joint_step_in_micro_batches(devices):
         assert not (c.kind != "all-reduce" and "data" in c.axes), c
     ratios = {k: 4 * found.census.flops[k] / n for k, n in found.program.model_flops.items()}
     assert all(0.6 < ratio < 1.4 for ratio in ratios.values()), ratios
-    assert 0 < numbers(found)["roofline"]["mfu"] < 1
+    assert 0 < to_json(found)["roofline"]["mfu"] < 1
 
 
 def test_weights_are_gathered_once_a_step_where_asked(devices):
@@ -220,6 +220,8 @@ def test_micro_batches_compile_with_full_effort(devices):
 def test_generation_compiles(devices, name):
     towers = ("llama", "unet", "vae") if name == "denoise" else ("llama",)
     wanted = recipe(MeshConfig(1, 2, 2), towers, trainable=("llama",))
-    found, _ = command.find(wanted, generation_program(wanted, name, 4, devices), TOPOLOGY, "low")
+    found, _ = command.compile_and_report(
+        wanted, generation_program(wanted, name, 4, devices), TOPOLOGY, "low"
+    )
     assert found.memory.fits and found.roofline.bound > 0
-    assert bool(found.census.endless) == (name == "decode")
+    assert bool(found.census.data_dependent_loops) == (name == "decode")

@@ -1,4 +1,4 @@
-"""Every parameter and every pinned activation of the 7B recipe lies where it lay."""
+"""Every parameter and every pinned activation of the 7B recipe costs where it lay."""
 
 import json
 

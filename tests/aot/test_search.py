@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from dreamllm_jax.aot import search as searching
-from dreamllm_jax.aot.candidates import Candidate, accumulations, meshes, remats
+from dreamllm_jax.aot.candidates import Candidate, accumulation_steps, meshes, remats
 from dreamllm_jax.aot.chips import CHIPS
-from dreamllm_jax.aot.estimate import Estimate, Load, estimate, held, load_of
+from dreamllm_jax.aot.estimate import Estimate, StageWork, estimate, mesh_costs, stage_work
 from dreamllm_jax.aot.memory import DoesNotFit, Memory
-from dreamllm_jax.aot.report import Finding
+from dreamllm_jax.aot.report import CompileReport
 from dreamllm_jax.aot.roofline import Roofline
 from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.overrides import apply_overrides
@@ -32,7 +32,7 @@ def test_meshes_are_those_that_the_rows_and_the_parameters_allow():
     found = meshes(LLAMA, stage, abstract_params(LLAMA.model), jax.devices())
     sizes = {(c.data, c.fsdp, c.tensor, c.context) for c, _ in found}
     assert sizes == {(d, f, 8 // d // f, 1) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8}
-    assert accumulations(stage, make_mesh(MeshConfig(2, 1, 4))) == [1, 2, 4]
+    assert accumulation_steps(stage, make_mesh(MeshConfig(2, 1, 4))) == [1, 2, 4]
     replicated = {
         c.replicated for c, _ in meshes(JOINT, JOINT.stages[0], abstract_params(JOINT.model), jax.devices())
     }
@@ -42,7 +42,7 @@ def test_meshes_are_those_that_the_rows_and_the_parameters_allow():
 def test_remat_varies_where_gradients_flow():
     """Through the language model and the U-Net, not through the frozen tower before them."""
     towers = dict.fromkeys(("llama", "vision", "unet", "vae"), 1.0)
-    found = remats(JOINT, Load(towers, passes(JOINT.model, JOINT.stages[0])))
+    found = remats(JOINT, StageWork(towers, passes(JOINT.model, JOINT.stages[0])))
     assert len(set(found)) == 25 and {r.vision for r in found} == {JOINT.model.remat.vision}
 
 
@@ -63,7 +63,7 @@ def test_the_state_is_exact():
         math.fsum(math.prod(x.shape) for path, x in params.items() if path.endswith("scale") == is_vector)
         for is_vector in (False, True)
     )
-    found = held(LLAMA, stage, load_of(LLAMA, stage), params, mesh)
+    found = mesh_costs(LLAMA, stage, stage_work(LLAMA, stage), params, mesh)
     learning = 4 * (matrices / 8 + vectors)
     assert found.gradients == learning
     columns = 5 * 4 + 2 * 4  # of a token, at most: integers, weights, slots
@@ -76,12 +76,16 @@ def test_the_estimate_orders_memory_as_the_compiler_does(devices):  # noqa: F811
     stage = dataclasses.replace(base.stages[0], data=dataclasses.replace(base.stages[0].data, batch_size=128))
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, length=128))
     base = dataclasses.replace(base, stages=(stage,))
-    load, params, mesh = load_of(base, stage), abstract_params(base.model), make_mesh(base.mesh, devices)
-    lies = held(base, stage, load, params, mesh)
+    work_of_stage, params, mesh = (
+        stage_work(base, stage),
+        abstract_params(base.model),
+        make_mesh(base.mesh, devices),
+    )
+    costs = mesh_costs(base, stage, work_of_stage, params, mesh)
     guessed, measured = [], []
     for policy, parts in (("none", 1), ("full", 1), ("none", 8)):
         changed = Candidate(base.mesh, parts, RematConfig(llama=policy)).applied(base, stage)
-        guessed.append(estimate(*changed, load, lies, mesh, CHIP))
+        guessed.append(estimate(*changed, work_of_stage, costs, mesh, CHIP))
         found, _ = compiled_step(changed[0], devices)
         measured.append(found)
     used = [f.memory.used for f in measured]
@@ -100,10 +104,10 @@ def four(monkeypatch):
     first, second = RematConfig("none"), RematConfig("full")
     table = [(first, 1, 12, 1.0), (first, 2, 9, 1.1), (first, 4, 5, 1.2), (second, 1, 6, 1.5)]
     made = [
-        (Candidate(MeshConfig(1, 4), parts, remat), Estimate(1 * gib, loose * gib, seconds, seconds))
-        for remat, parts, loose, seconds in table
+        (Candidate(MeshConfig(1, 4), parts, remat), Estimate(1 * gib, uncertain * gib, seconds, seconds))
+        for remat, parts, uncertain, seconds in table
     ]
-    monkeypatch.setattr(searching, "estimated", lambda *_: list(made))
+    monkeypatch.setattr(searching, "estimate_candidates", lambda *_: list(made))
     return [candidate for candidate, _ in made]
 
 
@@ -115,7 +119,7 @@ def looked(results, number=10):
         if isinstance(result, Exception):
             raise result
         memory = Memory({"temporaries": float(result[0]) * 2.0**30}, CHIP.hbm)
-        found = object.__new__(Finding)  # with only what a search looks at
+        found = object.__new__(CompileReport)  # with only what a search looks at
         object.__setattr__(found, "memory", memory)
         object.__setattr__(found, "roofline", Roofline({"compute": result[1]}, 1.0, 1.0))
         return found
@@ -126,9 +130,9 @@ def looked(results, number=10):
 def test_the_search_learns_from_what_does_not_fit(four):
     """After the first has no program, the second is not tried: by the same factor it has none either."""
     found = looked({("none", 1): DoesNotFit("no"), ("none", 4): (9, 1.25), ("full", 1): (5, 1.6)})
-    assert [t.candidate for t in found.tried] == [four[0], four[2]]
-    assert found.best.candidate == four[2] and not found.tried[0].fits
-    assert found.tried[0].failure == "no" and found.candidates == 4
+    assert [t.candidate for t in found.trials] == [four[0], four[2]]
+    assert found.best.candidate == four[2] and not found.trials[0].fits
+    assert found.trials[0].failure == "no" and found.candidates == 4
 
 
 def test_the_search_goes_on_where_another_may_be_faster(four):
@@ -139,7 +143,7 @@ def test_the_search_goes_on_where_another_may_be_faster(four):
     fault = jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
     results = {("none", 1): fault, ("none", 2): (8, 2.0), ("full", 1): (6, 1.5)}
     found = looked(results)
-    assert [t.candidate for t in found.tried] == [four[0], four[1], four[3]]
+    assert [t.candidate for t in found.trials] == [four[0], four[1], four[3]]
     assert found.best.candidate == four[3]
-    assert found.tried[0].failure == "INTERNAL: RET_CHECK failure"
-    assert len(looked(results, number=1).tried) == 1 and looked(results, number=1).best is None
+    assert found.trials[0].failure == "INTERNAL: RET_CHECK failure"
+    assert len(looked(results, number=1).trials) == 1 and looked(results, number=1).best is None
