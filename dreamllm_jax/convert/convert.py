@@ -252,6 +252,6 @@ def _special_tokens(source: Path, model: DreamLLMConfig) -> dict[str, Any]:
     if model.llama is None or not has_tokenizer(source):
         return {}
     ids = control_ids(Tokenizer.load(source, extend=True))
-    first = ("<s>", "</s>", "<unk>", "[PAD]")
+    first = [name for name in ("<s>", "</s>", "<unk>", "[PAD]") if name in ids]
     named = {name: index for name, index in ids.items() if name not in first}
     return {**{name: ids[name] for name in first}, "additional_special_tokens": named}

@@ -11,7 +11,7 @@ from dreamllm_jax.checkpoint.tensors import FileTensor, Tensor
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.convert.mapping import Report, to_jax
-from dreamllm_jax.data.tokenizer import CONTROL_NAMES, Tokenizer
+from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokenizer_files import has_tokenizer
 from dreamllm_jax.models.parameters import parameter_shapes
 
@@ -100,4 +100,5 @@ def split_by_prefix(
 
 def control_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Name -> id of every control token."""
-    return {CONTROL_NAMES[field]: i for field, i in dataclasses.asdict(tokenizer.special).items()}
+    names = tokenizer.special_names()
+    return {names[field]: i for field, i in dataclasses.asdict(tokenizer.special).items()}

@@ -25,8 +25,7 @@ from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, configs_from_dreamll
 from dreamllm_jax.convert.mapping import Report
 from dreamllm_jax.convert.source import ForeignCheckpoint, PrefixRule, split_by_prefix
 from dreamllm_jax.convert.weights import DIFFUSERS_STEMS, find_weights, read_file, read_weights
-from dreamllm_jax.data.chat_templates import template_of
-from dreamllm_jax.data.templates import OWN
+from dreamllm_jax.data.chat import OWN, template_of
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokenizer_files import has_tokenizer, read_chat_template
 

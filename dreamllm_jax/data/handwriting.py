@@ -23,6 +23,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from dreamllm_jax.config.data import KindWeights
+from dreamllm_jax.data.chat import conversation
 from dreamllm_jax.data.numbers import (
     HELD_OUT_COUNTS,
     HELD_OUT_SUMS,
@@ -41,7 +42,6 @@ from dreamllm_jax.data.pieces import (
     Piece,
     captioned,
     check_mode,
-    conversation,
     interleaved,
     pair,
 )

@@ -1,4 +1,4 @@
-"""A document as pieces: text, pictures, ends; and how pairs, articles and dialogs become pieces.
+"""A document as pieces: text, pictures, ends; and how pairs and articles become pieces (dialogs: `chat`).
 
 What the model learns is decided here (`supervised`); what fits, in `sequences`.
 """
@@ -6,13 +6,11 @@ What the model learns is decided here (`supervised`); what fits, in `sequences`.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from dreamllm_jax.data.images import ImageLike
-from dreamllm_jax.data.templates import Template, get_template
 
 MODES = ("comprehension", "creation", "joint")
 
@@ -22,7 +20,8 @@ class Text:
     """One chunk of plain text; a `shrinkable` one gives way to what follows it in a document.
 
     `continues`: the chunk goes on after a picture or `</s>` in the same string, as in a conversation.
-    `glued`: it goes on within a word or line, so no space is put before it.
+    `glued`: it goes on in the chunk of the `Text` before it. The two are encoded as one string, and a token
+    that covers characters of both is learned if one of them is.
     """
 
     text: str
@@ -77,21 +76,39 @@ class Beside:
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """`</s>`: the end of an answer or of the document."""
+    """`</s>`: the end of an answer or of the document.
+
+    With `token` False, as the last piece, the document goes without the `</s>` that is put after others.
+    """
 
     supervised: bool = True
+    token: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """`<s>` within a document: where some templates begin a question. Never learned."""
+    """`<s>` within a document: where some templates begin a question.
+
+    With `token` False, as the first piece, the document goes without the `<s>` that is put before others.
+    """
+
+    supervised: bool = False
+    token: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A control token of the tokenizer's own, by name: `<|im_start|>` in a conversation."""
+
+    name: str
+    supervised: bool = False
 
 
 def _picture_tokens(picture: Picture | Spelled, num_patches: int, num_queries: int) -> int:
     return (num_patches + 2) * picture.seen + (num_queries + 2) * picture.dreamed
 
 
-Piece = Text | Picture | Spelled | Beside | End | Begin
+Piece = Text | Picture | Spelled | Beside | End | Begin | Control
 
 
 def part_to_piece(part: str | ImageLike | Piece) -> Piece:
@@ -157,102 +174,3 @@ def interleaved(parts: Iterable[str | ImageLike | Piece], mode: str) -> list[Pie
         else:
             pieces.append(Picture(part, seen=mode != "creation", dreamed=mode != "comprehension"))
     return [*pieces, End()]
-
-
-_MARKER = re.compile(r"(<image>|<dream>)")
-Turn = str | Sequence[str | ImageLike | Piece]
-
-
-def conversation(
-    turns: Sequence[Turn], images: Iterable[ImageLike] = (), template: str | Template = "vicuna_v1.1"
-) -> list[Piece]:
-    """Turns of user and assistant, alternating; the answers and their `</s>` are learned.
-
-    A turn is a string, where `<image>` stands for a picture to see and `<dream>` for one to dream
-    and then see, taken from `images` in order; or a sequence of strings (plain text, no markers)
-    and pictures. Encode the result with any `eos`: it ends in `</s>`.
-
-    Raises:
-      ValueError: an odd number of turns, an unknown template or one that writes no whole conversations,
-        markers and images that differ in number.
-    """
-    if not turns or len(turns) % 2:
-        raise ValueError(
-            f"A conversation has {len(turns)} turns; give an even number, user and assistant by turns."
-        )
-    style = template if isinstance(template, Template) else get_template(template)
-    if style.unfit is not None:
-        raise ValueError(f"Template {style.name!r} cannot write conversations to learn from: {style.unfit}.")
-    queue = iter(images)
-    pieces: list[Piece] = []
-    for i in range(0, len(turns), 2):
-        before = (style.between if i else style.opening) + style.before_user
-        asked = _trimmed(_expand(turns[i], queue, False), style)
-        pieces += _join(before, asked, style.after_user, False, continues=i > 0)
-        answer = list(_expand(turns[i + 1], queue, True))
-        if isinstance(turns[i + 1], str) and answer and isinstance(answer[0], str):
-            answer[0] = answer[0].lstrip()
-        pieces += [*_join("", answer, style.after_answer, supervised=True, glued=style.glued), End()]
-    left = sum(1 for _ in queue)
-    if left:
-        raise ValueError(f"The conversation has {left} more images than <image> and <dream> markers.")
-    return pieces
-
-
-def question(parts: Sequence[str | ImageLike], style: Template) -> list[Piece]:
-    """The beginning of a conversation up to where the assistant answers, strings as plain text."""
-    end = style.after_user if style.cue is None else style.cue
-    return _join(style.opening + style.before_user, _trimmed(parts, style), end, supervised=False)
-
-
-def _trimmed(parts: Iterable[str | Piece | ImageLike], style: Template) -> list[str | Piece | ImageLike]:
-    """What a user says, as the template wants it."""
-    said = list(parts)
-    if style.trims and said:
-        said[0] = said[0].lstrip() if isinstance(said[0], str) else said[0]
-        said[-1] = said[-1].rstrip() if isinstance(said[-1], str) else said[-1]
-    return said
-
-
-def _expand(turn: Turn, queue: Iterator[ImageLike], supervised: bool) -> Iterator[str | Piece | ImageLike]:
-    if not isinstance(turn, str):
-        yield from turn
-        return
-    for part in _MARKER.split(turn):
-        if part not in ("<image>", "<dream>"):
-            yield part
-            continue
-        image = next(queue, None)
-        if image is None:
-            raise ValueError("The conversation has more <image> and <dream> markers than images.")
-        yield Picture(image, seen=True, dreamed=part == "<dream>", supervised=supervised)
-
-
-def _join(
-    before: str,
-    parts: Iterable[str | Piece | ImageLike],
-    after: str,
-    supervised: bool,
-    continues: bool = False,
-    glued: bool = False,
-) -> list[Piece]:
-    """Pieces of one turn; text between two pictures is one chunk, as the reference tokenizes it."""
-    pieces: list[Piece] = []
-    text = ""
-    for part in (*_written(before), *parts, *_written(after)):
-        if isinstance(part, str):
-            text += part
-            continue
-        if text:
-            pieces.append(Text(text, supervised, continues=continues, glued=glued))
-        text, continues, glued = "", True, False
-        pieces.append(part_to_piece(part))
-    if text:
-        pieces.append(Text(text, supervised, continues=continues, glued=glued))
-    return pieces
-
-
-def _written(text: str) -> list[str | Piece]:
-    """A template's text: `<s>` and `</s>` in it are the control tokens."""
-    control: dict[str, Piece] = {"<s>": Begin(), "</s>": End(supervised=False)}
-    return [control[part] if part in control else part for part in re.split("(</?s>)", text)]

@@ -11,14 +11,13 @@ import numpy as np
 
 from dreamllm_jax.config.data import DataConfig, SourceConfig
 from dreamllm_jax.data.archives import open_images
-from dreamllm_jax.data.chat_templates import template_of
+from dreamllm_jax.data.chat import ChatTemplate, conversation, template_of
 from dreamllm_jax.data.files import JsonRecords, find_files
 from dreamllm_jax.data.formats.llava import Conversations
 from dreamllm_jax.data.formats.mmc4 import Documents, Instructions
 from dreamllm_jax.data.formats.tar_index import update_index
 from dreamllm_jax.data.formats.webdataset import Pairs, caption_suffix
-from dreamllm_jax.data.pieces import Piece, conversation
-from dreamllm_jax.data.templates import Template
+from dreamllm_jax.data.pieces import Piece
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 # Sources change places within so many documents; a row then reads all of them, whatever the number of rows.
@@ -145,10 +144,10 @@ def _seed(seed: int, at: int) -> int:
     return int(np.random.SeedSequence((seed, at)).generate_state(1)[0])
 
 
-def _template(source: SourceConfig, tokenizer: Tokenizer) -> Template:
+def _template(source: SourceConfig, tokenizer: Tokenizer) -> ChatTemplate:
     try:
         template = template_of(source.template, tokenizer)
-        conversation(["", ""], template=template)
+        conversation(["question", "answer"] * 2, template=template)
     except ValueError as error:
         raise ValueError(f"{_where(source, 'template')}: {error}") from error
     return template

@@ -20,18 +20,18 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dreamllm_jax.data.chat_templates import template_of
+from dreamllm_jax.data.chat import question, template_of
 from dreamllm_jax.data.images import ImageLike
 from dreamllm_jax.data.pieces import (
     Begin,
     Beside,
+    Control,
     End,
     Picture,
     Piece,
     Spelled,
     Text,
     part_to_piece,
-    question,
 )
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.document import Document
@@ -85,10 +85,10 @@ class _Writer:
         self.images: list[ImageLike] = []
         self.dreams: list[ImageLike] = []
 
-    def write(self, tokens: Sequence[int], supervised: bool) -> None:
+    def write(self, tokens: Sequence[int], supervised: bool | Sequence[bool]) -> None:
         n = len(tokens)
         self.tokens += tokens
-        self.supervised += [supervised] * n
+        self.supervised += [supervised] * n if isinstance(supervised, bool) else supervised
         self.image_slots += [-1] * n
         self.dream_slots += [-1] * n
 
@@ -107,9 +107,11 @@ class _Writer:
         elif isinstance(piece, Spelled):
             self.spelled(piece)
         elif isinstance(piece, End):
-            self.write([self.ids.eos], piece.supervised)
+            self.write([self.ids.eos] * piece.token, piece.supervised)
         elif isinstance(piece, Begin):
-            self.write([self.ids.bos], False)
+            self.write([self.ids.bos] * piece.token, piece.supervised)
+        elif isinstance(piece, Control):
+            self.write([self.tokenizer.token_id(piece.name)], piece.supervised)
         elif isinstance(piece, Beside):
             if max_images is None or len(self.images) < max_images:
                 self.images.append(piece.image)
@@ -187,32 +189,33 @@ def encode_pieces(
     What does not fit ends the document before it: text is cut at the last token that fits, an
     image that does not fit (in `max_length`, `max_images` or `max_dreams`) is left out whole, and
     so is everything after either. A document cut so has its `</s>`, but is not taught to stop
-    there. The closing `</s>` is learned if the last piece is.
+    there. The closing `</s>` is learned if the last piece is. A document that begins with `Begin` or
+    ends with `End` says by it whether it has that token.
     """
     pieces = list(pieces)
     if eos and not (pieces and isinstance(pieces[-1], End)):
         pieces.append(End(_is_learned(pieces[-1]) if pieces else True))
-    closing = bool(pieces) and isinstance(pieces[-1], End)
+    closing = bool(pieces) and isinstance(pieces[-1], End) and pieces[-1].token
     limit = max_length - closing
     if limit < 1:
         raise ValueError(f"max_length={max_length} leaves no room for a document; give at least 2 tokens.")
     writer = _Writer(tokenizer, num_patches, num_queries)
-    writer.write([writer.ids.bos], False)
-    body = pieces[: len(pieces) - closing]
+    _begin(writer, pieces)
+    body = _chunks(pieces[: len(pieces) - closing])
     shrunk = 0
-    for i, piece in enumerate(body):
-        room = limit - len(writer.tokens)
+    for i, chunk in enumerate(body):
+        room, piece = limit - len(writer.tokens), chunk[0]
         if isinstance(piece, Text):
-            tokens = _encode(piece, tokenizer)
+            tokens, supervised = _encode(chunk, tokenizer)
             if piece.shrinkable:
-                room = max(0, room - sum(_num_tokens(p, writer) for p in body[i + 1 :]))
-            writer.write(tokens[:room], piece.supervised)
+                room = max(0, room - sum(_num_tokens(p, writer) for rest in body[i + 1 :] for p in rest))
+            writer.write(tokens[:room], supervised[:room])
             lost = max(0, len(tokens) - room)
             if lost and not piece.shrinkable:
-                return _cut(writer, pieces[i + 1 :], closing, shrunk + lost, tokenizer)
+                return _cut(writer, body[i + 1 :], closing, shrunk + lost, tokenizer)
             shrunk += lost
         elif _num_tokens(piece, writer) > room or writer.is_full(piece, max_images, max_dreams):
-            return _cut(writer, pieces[i:], closing, shrunk, tokenizer)
+            return _cut(writer, body[i:], closing, shrunk, tokenizer)
         else:
             writer.piece(piece, max_images, max_dreams)
     if closing:
@@ -220,8 +223,37 @@ def encode_pieces(
     return writer.sequence(dropped_tokens=shrunk)
 
 
-def _encode(text: Text, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode_glued(text.text) if text.glued else tokenizer.encode(text.text, text.continues)
+def _begin(writer: _Writer, pieces: Sequence[Piece]) -> None:
+    """Writes `<s>`, unless the pieces begin with a piece of their own for it."""
+    if not (pieces and isinstance(pieces[0], Begin)):
+        writer.write([writer.ids.bos], False)
+
+
+def _chunks(pieces: Iterable[Piece]) -> list[list[Piece]]:
+    """Every piece in a list of its own; glued text stays with the text that it goes on from."""
+    chunks: list[list[Piece]] = []
+    for piece in pieces:
+        if isinstance(piece, Text) and piece.glued and chunks and isinstance(chunks[-1][-1], Text):
+            chunks[-1].append(piece)
+        else:
+            chunks.append([piece])
+    return chunks
+
+
+def _encode(chunk: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """(ids, which of them are learned) of text that is encoded as one string.
+
+    "ASSISTANT:" and the learned " seven" give the tokens "ASSISTANT", ":", " seven", of which the last is
+    learned. A token across an edge is learned too: " seven" would be, had the space been the user's.
+    """
+    texts = [piece for piece in chunk if isinstance(piece, Text)]
+    whole, continues = "".join(text.text for text in texts), texts[0].continues
+    if len(texts) == 1:
+        tokens = tokenizer.encode(whole, continues)
+        return tokens, [texts[0].supervised] * len(tokens)
+    tokens, spans = tokenizer.encode_with_offsets(whole, continues)
+    learned = [text.supervised for text in texts for _ in text.text]
+    return tokens, [any(learned[start : max(end, start + 1)]) for start, end in spans]
 
 
 def _is_learned(piece: Piece) -> bool:
@@ -232,18 +264,18 @@ def _num_tokens(piece: Piece, writer: _Writer) -> int:
     """Tokens of anything but text."""
     if isinstance(piece, Picture | Spelled):
         return piece.num_tokens(writer.num_patches, writer.num_queries)
-    return int(isinstance(piece, End | Begin))
+    return int(isinstance(piece, Control) or (isinstance(piece, End | Begin) and piece.token))
 
 
 def _cut(
-    writer: _Writer, rest: list[Piece], closing: bool, dropped_tokens: int, tokenizer: Tokenizer
+    writer: _Writer, rest: list[list[Piece]], closing: bool, dropped_tokens: int, tokenizer: Tokenizer
 ) -> EncodedDocument:
     """Ends a document early and counts what is left of it."""
     if closing:
         writer.write([writer.ids.eos], False)
     return writer.sequence(
-        sum(isinstance(piece, Picture | Spelled | Beside) for piece in rest),
-        dropped_tokens + sum(len(_encode(p, tokenizer)) for p in rest if isinstance(p, Text)),
+        sum(isinstance(chunk[0], Picture | Spelled | Beside) for chunk in rest),
+        dropped_tokens + sum(len(_encode(c, tokenizer)[0]) for c in rest if isinstance(c[0], Text)),
     )
 
 
@@ -257,7 +289,8 @@ def encode_prompt(
 ) -> EncodedDocument:
     """A prompt to continue: `<s>`, then text and pictures (seen only) in order, no `</s>`.
 
-    With a conversation `template` the prompt is the user's turn. Strings are plain text throughout.
+    With a conversation `template` the prompt is the user's turn, and begins as the template says. Strings are
+    plain text throughout.
 
     Raises:
       ValueError: more tokens than `max_length` or more pictures than `max_images`, or a template that
@@ -269,12 +302,12 @@ def encode_prompt(
     else:
         pieces = [part_to_piece(part) for part in parts]
     writer = _Writer(tokenizer, num_patches, 0)
-    writer.write([writer.ids.bos], False)
-    for piece in pieces:
-        if isinstance(piece, Text):
-            writer.write(_encode(piece, tokenizer), False)
+    _begin(writer, pieces)
+    for chunk in _chunks(pieces):
+        if isinstance(chunk[0], Text):
+            writer.write(*_encode(chunk, tokenizer))
         else:
-            writer.piece(piece)
+            writer.piece(chunk[0])
     if max_images is not None and len(writer.images) > max_images:
         raise ValueError(
             f"The prompt has {len(writer.images)} pictures; at most {max_images} fit. Use fewer pictures."

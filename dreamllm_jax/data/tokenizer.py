@@ -1,10 +1,10 @@
-"""Text to token ids and back: LLaMA-style BPE with DreamLLM's control tokens.
+"""Text to token ids and back, with DreamLLM's control tokens.
 
-Every text is one chunk: LLaMA's marker for a leading space goes before it, so that the chunks
-"a" and "b" read together as "a b". (Transformers calls this `legacy`; a tokenizer that is not adds no marker
-to a chunk that goes on after a control token.) Control tokens never come out of text: a user who writes
-`</s>` or `<dream_start>` gets those characters. Ids of control tokens are read from the tokenizer,
-never assumed: the published code and the published checkpoints disagree about them.
+A text is encoded as one chunk. LLaMA's marker of a space goes before it, so that the chunks "a" and "b" read
+together as "a b". (transformers calls this `legacy`. A tokenizer that is not legacy puts no marker before a
+chunk that goes on after a control token.) Control tokens never come out of text: a user who writes `</s>` or
+`<dream_start>` gets these characters. Ids of control tokens are read from the tokenizer, never assumed: the
+published code and the published checkpoints disagree about them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from dreamllm_jax.data.tokenizer_files import read_backend, read_chat_template, without_prefix
+from dreamllm_jax.data.tokenizer_backends import Backend, Spans, TokenizersBackend, control_token
+from dreamllm_jax.data.tokenizer_files import read_backend, read_chat_template, read_names
 
 # In the order of the published checkpoints, where [PAD] is 32000.
 ADDED_TOKENS = (
@@ -33,12 +34,17 @@ ADDED_TOKENS = (
     "<dream>",
 )
 _BASE_TOKENS = ("<unk>", "<s>", "</s>")
+_BASE_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the control tokens."""
+    """Ids of the control tokens.
+
+    A tokenizer without `<s>` (Qwen's) begins documents with its end token. In one without `<unk>`, which can
+    write every text, `unk` is the padding.
+    """
 
     bos: int
     eos: int
@@ -53,51 +59,54 @@ class SpecialTokens:
     dream_end: int
 
 
-CONTROL_NAMES = {
-    "bos": "<s>",
-    "eos": "</s>",
-    "unk": "<unk>",
-    "pad": "[PAD]",
-    **{name: f"<{name}>" for name in ("image", "im_patch", "im_start", "im_end")},
-    **{name: f"<{name}>" for name in ("dream", "dream_start", "dream_end")},
+_DREAMLLM_NAMES = {"pad": "[PAD]", "image": "<image>", "im_patch": "<im_patch>"} | {
+    field: f"<{field}>" for field in ("im_start", "im_end", "dream", "dream_start", "dream_end")
 }
 
 
 class Tokenizer:
-    """A fast tokenizer whose control tokens are known by name and unreachable from text."""
+    """A tokenizer whose control tokens are known by name and unreachable from text.
 
-    def __init__(self, backend: tokenizers.Tokenizer, legacy: bool = True):
+    Attributes:
+      special: the ids of the control tokens.
+      names: the names of the tokens that begin and end a text and stand for the unknown, as transformers keys
+        them: {"bos_token": "<s>", ...}. A token that the tokenizer does not have is left out.
+      chat_template: the tokenizer's own conversation template in Jinja, or None.
+      origin: what error messages call the tokenizer.
+      own_size: the rows that its own vocabulary needs, without the tokens that `load` adds.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        names: Mapping[str, str] = _BASE_NAMES,
+        chat_template: str | None = None,
+        origin: str = "the tokenizer",
+    ):
         """Wraps `backend` (and owns it from here on).
 
         Raises:
           ValueError: control tokens that the tokenizer does not know, by name.
         """
-        ids = {field: backend.token_to_id(name) for field, name in CONTROL_NAMES.items()}
-        missing = [CONTROL_NAMES[field] for field, value in ids.items() if value is None]
+        self.backend, self.names, self.origin = backend, dict(names), origin
+        self.chat_template = chat_template
+        end = self.names["eos_token"] if "eos_token" in self.names else "</s>"
+        required = [end, *_DREAMLLM_NAMES.values()]
+        missing = [name for name in required if backend.token_id(name) is None]
         if missing:
             raise ValueError(
                 f"The tokenizer has no {', '.join(missing)}; DreamLLM needs them. Load it with extend=True "
                 "to add them after its vocabulary (and give the model as many rows)."
             )
-        added = backend.get_added_tokens_decoder()
-        plain = [n for n in CONTROL_NAMES.values() if not _is_special(added, backend.token_to_id(n))]
-        if plain:  # a control token that is not marked as one could be typed by a user
-            backend.add_special_tokens(
-                [tokenizers.AddedToken(n, special=True, normalized=False) for n in plain]
-            )
-        if backend.post_processor is None:  # for other programs: here chunks are encoded without it
-            backend.post_processor = processors.TemplateProcessing(
-                single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", ids["bos"])]
-            )
-        backend.encode_special_tokens = True  # their names inside text are text
-        backend.no_truncation()
-        backend.no_padding()
-        self.backend, self.legacy = backend, legacy
-        self.sentencepiece: bytes | None = None  # the tokenizer.model it was read from
-        self.chat_template: str | None = None  # a Jinja program (see `chat_templates`)
-        self.own_size = self.vocab_size  # rows that its own vocabulary needs, without what `load` adds
-        self._continuing = backend if legacy else without_prefix(backend)
-        self.special = SpecialTokens(**ids)
+        known = {token.content for token in backend.added.values() if token.special}
+        # A control token that is not marked as one could be typed by a user.
+        backend.add([name for name in (*ADDED_TOKENS, *self.names.values()) if name not in known])
+        self.own_size = self.vocab_size
+        self.legacy = backend.legacy
+        self.special = SpecialTokens(**self._special_ids())
+        self._control_ids = frozenset(self.token_id(name) for name in self.control)
+        if isinstance(backend, TokenizersBackend):
+            self._begin_elsewhere(backend.tokenizer)
         self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
 
     @classmethod
@@ -112,42 +121,38 @@ class Tokenizer:
           ValueError: no such folder or file, an unreadable one, missing control tokens, added tokens that do
             not follow the vocabulary.
         """
-        backend, legacy = read_backend(Path(folder), legacy)
-        own_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        folder = Path(folder)
+        backend = read_backend(folder, legacy)
+        own_size = backend.size
         if extend:
-            missing = [name for name in ADDED_TOKENS if backend.token_to_id(name) is None]
-            backend.add_special_tokens(
-                [tokenizers.AddedToken(n, special=True, normalized=False) for n in missing]
-            )
-        tokenizer, file = cls(backend, legacy), Path(folder) / "tokenizer.model"
-        tokenizer.sentencepiece = file.read_bytes() if file.is_file() else None
-        tokenizer.chat_template = read_chat_template(Path(folder))
+            backend.add([name for name in ADDED_TOKENS if backend.token_id(name) is None])
+        origin = f"the tokenizer in {folder}"
+        tokenizer = cls(backend, read_names(folder, backend), read_chat_template(folder), origin)
         tokenizer.own_size = own_size
         return tokenizer
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.json` and a `tokenizer_config.json` that transformers loads too.
+        """Writes the tokenizer's file and a `tokenizer_config.json`, which transformers loads too.
 
-        One that was read from a `tokenizer.model` keeps it, with `added_tokens.json`, for the reference.
+        A `tokenizer.model` stays byte for byte what it was, with `added_tokens.json` beside it, as the
+        reference expects; any other tokenizer becomes a `tokenizer.json`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
-        if self.sentencepiece is not None:
-            (folder / "tokenizer.model").write_bytes(self.sentencepiece)
-            own = self.backend.get_vocab_size(with_added_tokens=False)
-            decoder = self.backend.get_added_tokens_decoder()
-            added = {decoder[i].content: i for i in sorted(decoder) if i >= own}
-            (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n", encoding="utf-8")
+        self.backend.save(folder)
+        named = {*self.names.values(), "[PAD]"}
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast" if self.sentencepiece is None else "LlamaTokenizer",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
+            "tokenizer_class": (
+                "PreTrainedTokenizerFast" if isinstance(self.backend, TokenizersBackend) else "LlamaTokenizer"
+            ),
+            **self.names,
             "pad_token": "[PAD]",
-            "add_bos_token": True,
+            "add_bos_token": "bos_token" in self.names,
             "add_eos_token": False,
-            "additional_special_tokens": [n for n in self.added_names if n not in (*_BASE_TOKENS, "[PAD]")],
+            "added_tokens_decoder": {str(i): _as_json(t) for i, t in sorted(self.backend.added.items())},
+            "additional_special_tokens": [
+                t.content for t in self.backend.added.values() if t.special and t.content not in named
+            ],
             "clean_up_tokenization_spaces": False,
             "legacy": self.legacy,
         }
@@ -163,53 +168,130 @@ class Tokenizer:
         """
         return list(self._encode(text, continues))
 
+    def encode_with_offsets(self, text: str, continues: bool = False) -> tuple[list[int], Spans]:
+        """The ids that `encode` gives, and the characters [start, end) that each of them covers.
+
+        The bytes of one character may cover nothing but for the last.
+        """
+        ids: list[int] = []
+        spans: Spans = []
+        at = 0
+        for part, found, where in self._plain(text, continues, offsets=True):
+            ids += found
+            spans += [(at + start, at + end) for start, end in where]
+            at += len(part)
+        return ids, spans
+
     def _encode_uncached(self, text: str, continues: bool) -> tuple[int, ...]:
-        backend = self._continuing if continues else self.backend
-        return tuple(backend.encode(text, add_special_tokens=False).ids) if text else ()
+        return tuple(i for _, ids, _ in self._plain(text, continues, offsets=False) for i in ids)
 
-    def encode_glued(self, text: str) -> list[int]:
-        """Ids of text that goes on within a line: nothing is put before it."""
-        return self._bare.encode(text, add_special_tokens=False).ids if text else []
+    def _plain(self, text: str, continues: bool, offsets: bool) -> list[tuple[str, list[int], Spans]]:
+        """[(part of the text, its ids, which characters they cover), ...], without control tokens.
 
-    @functools.cached_property
-    def _bare(self) -> tokenizers.Tokenizer:
-        return without_prefix(self.backend)
+        A library may find a control token in plain text: by a merge that leads to its name, or because it is
+        an added token that is not marked as special. Then the text is cut inside of these names, or, where
+        that is not enough, after every character.
+        """
+        if not text:
+            return []
+        prefix = self.legacy or not continues
+        encode = self.backend.encode_with_offsets if offsets else self._without_offsets
+        found: list[tuple[str, list[int], Spans]] = []
+        for parts in ([text], self._cut(text), list(text)):
+            found = [(part, *encode(part, prefix and k == 0)) for k, part in enumerate(parts)]
+            if all(self._control_ids.isdisjoint(ids) for _, ids, _ in found):
+                break
+        return found
+
+    def _without_offsets(self, text: str, prefix: bool) -> tuple[list[int], Spans]:
+        return self.backend.encode(text, prefix), []
+
+    def _cut(self, text: str) -> list[str]:
+        """The text in parts, with a cut after the first character of every control token's name."""
+        cuts = [0, *(match.start() + 1 for match in self._names.finditer(text)), len(text)]
+        return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a string in which the names of control tokens stand for themselves; no `<s>` is added."""
         ids: list[int] = []
         for i, chunk in enumerate(self._names.split(text)):
-            if i % 2:
-                ids.append(self.backend.token_to_id(chunk))
-            else:
-                ids += self.encode(chunk, continues=i > 0)
+            ids += [self.token_id(chunk)] if i % 2 else self.encode(chunk, continues=i > 0)
         return ids
+
+    @functools.cached_property
+    def control(self) -> dict[str, tokenizers.AddedToken]:
+        """The control tokens, by name: which nobody can type.
+
+        They are the special tokens, and the added ones that the conversation template names (where it names
+        more than the spaces and letters of ordinary text).
+        """
+        template = self.chat_template or ""
+        return {
+            token.content: token
+            for token in self.backend.added.values()
+            if token.special or (len(token.content.strip()) > 1 and token.content in template)
+        }
 
     @functools.cached_property
     def _names(self) -> re.Pattern[str]:
         """Any control token, as a group: longer names first."""
-        names = sorted(self.added_names, key=len, reverse=True)
+        names = sorted(self.control, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names))})")
 
-    @property
-    def added_names(self) -> list[str]:
-        """Every control token's name."""
-        added = self.backend.get_added_tokens_decoder().values()
-        return [token.content for token in added if token.special]
-
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`, without the first chunk's leading space."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        """Text of `ids`, without the first chunk's leading space.
 
-    @property
+        Raises:
+          ValueError: an id that the tokenizer does not have.
+        """
+        ids = [int(i) for i in ids]
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is not an id of {self.origin}; its ids are below {self.vocab_size}.")
+        return self.backend.decode(ids, skip_special)
+
+    def token_id(self, name: str) -> int:
+        """The id of a token.
+
+        Raises:
+          ValueError: a name that the tokenizer does not know.
+        """
+        index = self.backend.token_id(name)
+        if index is None:
+            raise ValueError(f"{self.origin} has no token {name!r}.")
+        return index
+
+    @functools.cached_property
     def vocab_size(self) -> int:
         """Rows that the embedding needs: the largest id + 1, control tokens included."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return self.backend.size
+
+    def special_names(self) -> dict[str, str]:
+        """{field of `special`: the token's name}."""
+        by_id = {index: token.content for index, token in self.backend.added.items()}
+        return {field: by_id[index] for field, index in dataclasses.asdict(self.special).items()}
+
+    def _special_ids(self) -> dict[str, int]:
+        ids = {field: self.token_id(name) for field, name in _DREAMLLM_NAMES.items()}
+        ids["eos"] = self.token_id(self.names["eos_token"])
+        for field, other in (("bos", "eos"), ("unk", "pad")):
+            key = f"{field}_token"
+            ids[field] = self.token_id(self.names[key]) if key in self.names else ids[other]
+        return ids
+
+    def _begin_elsewhere(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Makes other programs put `<s>` before a text, where the tokenizer says nothing about it."""
+        if tokenizer.post_processor is None and "bos_token" in self.names:
+            bos = self.names["bos_token"]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, self.special.bos)]
+            )
 
 
-def _is_special(added: dict[int, tokenizers.AddedToken], index: int) -> bool:
-    """Whether token `index` is marked as a control token."""
-    return index in added and added[index].special
+def _as_json(token: tokenizers.AddedToken) -> dict[str, str | bool]:
+    """An added token as transformers writes it."""
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {field: getattr(token, field) for field in fields}
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -241,8 +323,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
     for names in (_BASE_TOKENS, ADDED_TOKENS):
-        backend.add_special_tokens([tokenizers.AddedToken(n, special=True, normalized=False) for n in names])
-    return Tokenizer(backend)
+        backend.add_special_tokens([control_token(name) for name in names])
+    return Tokenizer(TokenizersBackend(backend, legacy=True))
 
 
 def _backend(model: models.Model) -> tokenizers.Tokenizer:

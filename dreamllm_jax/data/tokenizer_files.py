@@ -1,4 +1,4 @@
-"""The tokenizer of a folder, from whichever files it is in."""
+"""A tokenizer's files: the backend of a folder, the names of its tokens, its conversation template."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import tokenizers
 
-from dreamllm_jax.data.sentencepiece_model import backend_of, read_model
+from dreamllm_jax.data.tokenizer_backends import Backend, SentencePieceBackend, TokenizersBackend
+
+_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -16,37 +18,59 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def read_backend(folder: Path, legacy: bool | None = None) -> tuple[tokenizers.Tokenizer, bool]:
-    """(tokenizer, whether it is `legacy`) of a folder with `tokenizer.model` or `tokenizer.json`.
+def read_backend(folder: Path, legacy: bool | None = None) -> Backend:
+    """The tokenizer of a folder with `tokenizer.model` or `tokenizer.json`; the former is preferred.
 
     `legacy` is that of `tokenizer_config.json` where it is None.
 
     Raises:
-      ValueError: neither file, an unreadable one, added tokens whose ids have gaps.
+      ValueError: neither file, an unreadable one, or added tokens whose ids have gaps.
     """
     config = _read_json(folder / "tokenizer_config.json")
     stated = config["legacy"] if legacy is None and "legacy" in config else legacy
-    if (folder / "tokenizer.model").is_file():
-        legacy = stated is not False  # transformers' default
-        backend = backend_of(read_model(folder / "tokenizer.model"), legacy)
+    legacy = stated is not False  # transformers' default
+    path = folder / "tokenizer.model"
+    if path.is_file():
+        try:
+            backend = SentencePieceBackend(path.read_bytes(), legacy)
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}.") from error
         _add_tokens(backend, _added_tokens(folder, config), folder)
-        return backend, legacy
+        return backend
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
             f"{folder} has neither tokenizer.model nor tokenizer.json; give a folder with a tokenizer."
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception
         raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
-    marks = json.loads(backend.to_str())["pre_tokenizer"] or {}
-    first_only = "prepend_scheme" in marks and marks["prepend_scheme"] == "first"
-    return backend, stated is not False and not first_only
+    backend = TokenizersBackend(tokenizer, legacy)
+    backend.legacy = legacy and not backend.prefixes_first_only
+    return backend
+
+
+def read_names(folder: Path, backend: Backend) -> dict[str, str]:
+    """The names of the tokens that begin and end a text and stand for the unknown, as transformers keys them.
+
+    Where the files are silent (or name a token that does not exist), they are LLaMA's:
+    {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}. A token that does not exist under that
+    name either is left out.
+    """
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        content = _read_json(folder / file)
+        for key in _NAMES:
+            value = content[key] if key in content else None
+            name = value["content"] if isinstance(value, dict) else value
+            if isinstance(name, str) and backend.token_id(name) is not None:
+                names[key] = name
+    return {k: name for k, name in (_NAMES | names).items() if backend.token_id(name) is not None}
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The Jinja program that writes conversations, from new files or old ones; None where there is none."""
+    """The Jinja template that writes conversations, from new files or old ones; None where there is none."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -60,36 +84,28 @@ def read_chat_template(folder: Path) -> str | None:
     return None
 
 
-def without_prefix(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy that puts no marker of a space before the text."""
-    content = json.loads(backend.to_str())
-    steps = content["normalizer"]
-    if steps is not None and steps["type"] == "Sequence":
-        steps["normalizers"] = [step for step in steps["normalizers"] if step["type"] != "Prepend"]
-    if content["pre_tokenizer"] is not None and content["pre_tokenizer"]["type"] == "Metaspace":
-        content["pre_tokenizer"]["prepend_scheme"] = "never"
-    copy = tokenizers.Tokenizer.from_str(json.dumps(content))
-    copy.encode_special_tokens = backend.encode_special_tokens
-    return copy
-
-
-def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
-    """Id -> name of the tokens that are added to `tokenizer.model`, from old files and new ones."""
-    added = {int(i): name for name, i in _read_json(folder / "added_tokens.json").items()}
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, tokenizers.AddedToken]:
+    """The tokens that are added to `tokenizer.model`, by id, from old files and new ones."""
+    old = _read_json(folder / "added_tokens.json")
+    added = {int(i): tokenizers.AddedToken(name, special=True, normalized=False) for name, i in old.items()}
     if "added_tokens_decoder" in config:
-        added |= {int(i): token["content"] for i, token in config["added_tokens_decoder"].items()}
+        for i, token in config["added_tokens_decoder"].items():
+            strips = {side: side in token and token[side] for side in ("lstrip", "rstrip")}
+            added[int(i)] = tokenizers.AddedToken(token["content"], special=True, normalized=False, **strips)
     return added
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, added: dict[int, str], folder: Path) -> None:
+def _add_tokens(backend: SentencePieceBackend, added: dict[int, tokenizers.AddedToken], folder: Path) -> None:
     for index in sorted(added):
-        name = added[index]
-        backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
-        if backend.token_to_id(name) != index:
+        name = added[index].content
+        found = backend.token_id(name)
+        found = backend.size if found is None else found
+        if found != index:
             raise ValueError(
                 f"{folder}: the added token {name!r} has id {index} there, but follows the vocabulary as "
-                f"{backend.token_to_id(name)}; its files are damaged, or not of one model."
+                f"{found}; its files are damaged, or not of one model."
             )
+        backend.added[index] = added[index]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

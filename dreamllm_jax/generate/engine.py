@@ -42,8 +42,8 @@ class Engine:
         special = self.tokenizer.special
         forbidden = np.zeros(self.config.llama.vocab_size, bool)
         forbidden[self.tokenizer.vocab_size :] = True
-        ids = dataclasses.asdict(special)
-        forbidden[[i for name, i in ids.items() if name not in ("eos", "dream_start")]] = True
+        forbidden[list(dataclasses.asdict(special).values())] = True
+        forbidden[[special.eos, special.dream_start]] = False  # `bos` may be the same token as `eos`
         return Control(
             forbidden=jnp.asarray(forbidden),
             stops=jnp.asarray(stops, jnp.int32),

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dreamllm_jax.data.chat import conversation
 from dreamllm_jax.data.formats.mmc4 import interleave
-from dreamllm_jax.data.pieces import Piece, conversation, interleaved, pair
+from dreamllm_jax.data.pieces import Piece, interleaved, pair
 from dreamllm_jax.data.sequences import EncodedDocument, encode_pieces
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.parity.case import IGNORED

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
-from dreamllm_jax.data.chat_templates import template_of
+from dreamllm_jax.data.chat import template_of
 from dreamllm_jax.data.pipeline import check_source, row_layout
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan

@@ -178,7 +178,9 @@ def test_a_tokenizer_of_another_model(sources, tmp_path, capsys):
 def test_a_chat_model_answers_in_its_own_template(sources, tmp_path):
     folder = tmp_path / "chat"
     shutil.copytree(sources["llm"], folder)
-    program = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}assistant"
+    program = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}assistant"
+    )
     (folder / "chat_template.jinja").write_text(program)
     model = DreamLLM.from_pretrained(folder)
     assert model.generation.template == "tokenizer"
@@ -190,13 +192,13 @@ def test_a_chat_model_answers_in_its_own_template(sources, tmp_path):
 
 
 def test_a_chat_template_that_cannot_be_used_is_said(sources, tmp_path):
-    """It writes a control token: prompts are continued as they are, and the conversion says why."""
+    """It leaves out the prompt: prompts are continued as they are, and the conversion says why."""
     folder = tmp_path / "chat"
     shutil.copytree(sources["llm"], folder)
     (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ '<im_start>' + m['content'] }}{% endfor %}"
+        "{% for m in messages %}{{ '<im_start>' + m['role'] }}{% endfor %}"
     )
     source = open_checkpoint(folder)
     assert source.template is None
     (said,) = (line for line in source.params()[1].differing if "chat template" in line)
-    assert "writes <im_start>; of control tokens only <s> and </s> are supported" in said
+    assert f"The chat template of the tokenizer in {folder} cannot be used: it leaves out what is" in said

@@ -1,5 +1,7 @@
 """A tokenizer small enough to write expectations by hand: one id per word."""
 
+import re
+
 from dreamllm_jax.data.tokenizer import SpecialTokens, Tokenizer
 
 SPECIAL = SpecialTokens(
@@ -25,4 +27,9 @@ class WordTokenizer(Tokenizer):
         self.words: dict[str, int] = {}
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        return [self.words.setdefault(word, 100 + len(self.words)) for word in text.split()]
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str, continues: bool = False):
+        found = list(re.finditer(r"\S+", text))
+        ids = [self.words.setdefault(match[0], 100 + len(self.words)) for match in found]
+        return ids, [match.span() for match in found]

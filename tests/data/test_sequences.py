@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreamllm_jax.data.chat import conversation, get_template
 from dreamllm_jax.data.pieces import (
     Beside,
     End,
@@ -11,12 +12,10 @@ from dreamllm_jax.data.pieces import (
     Spelled,
     Text,
     captioned,
-    conversation,
     interleaved,
     pair,
 )
 from dreamllm_jax.data.sequences import encode_pieces, encode_prompt
-from dreamllm_jax.data.templates import get_template
 from dreamllm_jax.document import Document
 from tests.data.fakes import SPECIAL, WordTokenizer
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.data.archives import ImageFolder
+from dreamllm_jax.data.chat import get_template
 from dreamllm_jax.data.files import BrokenRecord, JsonRecords
 from dreamllm_jax.data.formats.llava import Conversations
 from dreamllm_jax.data.formats.mmc4 import Documents, Instructions
 from dreamllm_jax.data.formats.webdataset import Pairs
 from dreamllm_jax.data.pieces import End, Picture, Text
-from dreamllm_jax.data.templates import get_template
 from tests.data.datasets import BROKEN, picture, write_json, write_lines, write_tar
 
 RED, BLUE = picture("red"), picture("blue", format="JPEG")

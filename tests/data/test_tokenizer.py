@@ -15,7 +15,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_layout(tokenizer):
-    vocab = tokenizer.backend.get_vocab()
+    vocab = tokenizer.backend.tokenizer.get_vocab()
     assert [vocab[t] for t in ("<unk>", "<s>", "</s>", "<0x00>", "<0xFF>")] == [0, 1, 2, 3, 258]
     last = tokenizer.vocab_size
     assert [vocab[t] for t in ADDED_TOKENS] == list(range(last - 8, last))
@@ -45,7 +45,7 @@ def test_control_tokens_cannot_be_typed(tokenizer, name, tmp_path):
     tokenizer.save(tmp_path)
     for t in (tokenizer, Tokenizer.load(tmp_path)):
         ids = t.encode(f"three{name} six")
-        assert t.backend.token_to_id(name) not in ids
+        assert t.token_id(name) not in ids
         assert t.decode(ids) == f"three{name} six"
 
 
@@ -56,7 +56,7 @@ def test_decode_can_show_control_tokens(tokenizer):
 
 
 def test_training_is_deterministic(tokenizer):
-    assert train_tokenizer(TEXTS, 330).backend.to_str() == tokenizer.backend.to_str()
+    assert train_tokenizer(TEXTS, 330).backend.tokenizer.to_str() == tokenizer.backend.tokenizer.to_str()
 
 
 def test_too_small_a_vocabulary():

@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from dreamllm_jax.data.sentencepiece_model import read_model
 from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.data.tokenizer_backends import SentencePieceBackend
+from tests.data.chat_examples import write_tokenizer
 
 FILES = ("tokenizer.model", "added_tokens.json", "tokenizer_config.json")
 
@@ -28,19 +29,20 @@ def change(folder, name, **changes):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_ids_of_the_reference_from_either_file(golden, folder, tmp_path, legacy):
+def test_ids_of_the_reference_and_of_what_is_saved(golden, folder, tmp_path, legacy):
     change(folder, "tokenizer_config.json", legacy=legacy)
     bare = Tokenizer.load(folder)
     bare.save(tmp_path / "saved")
-    kept = Tokenizer.load(tmp_path / "saved")
+    saved = Tokenizer.load(tmp_path / "saved")
     model = tmp_path / "saved" / "tokenizer.model"
     assert model.read_bytes() == (folder / "tokenizer.model").read_bytes()
-    model.unlink()
-    saved = Tokenizer.load(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "tokenizer.json").exists()  # two files could disagree
+    added = json.loads((tmp_path / "saved" / "added_tokens.json").read_text())
+    assert added == json.loads((folder / "added_tokens.json").read_text())
     rows = json.loads((golden / "sequences.json").read_text())["tokenizer"]
     rows = [row for row in rows if row["legacy"] == legacy]
     assert len(rows) == 25
-    for tokenizer in (bare, kept, saved):
+    for tokenizer in (bare, saved):
         assert tokenizer.legacy == legacy and tokenizer.special == bare.special
         for row in rows:
             assert [tokenizer.special.bos, *tokenizer.encode_marked(row["text"])] == row["ids"], row["text"]
@@ -111,10 +113,10 @@ def test_further_added_tokens_survive_saving(golden, tmp_path):
     shutil.copy(golden / "dreamllm-a" / "checkpoint" / "tokenizer.model", first)
     (first / "added_tokens.json").write_text(json.dumps({"<image>": 512, "<pad>": 513}))
     loaded = Tokenizer.load(first, extend=True)
-    assert (loaded.special.image, loaded.backend.token_to_id("<pad>"), loaded.special.pad) == (512, 513, 514)
+    assert (loaded.special.image, loaded.token_id("<pad>"), loaded.special.pad) == (512, 513, 514)
     loaded.save(again)
     saved = Tokenizer.load(again)
-    assert saved.special == loaded.special and saved.backend.token_to_id("<pad>") == 513
+    assert saved.special == loaded.special and saved.token_id("<pad>") == 513
     assert saved.encode_marked("a <pad> b") == loaded.encode_marked("a <pad> b")
 
 
@@ -125,10 +127,10 @@ def test_a_saved_tokenizer_begins_as_its_model_does_elsewhere(golden, tmp_path):
     ours = Tokenizer.load(folder)
     ours.save(tmp_path)
     expected = [1, *ours.encode("hello world")]
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("hello world").input_ids == expected
-    (tmp_path / "tokenizer.model").unlink()
-    backend = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    assert backend("hello world").input_ids == expected
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("hello world").input_ids == expected
+    assert theirs.pad_token_id == ours.special.pad
+    assert theirs.convert_tokens_to_ids("<dream_start>") == ours.special.dream_start
 
 
 def test_damaged_models_are_one_sentence(golden, tmp_path):
@@ -139,8 +141,30 @@ def test_damaged_models_are_one_sentence(golden, tmp_path):
         spoiled[at] ^= 1 << int(rng.integers(8))
         (tmp_path / "tokenizer.model").write_bytes(spoiled)
         try:
-            read_model(tmp_path / "tokenizer.model")
+            SentencePieceBackend((tmp_path / "tokenizer.model").read_bytes(), legacy=True)
         except ValueError as error:
             refused += 1
-            assert "is no SentencePiece model, or is damaged" in str(error)
+            assert "not a SentencePiece model, or a damaged one" in str(error)
     assert refused > 10
+
+
+def test_names_are_those_of_the_files(folder, tmp_path):
+    """Text begins and ends as the tokenizer's own files say, from old ones and new ones."""
+    special = Tokenizer.load(write_tokenizer("llama3", tmp_path / "llama3", None), extend=True)
+    assert special.names == {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    assert special.special.bos == special.token_id("<|begin_of_text|>")
+    assert special.special.unk == special.special.pad
+    without = Tokenizer.load(write_tokenizer("qwen", tmp_path / "qwen", None), extend=True)
+    assert without.names == {"eos_token": "<|im_end|>"}
+    assert without.special.bos == without.special.eos == without.token_id("<|im_end|>")
+    for given in (special, without):
+        given.save(tmp_path / "again")
+        again = Tokenizer.load(tmp_path / "again")
+        assert again.special == given.special and again.names == given.names
+    change(folder, "tokenizer_config.json", eos_token="", bos_token={"content": "<im_start>"})
+    (folder / "special_tokens_map.json").write_text(json.dumps({"unk_token": {"content": "<unk>"}}))
+    assert Tokenizer.load(folder).names == {
+        "bos_token": "<im_start>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }

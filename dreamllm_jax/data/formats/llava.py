@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from dreamllm_jax.data.archives import Images
+from dreamllm_jax.data.chat import ChatTemplate, conversation
 from dreamllm_jax.data.files import BrokenRecord, JsonRecords
 from dreamllm_jax.data.images import ImageLike
-from dreamllm_jax.data.pieces import Piece, conversation
-from dreamllm_jax.data.templates import Template
+from dreamllm_jax.data.pieces import Piece
 
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant", "obj365", "vg")
 _MARKERS = ("<image>", "<dream>")
@@ -23,7 +23,7 @@ class Conversations:
     seen). What an assistant says before the first question, and a question without an answer, are left out.
     """
 
-    def __init__(self, records: JsonRecords, images: Images | None, template: Template):
+    def __init__(self, records: JsonRecords, images: Images | None, template: ChatTemplate):
         self.records, self.images, self.template = records, images, template
 
     def __len__(self) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from dreamllm_jax.data.archives import Images
+from dreamllm_jax.data.chat import ChatTemplate, conversation
 from dreamllm_jax.data.files import BrokenRecord, JsonRecords
 from dreamllm_jax.data.images import ImageLike
-from dreamllm_jax.data.pieces import Picture, Piece, check_mode, conversation, interleaved
-from dreamllm_jax.data.templates import Template
+from dreamllm_jax.data.pieces import Picture, Piece, check_mode, interleaved
 
 
 class Documents:
@@ -53,7 +53,7 @@ class Instructions(Documents):
         images: Images,
         mode: str,
         min_similarity: float | None,
-        template: Template,
+        template: ChatTemplate,
     ):
         super().__init__(records, images, mode, min_similarity)
         self.template = template

@@ -1,0 +1,186 @@
+"""What a chat template writes, rendered by transformers, and taken apart into pieces.
+
+Messages go through the template under guard. Characters of a private plane, none of which the conversation
+contains, mark the names of control tokens that somebody typed, and stand for pictures. In the template's
+output a control token is then a name without marks:
+
+    said      Stop at </s>
+    guarded   Stop at ⟨</s>⟩
+    rendered  <s>[INST] Stop at ⟨</s>⟩ [/INST]
+    pieces    Begin, Text("[INST] Stop at </s> [/INST]")
+
+The marks survive what published templates do with a message: `strip`, `split`, `in`, joining. Their limits: a
+template that deletes letters of a message could join the others to a control token's name; and one that takes
+a message apart at such a name (thoughts before `</think>`) does not strip the spaces next to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+from dreamllm_jax.data.pieces import Begin, Control, End, Piece, Text
+
+Spans = Sequence[tuple[int, int]]
+_PRIVATE = range(0xF0000, 0xFFFFE)
+_LOCK = threading.Lock()  # transformers keeps one compiled template, with state, for all threads
+
+
+def render(
+    template: str, messages: list[dict], variables: Mapping[str, str], prompt: bool, marks_answers: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """(text, the characters [start, end) inside of `{% generation %}` blocks) as transformers renders it.
+
+    With `prompt` the template adds what an answer begins with. Whatever the template raises comes through.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
+
+    with _LOCK:
+        texts, spans = render_jinja_template(
+            [messages],
+            chat_template=template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=marks_answers,
+            **variables,
+        )
+    return texts[0], spans[0] if marks_answers else []
+
+
+class Guard:
+    """The marks of one conversation.
+
+    `chunk` is a character that our own templates may write: the text after it is encoded as a chunk of its
+    own, so that the tokenizer puts the space before it.
+    """
+
+    def __init__(self, control: Mapping[str, tuple[bool, bool]], said: str):
+        """`control`: {name of a control token: (strips the text before it, the text after it)}.
+
+        `said` is all text of the conversation, and the template's.
+        """
+        self._control = control
+        self._free = (chr(code) for code in _PRIVATE if chr(code) not in said)
+        self._open, self._close, self._seam, self.chunk = (next(self._free) for _ in range(4))
+        self._pictures: dict[str, Piece] = {}
+        names = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+        self._names, self._ends = re.compile(names), _ends(tuple(control))
+        self._special = re.compile(
+            f"{self._open}(?P<typed>{names}){self._close}|(?P<control>{names})"
+            f"|[{chr(_PRIVATE[0])}-{chr(_PRIVATE[-1])}]"
+        )
+
+    def text(self, said: str) -> str:
+        """Text under guard."""
+        said = self._names.sub(f"{self._open}\\g<0>{self._close}", said)
+        bare = said.strip()
+        before = said[: len(said) - len(said.lstrip())]
+        after = said[len(before) + len(bare) :]
+        first, last, names = self._ends
+        cuts = range(1, min(len(bare) + 1, max(map(len, self._control))))
+        begins = any(bare[:k] in last for k in cuts) or (bare != "" and bare in names)
+        ends = any(bare[-k:] in first for k in cuts)
+        return before + self._seam * begins + bare + self._seam * ends + after
+
+    def picture(self, picture: Piece) -> str:
+        """The character that stands for a picture, or for another piece that is not plain text."""
+        mark = next(self._free)
+        self._pictures[mark] = picture
+        return mark
+
+    def controls(self, rendered: str, start: int = 0) -> Iterator[re.Match[str]]:
+        """The control tokens that the template wrote."""
+        return (match for match in self._special.finditer(rendered, start) if match["control"])
+
+    def lost(self, rendered: str) -> bool:
+        """Whether a picture is missing in what the template wrote, or was written twice."""
+        return any(rendered.count(mark) != 1 for mark in self._pictures)
+
+    def pieces(self, rendered: str, learned: Spans, bos: str | None, eos: str) -> list[Piece]:
+        """The pieces of what the template wrote; the characters in the spans `learned` are supervised.
+
+        A document that does not begin with `bos` begins with `Begin(token=False)`; one that does not end with
+        `eos` ends with `End(token=False)`.
+        """
+        out, at = _Pieces(learned), 0
+        for match in self._special.finditer(rendered):
+            out.text(rendered[at : match.start()], at)
+            at = match.end()
+            if match["typed"]:
+                out.text(match["typed"], match.start("typed"))
+            elif name := match["control"]:
+                supervised, first = out.is_learned(match.start()), not (out.pieces or out.runs)
+                if name == bos and (first or name != eos):
+                    token: Piece = Begin(supervised)
+                else:
+                    token = End(supervised) if name == eos else Control(name, supervised)
+                out.token(token, *self._control[name])
+            elif match[0] == self.chunk:
+                out.end_chunk(continues=False)
+            elif match[0] in self._pictures:
+                out.token(self._pictures[match[0]])
+            elif match[0] not in (self._open, self._close, self._seam):
+                out.text(match[0], match.start())
+        out.text(rendered[at:], at)
+        out.end_chunk()
+        begun = bool(out.pieces) and isinstance(out.pieces[0], Begin)
+        ended = bool(out.pieces) and isinstance(out.pieces[-1], End)
+        return [
+            *([] if begun else [Begin(token=False)]),
+            *out.pieces[begun:],
+            *([] if ended else [End(supervised=False, token=False)]),
+        ]
+
+
+@functools.lru_cache(maxsize=16)
+def _ends(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], str]:
+    """(what names begin with, what they end with, the names in one string)."""
+    cuts = [(name[:k], name[k:]) for name in names for k in range(1, len(name))]
+    firsts, lasts = (frozenset(side) for side in zip(*cuts, strict=True))
+    return firsts, lasts, "\n".join(names)
+
+
+class _Pieces:
+    """Pieces as they are read: tokens and pictures, and between them chunks of text in learned runs."""
+
+    def __init__(self, learned: Spans):
+        self.learned, self.pieces = learned, []
+        self.runs: list[tuple[str, bool]] = []
+        self.continues = self.strips = False
+
+    def is_learned(self, at: int) -> bool:
+        return any(start <= at < end for start, end in self.learned)
+
+    def text(self, text: str, at: int) -> None:
+        """Goes on with a chunk; `at` is the place of `text` in the rendered string."""
+        cuts = {0, len(text), *(edge - at for span in self.learned for edge in span)}
+        cuts = sorted(cut for cut in cuts if 0 <= cut <= len(text))
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            run = text[start:end].lstrip() if self.strips else text[start:end]
+            if run:
+                self.strips = False
+                self.runs.append((run, self.is_learned(at + start)))
+
+    def token(self, token: Piece, left: bool = False, right: bool = False) -> None:
+        """A token or a picture; one that strips `left` or `right` takes the spaces there."""
+        while left and self.runs:
+            text, learned = self.runs.pop()
+            if text.rstrip():
+                self.runs.append((text.rstrip(), learned))
+                break
+        self.end_chunk()
+        self.pieces.append(token)
+        self.strips = right
+
+    def end_chunk(self, continues: bool = True) -> None:
+        """Ends a chunk; `continues` says how the next one begins."""
+        begun = False
+        for text, learned in self.runs:
+            last = self.pieces[-1] if begun else None
+            if isinstance(last, Text) and last.supervised == learned:
+                self.pieces[-1] = Text(last.text + text, learned, continues=last.continues, glued=last.glued)
+            else:
+                self.pieces.append(Text(text, learned, continues=self.continues, glued=begun))
+            begun = True
+        self.runs, self.continues, self.strips = [], continues, False
