@@ -18,9 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.fidelity import cases
-from benchmarks.fidelity.cases import CASES
-from dreamllm_jax.parity.__main__ import missed, verify
+from benchmarks.fidelity.cases import BOUNDS, CASES
+from dreamllm_jax.parity.errors import exceeding
+from dreamllm_jax.parity.folder import BOUNDS as GOLDEN_BOUNDS
+from dreamllm_jax.parity.folder import compare_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = {
@@ -90,11 +91,11 @@ def main() -> int:
     results, bad = {}, {}
     for name in chosen:
         if name in GOLDEN:
-            errors = verify(ROOT / "tests" / "golden" / name)
-            bad[name] = missed(errors)
+            errors = compare_folder(ROOT / "tests" / "golden" / name)
+            bad[name] = exceeding(errors, GOLDEN_BOUNDS)
         else:
             errors = measure(name, arguments.folder)
-            bad[name] = cases.missed(errors)
+            bad[name] = exceeding(errors, BOUNDS)
         results[name] = errors
         print(f"{name}: largest {max(errors.values()):.2e}", file=sys.stderr, flush=True)
     print(json.dumps(results, indent=1))

@@ -113,20 +113,3 @@ def clip_vision(image_size: int) -> dict[str, int]:
 def numbers(*shape: int, seed: int) -> np.ndarray:
     """Normal random float32 numbers that both sides draw alike."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-def output_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference of values whose root mean square is brought to 1."""
-    scale = float(np.sqrt(np.square(theirs, dtype=np.float64).mean()))
-    return float(np.abs(np.asarray(ours, np.float64) - theirs).max()) / scale
-
-
-def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Norm of the difference by the norm."""
-    difference = np.asarray(ours, np.float64) - theirs
-    return float(np.linalg.norm(difference.ravel()) / np.linalg.norm(theirs.ravel().astype(np.float64)))
-
-
-def missed(errors: dict[str, float]) -> dict[str, float]:
-    """The errors beyond their bounds (`output.x`, `gradient.x`, `bfloat16.x`); nan is beyond any."""
-    return {name: e for name, e in errors.items() if not e <= BOUNDS[name.split(".")[0]]}

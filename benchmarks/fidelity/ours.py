@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.fidelity.cases import CASES, distance, numbers, output_error
+from benchmarks.fidelity.cases import CASES, numbers
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.checkpoint.parameter_files import to_device, unflatten
 from dreamllm_jax.convert.sources import open_checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.parity.errors import relative_distance, scaled_error
 
 Arrays = dict[str, np.ndarray]
 PICTURES = ("pixels", "latents", "unet", "moments", "decoded")
@@ -125,13 +126,13 @@ def main() -> None:
         kinds.setdefault(kind, {})[inner] = value
     pulled = {"llama": "logits", "clip": "features", "llava": "logits", "unet": "unet"}[CASES[name].kind]
     found, grads = compute(name, folder, kinds["in"], pulled, "float32")
-    errors = {f"output.{n}": output_error(found[n], here(n, v)) for n, v in kinds["output"].items()}
-    errors |= {f"gradient.{n}": distance(grads[n], here(n, v)) for n, v in kinds["gradient"].items()}
+    errors = {f"output.{n}": scaled_error(found[n], here(n, v)) for n, v in kinds["output"].items()}
+    errors |= {f"gradient.{n}": relative_distance(grads[n], here(n, v)) for n, v in kinds["gradient"].items()}
     half, half_grads = compute(name, folder, kinds["in"], pulled, "bfloat16")
     for key, theirs in kinds["bfloat16"].items():
         n = key.removeprefix("gradient of ")
         exact, ours = (kinds["output"][n], half[n]) if n == key else (kinds["gradient"][n], half_grads[n])
-        errors[f"bfloat16.{key}"] = distance(ours, here(n, exact)) / distance(theirs, exact)
+        errors[f"bfloat16.{key}"] = relative_distance(ours, here(n, exact)) / relative_distance(theirs, exact)
     print(json.dumps(errors))
 
 

@@ -1,4 +1,4 @@
-"""A folder of the reference's numbers, opened; and how its arrays are laid out here."""
+"""Opens a folder of the reference's numbers, and converts its arrays to our layouts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import nested
 
-IGNORED = -100  # the label of a token that is not learned
+IGNORED = -100  # the reference's label of a token that is not learned
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A folder of reference numbers, opened."""
+    """An open folder: the model, its parameters, and the reference's arrays and settings."""
 
     config: DreamLLMConfig
     loss: LossConfig
@@ -46,10 +46,10 @@ class Case:
 
 
 def open_case(folder: str | Path) -> Case:
-    """Reads such a folder.
+    """Reads a folder laid out as `tests/golden/dreamllm-a`.
 
     Raises:
-      ValueError: it lacks one of its files, or holds a checkpoint that does not fit its config.
+      ValueError: a file is missing, or the checkpoint does not fit its config.
     """
     folder = Path(folder)
     for name in ("checkpoint", "reference.safetensors", "reference.json"):
@@ -57,9 +57,11 @@ def open_case(folder: str | Path) -> Case:
             raise ValueError(f"{folder} has no {name}; give a folder laid out as tests/golden/dreamllm-a.")
     source = open_checkpoint(folder / "checkpoint")
     if source.loss is None:
-        raise ValueError(f"{folder}/checkpoint is a {source.kind}; a DreamLLM is to be compared here.")
+        raise ValueError(f"{folder}/checkpoint is a {source.kind}; only a DreamLLM can be compared.")
     if source.model.unet is not None and source.model.unet.pooled_text_dim is not None:
-        raise ValueError(f"{folder} is of the SDXL variant, whose reference cannot run: nothing to compare.")
+        raise ValueError(
+            f"{folder} holds the SDXL variant, whose reference cannot run; there is nothing to compare."
+        )
     tensors, report = source.params()
     report.raise_if_faulty(str(folder))
     reference = read_safetensors(folder / "reference.safetensors")
@@ -74,16 +76,19 @@ def open_case(folder: str | Path) -> Case:
 
 
 def slots(tokens: np.ndarray, start: int, number: int) -> np.ndarray:
-    """-1, or k * number + i at the i-th place after the row's k-th token `start`."""
-    found = np.full_like(tokens, -1)
-    for row, line in zip(found, tokens, strict=True):
-        for k, at in enumerate(np.flatnonzero(line == start)):
-            row[at + 1 : at + 1 + number] = k * number + np.arange(number)
-    return found
+    """Returns slots [B, L]: k * number + i at the i-th position after a row's k-th `start` token, else -1.
+
+    For example number = 2 and a row `a <start> x x b <start> x x` give `-1 -1 0 1 -1 -1 2 3`.
+    """
+    out = np.full_like(tokens, -1)
+    for row, ids in zip(out, tokens, strict=True):
+        for k, i in enumerate(np.flatnonzero(ids == start)):
+            row[i + 1 : i + 1 + number] = k * number + np.arange(number)
+    return out
 
 
 def spread(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Things in reading order [M, ...] at the places of `mask` [B, J]; zeros elsewhere."""
+    """Scatters values in reading order [M, ...] to the true entries of `mask` [B, J]; zeros elsewhere."""
     out = np.zeros((*mask.shape, *values.shape[1:]), values.dtype)
     out[mask] = values
     return out

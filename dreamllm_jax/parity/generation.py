@@ -1,4 +1,4 @@
-"""Two generations: text after a picture, decoded greedily, and a picture by guided DDPM."""
+"""Compares two generations: greedy text after an image, and an image by guided DDPM."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from dreamllm_jax.diffusion.sampling import guided, make_plan, sample
 from dreamllm_jax.generate.decode import Control, decode_text, dream, prefill
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.parity.case import Case, channels_last, slots
+from dreamllm_jax.parity.errors import absolute_error
 
 
-def prompt_rows(sequences: list[list[int]], **pictures: Any) -> Batch:
-    """Token ids as left-aligned rows, one prompt each."""
+def prompt_rows(sequences: list[list[int]], **fields: Any) -> Batch:
+    """Returns a batch of token ids: one left-aligned prompt per row."""
     length = max(map(len, sequences))
     tokens = np.array([s + [0] * (length - len(s)) for s in sequences], np.int32)
-    nowhere = np.full_like(tokens, -1)
+    no_slots = np.full_like(tokens, -1)
     batch = Batch(
         tokens=tokens,
-        targets=nowhere,
+        targets=no_slots,
         segment_ids=np.array([[1] * len(s) + [0] * (length - len(s)) for s in sequences], np.int32),
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
         loss_weights=np.zeros(tokens.shape, np.float32),
-        image_slots=nowhere,
-        dream_slots=nowhere,
+        image_slots=no_slots,
+        dream_slots=no_slots,
         image_mask=np.zeros((len(tokens), 1), bool),
         dream_mask=np.zeros((len(tokens), 1), bool),
         null_dream=np.full(len(tokens), -1, np.int32),
     )
-    return jax.tree.map(jnp.asarray, dataclasses.replace(batch, **pictures))
+    return jax.tree.map(jnp.asarray, dataclasses.replace(batch, **fields))
 
 
 def compare_greedy(case: Case) -> dict[str, float]:
-    """How many of the greedily decoded tokens after a prompt with a picture are others."""
+    """Counts the greedily decoded tokens after a prompt with an image that differ from the reference's."""
     prompt = case.reference["gen.prompt_ids"][0].tolist()
     wanted = case.reference["gen.greedy_ids"][0].tolist()[len(prompt) :]
     tokens, special = np.array([prompt], np.int32), case.tokenizer.special
@@ -72,8 +73,8 @@ def compare_greedy(case: Case) -> dict[str, float]:
     return {"gen.greedy_ids": float((np.asarray(written[0]) != np.array(wanted)).sum())}
 
 
-def compare_picture(case: Case) -> dict[str, float]:
-    """Errors of text-to-image: query states and conditions, timesteps, guided DDPM steps, the picture."""
+def compare_image(case: Case) -> dict[str, float]:
+    """Returns the errors of text to image: query states, conditions, timesteps, final latents, image."""
     reference, settings = case.reference, case.settings
     states = np.concatenate([reference["t2i.prompt_embeds"], reference["t2i.negative_embeds"][:1]])
     prompts = [*settings["prompts"], ""]
@@ -81,18 +82,20 @@ def compare_picture(case: Case) -> dict[str, float]:
     steps = settings["num_inference_steps"]
     timesteps = make_plan(case.config.schedule, "ddpm", steps).timestep
     both = np.concatenate([reference["t2i.negative_embeds"], reference["t2i.prompt_embeds"]])
-    latents, picture = _draw(case, both, steps)
+    latents, image = _draw(case, both, steps)
     return {
-        "t2i.states": float(np.max([_state_error(case, *ps) for ps in zip(prompts, states, strict=True)])),
-        "t2i.conditions": float(np.abs(_conditions(case, prompts) - context).max()),
-        "t2i.timesteps": float(np.abs(timesteps - reference["t2i.timesteps"]).max()),
-        "t2i.final_latents": float(np.abs(latents - channels_last(reference["t2i.final_latents"])).max()),
-        "t2i.image": float(np.abs(picture - channels_last(reference["t2i.image"])).max()),
+        "t2i.states": float(
+            np.max([_state_error(case, *pair) for pair in zip(prompts, states, strict=True)])
+        ),
+        "t2i.conditions": absolute_error(_conditions(case, prompts), context),
+        "t2i.timesteps": absolute_error(timesteps, reference["t2i.timesteps"]),
+        "t2i.final_latents": absolute_error(latents, channels_last(reference["t2i.final_latents"])),
+        "t2i.image": absolute_error(image, channels_last(reference["t2i.image"])),
     }
 
 
 def _conditions(case: Case, prompts: list[str]) -> np.ndarray:
-    """The U-Net's contexts after some prompts in one batch, through the cache, as generation makes them."""
+    """Returns the U-Net's contexts of some prompts in one batch, through the KV cache, as in generation."""
     special, params = case.tokenizer.special, case.variables["params"]
     sequences = [[special.bos, *case.tokenizer.encode(prompt)] for prompt in prompts]
     capacity = max(map(len, sequences)) + 1 + case.config.num_dream_queries
@@ -102,17 +105,17 @@ def _conditions(case: Case, prompts: list[str]) -> np.ndarray:
 
 
 def _state_error(case: Case, prompt: str, wanted: np.ndarray) -> float:
-    """The error of a prompt's query states, read in one piece as in training."""
+    """Returns the error of a prompt's query states, computed in one pass as in training."""
     special, queries = case.tokenizer.special, case.config.num_dream_queries
     before = [special.bos, *case.tokenizer.encode(prompt), special.dream_start]
     tokens = [*before, *[special.im_patch] * queries, special.dream_end]
     at = slots(np.array([tokens], np.int32), special.dream_start, queries)
     hidden = case.apply(prompt_rows([tokens], dream_slots=at), method=DreamLLMModule.read)
-    return float(np.abs(hidden[0, len(before) : len(before) + queries] - wanted).max())
+    return absolute_error(hidden[0, len(before) : len(before) + queries], wanted)
 
 
 def _draw(case: Case, states: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(final latents, picture before clipping) of guided DDPM from the reference's noise."""
+    """Returns (final latents, image before clipping) of guided DDPM from the reference's noise."""
     config, reference = case.config, case.reference
     assert config.vae is not None
     scale, factor = case.settings["guidance_scale"], config.vae.scaling_factor

@@ -1,4 +1,4 @@
-"""One training step: losses, outputs of every tower, and every gradient."""
+"""Compares one training step: losses, outputs of every tower, and every gradient."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from dreamllm_jax.convert.mapping import to_jax
 from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
 from dreamllm_jax.models.parameters import nested
 from dreamllm_jax.parity.case import IGNORED, Case, channels_last, slots, spread
+from dreamllm_jax.parity.errors import absolute_error, relative_distance
 from dreamllm_jax.train.objectives import StepNoise, joint_objective, loss_counts
 
 TRAINED = ("llama", "vision_projector", "dream_queries", "condition_projector")
-# Where the reference's whole model keeps the parts that receive gradients.
+# Prefixes in the reference's complete model of the parts that receive gradients.
 GRADIENTS = {
     "model.clip_vision_embedding.projector.": "vision_projector",
     "model.dream_embedding.": "dream_queries",
@@ -27,7 +28,7 @@ GRADIENTS = {
 
 
 def step_batch(case: Case) -> Batch:
-    """The reference's batch; its pictures are normalized floats."""
+    """Returns the reference's batch; its images are normalized floats."""
     reference, (p, q) = case.reference, (case.config.num_patches, case.config.num_dream_queries)
     special = case.tokenizer.special
     tokens = reference["in.input_ids"].astype(np.int32)
@@ -71,7 +72,7 @@ def step_noise_of(case: Case, mask: np.ndarray) -> StepNoise:
 
 
 def compare_step(case: Case) -> dict[str, float]:
-    """Errors of losses, outputs and every gradient of the reference's training step."""
+    """Returns the errors of losses, outputs and every gradient of the reference's training step."""
     batch = step_batch(case)
     value, metrics, grads, outputs = run_step(case, batch, step_noise_of(case, batch.dream_mask))
     reference = case.reference
@@ -87,12 +88,12 @@ def compare_step(case: Case) -> dict[str, float]:
             ours, theirs = ours[seen], theirs[seen]
         elif name in ("unet_out", "vae_mean", "vae_logvar"):
             theirs = channels_last(theirs)
-        errors[f"out.{name}"] = float(np.abs(ours - theirs).max())
+        errors[f"out.{name}"] = absolute_error(ours, theirs)
     return errors | gradient_errors(case, grads)
 
 
 def run_step(case: Case, batch: Batch, step_noise: StepNoise) -> tuple:
-    """(loss, metrics, gradients, outputs) of one training step, in one compiled function."""
+    """Returns (loss, metrics, gradients, outputs) of one training step, in one compiled function."""
     model, queries = case.module, case.config.num_dream_queries
     images, dreams = np.nonzero(batch.image_mask), np.nonzero(batch.dream_mask)
 
@@ -130,10 +131,10 @@ def run_step(case: Case, batch: Batch, step_noise: StepNoise) -> tuple:
 
 
 def gradient_errors(case: Case, grads: dict[str, np.ndarray]) -> dict[str, float]:
-    """The relative error of every gradient that the reference has; says which it lacks.
+    """Returns the relative error of every gradient that the reference has, and warns of those that it lacks.
 
     Raises:
-      ValueError: a gradient of no parameter of ours, or of another shape, or of some layers only.
+      ValueError: a gradient belongs to no parameter, has another shape, or covers only some layers.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in case.reference.items():
@@ -147,8 +148,6 @@ def gradient_errors(case: Case, grads: dict[str, np.ndarray]) -> dict[str, float
     report.raise_if_faulty("the reference's gradients")
     if absent:
         warnings.warn(f"The reference has no gradient of {', '.join(absent)}; not compared.", stacklevel=2)
-    norm = np.linalg.norm
     return {
-        f"grad.{path}": float(norm(grads[path] - (theirs := tensor.read())) / norm(theirs))
-        for path, tensor in expected.items()
+        f"grad.{path}": relative_distance(grads[path], tensor.read()) for path, tensor in expected.items()
     }

@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dreamllm_jax.parity.__main__ import BOUNDS, main, missed, verify
+from dreamllm_jax.parity.__main__ import main
 from dreamllm_jax.parity.case import open_case
-from dreamllm_jax.parity.generation import compare_greedy, compare_picture
+from dreamllm_jax.parity.errors import exceeding
+from dreamllm_jax.parity.folder import BOUNDS, compare_folder
+from dreamllm_jax.parity.generation import compare_greedy, compare_image
 from dreamllm_jax.parity.sequences import compare_sequences
 from dreamllm_jax.parity.step import compare_step
+
+
+def missed(errors):
+    return exceeding(errors, BOUNDS)
+
 
 OUTPUTS = ("image_features", "last_hidden_state", "logits", "unet_ctx", "unet_out", "vae_mean", "vae_logvar")
 PICTURE = ("states", "conditions", "timesteps", "final_latents", "image")
@@ -23,7 +30,7 @@ PICTURE = ("states", "conditions", "timesteps", "final_latents", "image")
 
 @functools.cache
 def errors_of(folder):
-    return verify(folder)
+    return compare_folder(folder)
 
 
 @pytest.fixture(scope="module", params=["dreamllm-a", "dreamllm-b"])
@@ -78,10 +85,10 @@ def test_a_wrong_weight_is_found_out(golden):
     case = open_case(golden / "dreamllm-a")
     for path in ("llama/layers/mlp/down_proj/kernel", "unet/mid_block/resnets_0/conv1/kernel"):
         case.params[path] = case.params[path] * np.float32(1.05)
-    errors = compare_picture(case)
+    errors = compare_image(case)
     assert {"t2i.states", "t2i.final_latents", "t2i.image"} <= missed(errors).keys()
     case.params["llama/norm/scale"] = case.params["llama/norm/scale"] * np.float32("nan")
-    assert "t2i.states" in missed(compare_picture(dataclasses.replace(case)))
+    assert "t2i.states" in missed(compare_image(dataclasses.replace(case)))
     case = open_case(golden / "dreamllm-a")
     case.params["llama/lm_head/kernel"] = -case.params["llama/lm_head/kernel"]
     assert missed(compare_greedy(dataclasses.replace(case)))
@@ -99,7 +106,7 @@ def test_a_wrong_row_is_found_out(golden, tmp_path):
     assert {name for name, e in errors.items() if e} == {
         "tokenizer (legacy)",
         "sequences, ids (legacy)",
-        "sequences, pictures (legacy)",
+        "sequences, images (legacy)",
     }
 
 
@@ -114,9 +121,9 @@ def test_the_command(golden, tmp_path, capsys):
     said = capsys.readouterr()
     assert json.loads(said.out)["tokenizer (legacy)"] == 1 and "tokenizer (legacy) is off by 1" in said.err
     for arguments, words in (
-        ([str(golden / "sequences.json")], "name the tokenizer's folder: --tokenizer"),
+        ([str(golden / "sequences.json")], "name the folder of their tokenizer: --tokenizer"),
         ([str(tmp_path)], "has no checkpoint; give a folder laid out as tests/golden/dreamllm-a"),
-        ([str(tmp_path / "none.json"), tokenizer], "is no file of sequences"),
+        ([str(tmp_path / "none.json"), tokenizer], "is not a file of sequences"),
     ):
         assert main(arguments) == 1
         assert words in capsys.readouterr().err
