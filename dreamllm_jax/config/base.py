@@ -111,24 +111,3 @@ def check_sizes(config: Any, where: str, names: Iterable[str]) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `build`: plain JSON-ready values, nested."""
     return dataclasses.asdict(config)
-
-
-def from_hugging_face(cls: type[C], mapping: Mapping[str, Any], only: Mapping[str, tuple], where: str) -> C:
-    """Builds a tower's config from its Hugging Face `config.json`.
-
-    Keys that are fields of `cls` are taken; keys of `only` must hold one of the values that are
-    implemented; all others describe the file, not the network, and are left alone.
-
-    Raises:
-      ValueError: an option that is not implemented, by name.
-    """
-    for key, allowed in only.items():
-        value = mapping.get(key, allowed[0])
-        value = tuple(value) if isinstance(value, list) else value
-        if value not in allowed:
-            raise ValueError(
-                f"{where}: option {key}={value!r} is not supported; supported: "
-                f"{', '.join(map(repr, allowed))}."
-            )
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    return build(cls, {k: v for k, v in mapping.items() if k in names}, where)

@@ -7,7 +7,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dreamllm_jax.config.base import check_sizes, from_hugging_face
+from dreamllm_jax.config.base import check_sizes
+from dreamllm_jax.config.hugging_face import (
+    LLAMA_ONLY,
+    SCHEDULER_ONLY,
+    UNET_ONLY,
+    field_names,
+    from_options,
+    transformers_options,
+)
 
 Activation = Literal["silu", "quick_gelu", "gelu"]
 
@@ -64,24 +72,25 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> LlamaConfig:
-        """From the `config.json` of a LLaMA, Vicuna or DreamLLM folder (transformers 4 and 5)."""
-        mapping = dict(mapping)
-        # transformers 5 writes theta and scaling together, and calls the kind `rope_type`.
-        rope = mapping.pop("rope_parameters", None) or mapping.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping):
-            raise ValueError(f"LLaMA config: rope_scaling is {rope!r}; expected an object, or null.")
-        kind = rope.get("rope_type") or rope.get("type") or "default"
+        """Reads the `config.json` of a LLaMA, Vicuna or DreamLLM folder as `transformers.LlamaConfig` does.
+
+        Raises:
+          ValueError: a value that transformers refuses or that is not implemented; the option is named.
+        """
+        for key in ("rope_scaling", "rope_parameters"):
+            if key in mapping and not isinstance(mapping[key], Mapping | None):
+                raise ValueError(f"LLaMA config: {key} is {mapping[key]!r}; expected an object, or null.")
+        keys = (*field_names(cls), *LLAMA_ONLY, "rope_parameters")
+        options = transformers_options("LlamaConfig", mapping, keys, "LLaMA config")
+        rope = options["rope_parameters"]
+        kind = rope["rope_type"]
         if kind not in ("default", "linear", "dynamic"):
             raise ValueError(
                 f"LLaMA config: rope scaling {kind!r} is not supported; supported: linear, dynamic."
             )
-        if kind != "default" and "factor" not in rope:
-            raise ValueError(f"LLaMA config: rope scaling {kind!r} has no factor; give it one.")
-        if "rope_theta" in rope:
-            mapping["rope_theta"] = rope["rope_theta"]
-        mapping["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope["factor"]}
-        only = {"hidden_act": ("silu",), "mlp_bias": (False,), "pretraining_tp": (1, None)}
-        return from_hugging_face(cls, mapping, only, "LLaMA config")
+        options["rope_theta"] = rope["rope_theta"]
+        options["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope["factor"]}
+        return from_options(cls, options, LLAMA_ONLY, "LLaMA config")
 
 
 _CLIP_SIZES = (
@@ -95,7 +104,7 @@ _CLIP_SIZES = (
 
 @dataclasses.dataclass(frozen=True)
 class ClipVisionConfig:
-    """`transformers.CLIPVisionConfig`."""
+    """`transformers.CLIPVisionConfig`; defaults are CLIP L/14's."""
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -119,13 +128,14 @@ class ClipVisionConfig:
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> ClipVisionConfig:
-        """From the `config.json` of a CLIP folder, whole (`vision_config`) or vision alone."""
-        return from_hugging_face(cls, mapping.get("vision_config") or mapping, {}, "CLIP vision config")
+        """Reads the `config.json` of a whole CLIP or of its vision tower as transformers does."""
+        options = _clip_tower(mapping, "vision_config", "CLIPVisionConfig", field_names(cls))
+        return from_options(cls, options, {}, "CLIP vision config")
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextConfig:
-    """`transformers.CLIPTextConfig`."""
+    """`transformers.CLIPTextConfig`; defaults are CLIP L/14's."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -144,8 +154,23 @@ class ClipTextConfig:
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> ClipTextConfig:
-        """From the `config.json` of a CLIP folder, whole (`text_config`) or text alone."""
-        return from_hugging_face(cls, mapping.get("text_config") or mapping, {}, "CLIP text config")
+        """Reads the `config.json` of a whole CLIP or of its text tower as transformers does."""
+        options = _clip_tower(mapping, "text_config", "CLIPTextConfig", field_names(cls))
+        return from_options(cls, options, {}, "CLIP text config")
+
+
+def _clip_tower(
+    mapping: Mapping[str, Any], name: str, class_name: str, keys: tuple[str, ...]
+) -> dict[str, Any]:
+    """Returns the options of one tower, whose file may be that of the whole CLIP.
+
+    A whole CLIP projects both towers to its own `projection_dim`.
+    """
+    if name in mapping or f"{name}_dict" in mapping:
+        both = ("vision_config", "text_config", "vision_config_dict", "text_config_dict", "projection_dim")
+        whole = transformers_options("CLIPConfig", mapping, both, "CLIP config")
+        mapping = whole[name] | {"projection_dim": whole["projection_dim"]}
+    return transformers_options(class_name, mapping, keys, "CLIP config")
 
 
 _BIG_G = 1280  # width of SDXL's pooled text embedding
@@ -231,35 +256,14 @@ class UNetConfig:
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> UNetConfig:
-        """From the `unet/config.json` of a diffusers folder (SD 1.x, 2.x, SDXL)."""
-        only = {
-            "act_fn": ("silu",),
-            "attention_type": ("default",),
-            "center_input_sample": (False,),
-            "class_embed_type": (None,),
-            "conv_in_kernel": (3,),
-            "conv_out_kernel": (3,),
-            "cross_attention_norm": (None,),
-            "downsample_padding": (1,),
-            "dropout": (0.0, 0),
-            "dual_cross_attention": (False,),
-            "encoder_hid_dim": (None,),
-            "encoder_hid_dim_type": (None,),
-            "mid_block_only_cross_attention": (None, False),
-            "mid_block_scale_factor": (1, 1.0),
-            "num_class_embeds": (None,),
-            "only_cross_attention": (False,),
-            "resnet_out_scale_factor": (1.0, 1),
-            "resnet_skip_time_act": (False,),
-            "resnet_time_scale_shift": ("default",),
-            "reverse_transformer_layers_per_block": (None,),
-            "time_cond_proj_dim": (None,),
-            "time_embedding_act_fn": (None,),
-            "time_embedding_dim": (None,),
-            "time_embedding_type": ("positional",),
-            "timestep_post_act": (None,),
-        }
-        return from_hugging_face(cls, mapping, only, "UNet config")
+        """Reads the `unet/config.json` of a diffusers folder (SD 1.x, 2.x, SDXL).
+
+        diffusers' own reader is part of a PyTorch module.
+
+        Raises:
+          ValueError: a value that is not implemented; the option is named.
+        """
+        return from_options(cls, mapping, UNET_ONLY, "UNet config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +290,11 @@ class VaeConfig:
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> VaeConfig:
-        """From the `vae/config.json` of a diffusers folder."""
+        """Reads the `vae/config.json` of a diffusers folder, which diffusers reads with PyTorch only.
+
+        Raises:
+          ValueError: a value that is not implemented; the option is named.
+        """
         n = len(mapping.get("block_out_channels", (0,) * 4))
         only = {
             "act_fn": ("silu",),
@@ -299,7 +307,7 @@ class VaeConfig:
             "latents_mean": (None,),
             "latents_std": (None,),
         }
-        return from_hugging_face(cls, mapping, only, "VAE config")
+        return from_options(cls, mapping, only, "VAE config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,18 +334,14 @@ class ScheduleConfig:
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> ScheduleConfig:
-        """From the `scheduler/scheduler_config.json` of a diffusers folder (any sampler's)."""
-        only = {
-            "trained_betas": (None,),
-            "thresholding": (False,),
-            "clip_sample": (False,),
-            "variance_type": ("fixed_small", None),
-            "use_karras_sigmas": (False, None),
-            "use_exponential_sigmas": (False, None),
-            "use_beta_sigmas": (False, None),
-            "use_flow_sigmas": (False, None),
-        }
-        return from_hugging_face(cls, mapping, only, "scheduler config")
+        """Reads the `scheduler/scheduler_config.json` of a diffusers folder, whatever its sampler.
+
+        diffusers' own readers are part of its samplers, which need PyTorch.
+
+        Raises:
+          ValueError: a value that is not implemented; the option is named.
+        """
+        return from_options(cls, mapping, SCHEDULER_ONLY, "scheduler config")
 
 
 @dataclasses.dataclass(frozen=True)

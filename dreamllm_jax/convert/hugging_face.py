@@ -1,4 +1,9 @@
-"""Our configs as the `config.json` files of transformers, diffusers and the reference."""
+"""Our configs as the `config.json` files of transformers, diffusers and the reference.
+
+The files are written in the spelling of transformers 4, which the reference needs and which release 5 reads
+too. The config classes of transformers 5 are not used to write: they write `dtype` and `rope_parameters`,
+which the reference's release ignores, so that rotary scaling would be lost without a warning.
+"""
 
 from __future__ import annotations
 

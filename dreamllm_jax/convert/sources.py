@@ -10,6 +10,7 @@ from typing import Any
 
 from dreamllm_jax.checkpoint.json_files import read_json
 from dreamllm_jax.checkpoint.parameter_files import INDEX
+from dreamllm_jax.config.hugging_face import transformers_options
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import (
     ClipTextConfig,
@@ -118,7 +119,7 @@ def _open_clip(folder: Path, raw: dict, parts_dir: Path | None) -> ForeignCheckp
     return _open_folder("CLIP", folder, model, _CLIP_PREFIXES[kind])
 
 
-# Options of LLaVA-1.5 and its port, with the values that are implemented.
+# Options of LLaVA-1.5 (which no library reads) and of its port, with the values that are implemented.
 _LLAVA_ONLY: Mapping[str, tuple] = {
     "mm_vision_select_feature": ("patch", None),
     "mm_use_im_start_end": (False, None),
@@ -168,17 +169,28 @@ def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> ForeignCheck
 
 
 def _open_llava_port(folder: Path, raw: dict, parts_dir: Path | None) -> ForeignCheckpoint:
-    _check_options(folder, raw, _LLAVA_PORT_ONLY)
+    keys = ("text_config", "vision_config", "vision_feature_layer", *_LLAVA_PORT_ONLY)
+    options = transformers_options("LlavaConfig", raw, keys, "LLaVA config")
+    _check_options(folder, options, _LLAVA_PORT_ONLY)
+    for name, kind in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
+        key = f"{name}.model_type"
+        _check_options(folder, {key: options[name]["model_type"]}, {key: (kind,)})
+    if not isinstance(options["vision_feature_layer"], int):
+        raise ValueError(
+            f"{folder}/config.json: vision_feature_layer={options['vision_feature_layer']} is not supported; "
+            "supported: one layer."
+        )
     model = DreamLLMConfig(
-        llama=LlamaConfig.from_hf(raw["text_config"]),
-        vision=ClipVisionConfig.from_hf(raw["vision_config"]),
+        llama=LlamaConfig.from_hf(options["text_config"]),
+        vision=ClipVisionConfig.from_hf(options["vision_config"]),
         vision_projector=ProjectorConfig("mlp", 2),
-        vision_select_layer=int(raw.get("vision_feature_layer", -2)),
+        vision_select_layer=options["vision_feature_layer"],
     )
     source = _open_folder("LLaVA (Hugging Face)", folder, model, LLAVA_PORT_PREFIXES)
     stated = _stated(raw["text_config"], "pad_token_id") | _stated(raw, "pad_token_id")
-    if isinstance(raw.get("image_token_index"), int):
-        stated["<image>"] = raw["image_token_index"]
+    for key in ("image_token_index", "image_token_id"):  # its names in transformers 4 and 5
+        if key in raw and isinstance(raw[key], int):
+            stated["<image>"] = raw[key]
     return dataclasses.replace(source, template=VICUNA, stated=stated)
 
 

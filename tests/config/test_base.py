@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dreamllm_jax.config.base import build, from_hugging_face, to_dict
+from dreamllm_jax.config.base import build, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +65,3 @@ def test_numbers_of_numpy_and_whole_floats():
 def test_what_is_wrong_is_named(mapping, sentence):
     with pytest.raises(ValueError, match=sentence):
         build(Outer, mapping)
-
-
-def test_options_of_hugging_face():
-    only = {"act": ("silu", "gelu"), "blocks": (("A", "B"),)}
-    built = from_hugging_face(Inner, {"size": 2, "act": "gelu", "blocks": ["A", "B"], "other": 1}, only, "it")
-    assert built == Inner(2)
-    with pytest.raises(ValueError, match="it: option act='relu' is not supported; supported: 'silu', 'gelu'"):
-        from_hugging_face(Inner, {"size": 2, "act": "relu"}, only, "it")

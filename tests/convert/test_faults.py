@@ -108,7 +108,10 @@ def edited(source, edit):
             lambda r, p: p["clip_vision_embedding"].update(projector_type="qformer"),
             "'qformer' is not supported",
         ),
-        (lambda r, p: r.update(rope_scaling={"type": "linear"}), "rope scaling 'linear' has no factor"),
+        (
+            lambda r, p: r.update(rope_scaling={"type": "linear"}),
+            "Missing required keys .*'linear': {'factor'}",
+        ),
         (lambda r, p: r.update(rope_scaling="linear"), "rope_scaling is 'linear'; expected an object"),
         (lambda r, p: r.update(plugins_init_kwargs=[1]), r"plugins_init_kwargs is \[1\]; expected an object"),
         (lambda r, p: r.update(special_tokens2ids_dict=["x"]), "special_tokens2ids_dict is .*; expected"),
@@ -125,7 +128,7 @@ def edited(source, edit):
             lambda r, p: p["clip_vision_embedding"].update(select_layer=7),
             "vision_select_layer is 7; the vision",
         ),
-        (lambda r, p: r.update(num_attention_heads="many"), "num_attention_heads: got 'many'"),
+        (lambda r, p: r.update(num_attention_heads="many"), "'num_attention_heads' expected int, got str"),
         (lambda r, p: r.pop("model_type") and r.update(plugins_init_kwargs=None), "model_type=''; supported"),
     ],
 )

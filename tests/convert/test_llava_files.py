@@ -10,6 +10,8 @@ from dreamllm_jax import DreamLLM
 from dreamllm_jax.checkpoint.parameter_files import open_params
 from dreamllm_jax.checkpoint.safetensors_files import write_safetensors
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
+from dreamllm_jax.config.towers import ClipVisionConfig, LlamaConfig
+from dreamllm_jax.convert import sources
 from dreamllm_jax.convert.compose import compose
 from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.sources import open_checkpoint
@@ -111,3 +113,71 @@ def test_a_tower_that_is_only_named_cannot_be_given(spoiled, golden):
     llm = open_checkpoint(golden / "dreamllm-a" / "checkpoint")
     with pytest.raises(ValueError, match="only names its vision; give its own folder"):
         compose(llm, vision=open_checkpoint(folder))
+
+
+@pytest.fixture
+def port(tmp_path):
+    """Writes a config.json of the Hugging Face port with some changes; returns its folder."""
+
+    def write(**changes):
+        text = {
+            "model_type": "llama",
+            "vocab_size": 32064,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+        }
+        vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "num_attention_heads": 16}
+        vision |= {"intermediate_size": 4096, "num_hidden_layers": 24, "patch_size": 14, "image_size": 336}
+        raw = {
+            "model_type": "llava",
+            "text_config": text,
+            "vision_config": vision,
+            "image_token_index": 32000,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+        return tmp_path
+
+    return write
+
+
+def test_the_port_leaves_out_what_transformers_knows(port, monkeypatch):
+    monkeypatch.setattr(sources, "read_weights", lambda folder: {})
+    source = open_checkpoint(port())
+    assert source.model.llama == LlamaConfig(
+        vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096
+    )
+    # where a file names no width of the projection, it is that of CLIP B/32; this model has no projection
+    assert source.model.vision == ClipVisionConfig(image_size=336, projection_dim=512)
+    assert source.model.vision_select_layer == -2 and source.stated == {"<image>": 32000}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            dict(vision_feature_select_strategy="full"),
+            "vision_feature_select_strategy='full' is not supported",
+        ),
+        (dict(projector_hidden_act="relu"), "projector_hidden_act='relu' is not supported"),
+        (dict(multimodal_projector_bias=False), "multimodal_projector_bias=False is not supported"),
+        (dict(vision_feature_layer=[-2, -5]), r"vision_feature_layer=\[-2, -5\] is not supported"),
+        (
+            dict(text_config={"model_type": "mistral"}),
+            "model_type='mistral' is not supported; supported: 'llama'",
+        ),
+        (
+            dict(vision_config={"model_type": "siglip_vision_model"}),
+            "model_type='siglip_vision_model' is not supported; supported: 'clip_vision_model'",
+        ),
+        (
+            dict(text_config={"model_type": "llama", "hidden_act": "gelu"}),
+            "hidden_act='gelu' is not supported",
+        ),
+        (dict(text_config={"model_type": "nobody"}), "nobody"),
+    ],
+)
+def test_what_the_port_has_that_is_not_supported(changes, words, port):
+    folder = port(**changes)
+    with pytest.raises(ValueError, match=words) as raised:
+        open_checkpoint(folder)
+    assert str(folder) in str(raised.value)
