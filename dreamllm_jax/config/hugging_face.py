@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+import os
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -84,6 +87,24 @@ def field_names(cls: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(cls))
 
 
+def import_transformers() -> types.ModuleType:
+    """Imports transformers when it is first needed, and returns it.
+
+    The import takes seconds where PyTorch is installed. Where it is not, transformers would advise to install
+    it, which configs and tokenizers do not need.
+    """
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(advice)
+    os.environ[advice] = "1"
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        if before is None:
+            del os.environ[advice]
+        else:
+            os.environ[advice] = before
+
+
 def transformers_options(
     class_name: str, mapping: Mapping[str, Any], keys: Iterable[str], where: str
 ) -> dict[str, Any]:
@@ -98,9 +119,9 @@ def transformers_options(
     Raises:
       ValueError: transformers refuses a value; the message is its own.
     """
-    import transformers  # slow to import (seconds where PyTorch is installed), and rarely needed
     from huggingface_hub.errors import StrictDataclassError
 
+    transformers = import_transformers()
     given = {key: copy.deepcopy(mapping[key]) for key in keys if key in mapping}
     try:
         return getattr(transformers, class_name).from_dict(given).to_dict()

@@ -105,6 +105,16 @@ def test_only_the_options_asked_for_are_looked_at():
     assert options["vocab_size"] == 32000 and options["pad_token_id"] is None
 
 
+def test_a_missing_pytorch_is_not_mentioned():
+    code = (
+        "import os, sys; sys.modules['torch'] = None; before = dict(os.environ)\n"
+        "from dreamllm_jax.config.towers import LlamaConfig; print(LlamaConfig.from_hf({}).hidden_size)\n"
+        "assert os.environ == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "4096\n", "")
+
+
 @pytest.mark.parametrize(
     "module", ["dreamllm_jax", "dreamllm_jax.train.__main__", "dreamllm_jax.convert.sources"]
 )
