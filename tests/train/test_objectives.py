@@ -169,24 +169,26 @@ def test_dropped_conditions_become_the_rows_null():
     np.testing.assert_array_equal(out, [[3, 1, 3, 3], [4, 6, 6, 7], [8, 9, 10, 11]])
 
 
-class Parrot(DreamLLMModule):
-    """Its denoiser returns what it is given; its encoder's mean is given by the picture."""
+def encode_by_hand(module, images):
+    """An encoder whose mean is given by the image."""
+    mean = images[:, ::2, ::2, :1] / 255.0 * jnp.ones(4)
+    return jnp.concatenate([mean, jnp.full_like(mean, -2.0)], axis=-1)
 
-    def encode_image(self, images):
-        mean = images[:, ::2, ::2, :1] / 255.0 * jnp.ones(4)
-        return jnp.concatenate([mean, jnp.full_like(mean, -2.0)], axis=-1)
 
-    def denoise(self, latents, timesteps, context, added=None):
-        return latents
+def denoise_nothing(module, latents, timesteps, context, added=None):
+    """A denoiser that returns its input."""
+    return latents
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_denoising_errors_by_hand(batch, step_noise, kind):
+def test_denoising_errors_by_hand(batch, step_noise, kind, monkeypatch):
     """The target holds the offset, the input the perturbation too; min-SNR weighs; absent dreams are zero."""
+    monkeypatch.setattr(DreamLLMModule, "encode_image", encode_by_hand)
+    monkeypatch.setattr(DreamLLMModule, "denoise", denoise_nothing)
     config = tiny.config(schedule=dict(prediction_type=kind))
     context = jnp.zeros((step_noise.timesteps.size, 1, 32))
     errors = denoising_errors(
-        Parrot(config),
+        DreamLLMModule(config),
         {},
         jax.tree.map(jnp.asarray, batch),
         jax.tree.map(jnp.asarray, step_noise),
