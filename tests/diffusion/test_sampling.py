@@ -114,8 +114,8 @@ def test_zero_terminal_snr_equals_diffusers(monkeypatch, method, prediction):
     config = ScheduleConfig(
         prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
-    # The latents of diffusers' Euler are 4096 times larger here. Half a unit in the last place of float32 at 4096
-    # is 2.4e-4; how much of it an addition loses depends on the CPU.
+    # The latents of diffusers' Euler are 4096 times larger here. Half a unit in the last place of float32 at
+    # 4096 is 2.4e-4; how much of it an addition loses depends on the CPU.
     tolerance = 4096 * 2**-24 if method == "euler" else 3e-6
     assert_same_trajectory(monkeypatch, config, method, 5, tolerance=tolerance)
 
