@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dreamllm_jax.data.chat_rendering import Guard, render
 from dreamllm_jax.data.images import ImageLike
-from dreamllm_jax.data.pieces import Picture, Piece, part_to_piece
+from dreamllm_jax.data.pieces import Control, End, Picture, Piece, part_to_piece
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 # The name under which a tokenizer's own template goes.
@@ -72,6 +72,19 @@ class ChatTemplate:
         """
         guard, messages = self._guarded([said])
         return self._pieces(guard, self._render(messages, guard, prompt=True)[0], [])
+
+    @functools.cached_property
+    def closing(self) -> str | None:
+        """The control token that closes an answer, where it is not the tokenizer's end token.
+
+        None as well if the template does not say how answers end.
+        """
+        try:
+            pieces = self.conversation([["Is it so?"], ["It is."]])
+        except ValueError:
+            return None
+        last = [piece for piece in pieces if isinstance(piece, Control | End) and piece.supervised][-1:]
+        return last[0].name if last and isinstance(last[0], Control) else None
 
     def _answers(self, messages: list[dict], guard: Guard) -> tuple[str, list[tuple[int, int]]]:
         """(text, spans of the answers), by rendering the beginnings of the conversation.

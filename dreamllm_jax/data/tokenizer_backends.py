@@ -48,7 +48,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def token_id(self, name: str) -> int | None:
-        """The id of a token, None where there is none of that name."""
+        """The id of a token, or None if no token has that name."""
 
     @abc.abstractmethod
     def encode(self, text: str, prefix: bool) -> list[int]:

@@ -28,7 +28,14 @@ from dreamllm_jax.generate.decode import decode_text
 from dreamllm_jax.generate.documents import write_documents
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import draw_in_batches
-from dreamllm_jax.generate.prompts import Prompt, as_list, bucket_length, longest_prompt, prompt_batch
+from dreamllm_jax.generate.prompts import (
+    Prompt,
+    as_list,
+    bucket_length,
+    end_tokens,
+    longest_prompt,
+    prompt_batch,
+)
 from dreamllm_jax.generate.settings import DocumentSettings, ImageSettings, Seed, TextSettings
 from dreamllm_jax.sharding import parameter_shardings
 
@@ -169,6 +176,7 @@ class DreamLLM:
         batch = prompt_batch(prompts, self.tokenizer, self.config, settings.template)
         longest = longest_prompt(batch)
         _check_length(longest, settings.max_new_tokens, self.config.context_length)
+        ends = end_tokens(self.tokenizer, settings.template)
         capacity = bucket_length(longest + settings.max_new_tokens, self.config.context_length)
         _, tokens, _ = decode_text(
             engine.params,
@@ -176,7 +184,7 @@ class DreamLLM:
             jnp.ones(len(prompts), bool),
             jnp.full(len(prompts), settings.max_new_tokens, jnp.int32),
             keys,
-            engine.control([self.tokenizer.special.eos], np.zeros(len(prompts), bool), 0, settings),
+            engine.control(ends, np.zeros(len(prompts), bool), 0, settings),
             model=engine.module,
             max_new_tokens=settings.max_new_tokens,
         )

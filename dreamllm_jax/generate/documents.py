@@ -24,7 +24,7 @@ from dreamllm_jax.document import Document
 from dreamllm_jax.generate.decode import DecodeState, append_image, decode_text, dream
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.generate.images import UnconditionalState, draw_in_batches
-from dreamllm_jax.generate.prompts import bucket_length, longest_prompt
+from dreamllm_jax.generate.prompts import bucket_length, end_tokens, longest_prompt
 
 
 def image_block_length(engine: Engine) -> int:
@@ -53,10 +53,10 @@ def write_documents(
     parts: list[list[str | Image.Image]] = [[] for _ in range(rows)]
     drawn, written = np.zeros(rows, int), np.zeros(rows, int)
     active, reason = np.ones(rows, bool), np.full(rows, "length", object)
-    special = engine.tokenizer.special
+    special, ends = engine.tokenizer.special, end_tokens(engine.tokenizer, settings.template)
     while active.any():
         control = engine.control(
-            stops=[special.eos, special.dream_start] if engine.config.draws else [special.eos],
+            stops=[*ends, special.dream_start] if engine.config.draws else ends,
             may_dream=active & (drawn < settings.max_images) & engine.config.draws,
             dream_room=block,
             settings=settings,
@@ -77,7 +77,7 @@ def write_documents(
             written[row] += len(ids)
             if text := engine.tokenizer.decode(ids).strip():
                 parts[row].append(text)
-        reason[active & (stop == special.eos)] = "stop"
+        reason[active & np.isin(stop, ends)] = "stop"
         active &= stop == special.dream_start
         if active.any():
             state, images = draw_and_append(engine, state, active, keys, settings, unconditional)

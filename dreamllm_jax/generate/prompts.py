@@ -8,6 +8,7 @@ import numpy as np
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.data.chat import template_of
 from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.data.sequences import encode_prompt
 from dreamllm_jax.data.tokenizer import Tokenizer
@@ -34,6 +35,18 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     if not prompts:
         raise ValueError("The list of prompts is empty; give at least one prompt.")
     return prompts, True
+
+
+def end_tokens(tokenizer: Tokenizer, template: str | None) -> list[int]:
+    """Returns the ids that end what the model writes: `</s>`, and the token that closes an answer.
+
+    For example ChatML closes an answer by `<|im_end|>`, which may not be the tokenizer's end token.
+
+    Raises:
+      ValueError: the template is unknown or cannot be used.
+    """
+    closing = template_of(template, tokenizer).closing if template else None
+    return [tokenizer.special.eos, *([] if closing is None else [tokenizer.token_id(closing)])]
 
 
 def bucket_length(size: int, limit: int) -> int:

@@ -95,3 +95,15 @@ def test_rows_of_a_batch_end_by_themselves(scripted):
 def test_text_alone_never_draws(scripted):
     assert scripted.generate_text("six") == "three"
     assert scripted.generate_text(["equals", "four"]) == ["", "plus equals"]
+
+
+def test_a_document_ends_at_what_closes_an_answer(scripted, tokenizer, monkeypatch):
+    """Whatever control token that is in the model's template."""
+    (plus,) = tokenizer.encode("plus")
+    for room in ("documents", "api"):
+        monkeypatch.setattr(
+            f"dreamllm_jax.generate.{room}.end_tokens", lambda known, _: [known.special.eos, plus]
+        )
+    document = scripted.generate_document("six", max_images=1)
+    assert shape(document) == ["three", "PICTURE", "four"] and document.finish_reason == "stop"
+    assert scripted.generate_text("four") == ""

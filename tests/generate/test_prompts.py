@@ -1,13 +1,16 @@
 """Prompts as rows."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.document import Document
-from dreamllm_jax.generate.prompts import as_list, bucket_length, longest_prompt, prompt_batch
+from dreamllm_jax.generate.prompts import as_list, bucket_length, end_tokens, longest_prompt, prompt_batch
+from tests.data.chat_examples import CHATML, LLAMA2, THINKING, load, write_tokenizer
 
 
 def test_buckets_stay_within_the_context():
@@ -50,3 +53,21 @@ def test_a_template_makes_the_prompt_a_turn(model):
     assert longest_prompt(turn) > longest_prompt(plain) and text.rstrip().endswith("USER: one ASSISTANT:")
     with pytest.raises(ValueError, match="at most 95 fit. Shorten it"):
         prompt_batch(["one"], model.tokenizer, model.config, "vicuna_v1.1")
+
+
+def test_what_ends_an_answer(model, tmp_path):
+    """The tokenizer's end token, and the token by which the template closes an answer."""
+    eos = model.tokenizer.special.eos
+    assert end_tokens(model.tokenizer, None) == end_tokens(model.tokenizer, "vicuna_v1.1") == [eos]
+    for name, kind, template in (("llama2", "llama", LLAMA2), ("qwen", "qwen", CHATML)):
+        tokenizer = load(kind, tmp_path / name, template)
+        assert end_tokens(tokenizer, "tokenizer") == [tokenizer.special.eos]
+    for name, template in (("chatml", CHATML), ("thinking", THINKING)):
+        write_tokenizer("qwen", tmp_path / name, template)
+        config = tmp_path / name / "tokenizer_config.json"
+        config.write_text(json.dumps({"eos_token": "<|endoftext|>"}))  # as base models have it
+        tokenizer = Tokenizer.load(tmp_path / name, extend=True)
+        ends = [tokenizer.token_id(name) for name in ("<|endoftext|>", "<|im_end|>")]
+        assert end_tokens(tokenizer, "tokenizer") == ends
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"  # never closes
+    assert end_tokens(tokenizer, "tokenizer") == [tokenizer.special.eos]
