@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any, Literal
 
 from dreamllm_jax.config.base import build
-from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
+from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, RematConfig, model_config
+from dreamllm_jax.config.presets import CLIP_L14, SD_21_BASE, VICUNA_7B
 from dreamllm_jax.config.train import OptimConfig, StageConfig
 
 Training = Literal["stage1", "stage2"]
+Dtype = Literal["float32", "bfloat16"]
 CONNECTORS = ("vision_projector", "dream_queries", "condition_projector")
 
 
@@ -55,7 +57,7 @@ class Size:
         )
 
 
-def _tiny(dtype: str) -> Size:
+def _tiny(dtype: Dtype) -> Size:
     model = dict(
         llama=dict(
             vocab_size=4096,
@@ -92,24 +94,23 @@ def _tiny(dtype: str) -> Size:
     return Size("tiny", model_config(model), 4, 256, 128, 64, 8, 4, 10)
 
 
-def _full(dtype: str) -> Size:
-    """LLaMA-7B, CLIP ViT-L/14 and Stable Diffusion 2.1-base: what `configs/base_7b.py` trains."""
-    unet = dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
-    model = dict(
-        llama=dict(vocab_size=32008),
-        vision={},
-        unet=unet,
-        vae={},
-        schedule=dict(set_alpha_to_one=False),
+def _full(dtype: Dtype) -> Size:
+    """The 7B system of the recipes: Vicuna-7B, CLIP ViT-L/14 and Stable Diffusion 2.1-base."""
+    model = DreamLLMConfig(
+        llama=dataclasses.replace(VICUNA_7B, vocab_size=32008),
+        vision=CLIP_L14,
+        unet=SD_21_BASE.unet,
+        vae=SD_21_BASE.vae,
+        schedule=SD_21_BASE.schedule,
         dtype=dtype,
-        remat=dict(llama="dots"),
+        remat=RematConfig(llama="dots"),
     )
     optim = OptimConfig(mu_dtype="bfloat16", second_moment="factored")
     stages = dict(training=("stage1", "stage2"), apart=("stage2",), optim=optim)
-    return Size("full", model_config(model), 4, 2048, 1024, 128, 8, 4, 25, **stages)
+    return Size("full", model, 4, 2048, 1024, 128, 8, 4, 25, **stages)
 
 
-def _smallest(dtype: str) -> Size:
+def _smallest(dtype: Dtype) -> Size:
     """For the tests: every operation, in no time."""
     model = dict(
         llama=dict(
@@ -151,6 +152,6 @@ def _smallest(dtype: str) -> Size:
 SIZES = {"tiny": _tiny, "full": _full, "smallest": _smallest}
 
 
-def make_size(name: str, dtype: str) -> Size:
+def make_size(name: str, dtype: Dtype) -> Size:
     """The size of that name, its model computing in `dtype`."""
     return SIZES[name](dtype)

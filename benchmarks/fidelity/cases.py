@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from dreamllm_jax.config.base import to_dict
+from dreamllm_jax.config.presets import SD_15, SD_21, SDXL_BASE, VICUNA_7B_V15
+
 # Largest errors allowed. Outputs: absolute, of values brought to a root mean square of 1. Gradients: norm of
 # the difference by the norm. bfloat16: our distance from float32 by PyTorch's own; both round at the same
 # places but add up in another order, so that the two distances are alike and not equal.
@@ -28,38 +31,15 @@ class Case:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# LLaMA-7B's width; two layers of it show every operation.
-_LLAMA = dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=2,
-    num_attention_heads=32,
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-5,
-)
+def settings(config: Any) -> dict[str, Any]:
+    """Returns a tower's options for the library's config; None leaves an option to the library."""
+    return {name: value for name, value in to_dict(config).items() if value is not None}
+
+
+# LLaMA 2's width; two layers of it show every operation.
+_LLAMA = settings(dataclasses.replace(VICUNA_7B_V15, num_hidden_layers=2)) | {"max_position_embeddings": 2048}
 _LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-_SD21 = dict(
-    sample_size=96,
-    cross_attention_dim=1024,
-    attention_head_dim=(5, 10, 20, 20),
-    use_linear_projection=True,
-    upcast_attention=True,
-)
-_SDXL = dict(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    cross_attention_dim=2048,
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 
 CASES = {
     case.name: case
@@ -75,39 +55,11 @@ CASES = {
         ),
         Case("clip", "clip", "CLIP ViT-L/14 at 224 pixels, both towers"),
         Case("llava", "llava", "LLaVA-1.5: CLIP ViT-L/14 at 336 pixels, LLaMA-7B with 2 layers", _LLAMA),
-        Case(
-            "sd15",
-            "unet",
-            "Stable Diffusion 1.5: U-Net and VAE",
-            dict(sample_size=64, cross_attention_dim=768),
-        ),
-        Case("sd21", "unet", "Stable Diffusion 2.1: U-Net and VAE", _SD21),
-        Case("sdxl", "unet", "SDXL: U-Net and VAE", _SDXL),
+        Case("sd15", "unet", "Stable Diffusion 1.5: U-Net and VAE", settings(SD_15.unet)),
+        Case("sd21", "unet", "Stable Diffusion 2.1: U-Net and VAE", settings(SD_21.unet)),
+        Case("sdxl", "unet", "SDXL: U-Net and VAE", settings(SDXL_BASE.unet)),
     )
 }
-
-CLIP_TEXT = dict(
-    vocab_size=49408,
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    max_position_embeddings=77,
-    projection_dim=768,
-)
-
-
-def clip_vision(image_size: int) -> dict[str, int]:
-    """CLIP ViT-L/14 at `image_size` pixels."""
-    return dict(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=image_size,
-        patch_size=14,
-        projection_dim=768,
-    )
 
 
 def numbers(*shape: int, seed: int) -> np.ndarray:

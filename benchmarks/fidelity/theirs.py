@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.fidelity.cases import CASES, CLIP_TEXT, Case, clip_vision, numbers
+from benchmarks.fidelity.cases import CASES, Case, numbers, settings
+from dreamllm_jax.config.presets import CLIP_L14, CLIP_L14_336, CLIP_L14_TEXT, SD_15
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -71,7 +72,11 @@ def clip(case: Case, source: Path) -> Arrays:
     """States and embeddings of both towers, and the gradient towards the pixels."""
     from transformers import CLIPConfig, CLIPModel
 
-    config = CLIPConfig(text_config=CLIP_TEXT, vision_config=clip_vision(224), projection_dim=768)
+    config = CLIPConfig(
+        text_config=settings(CLIP_L14_TEXT),
+        vision_config=settings(CLIP_L14),
+        projection_dim=CLIP_L14.projection_dim,
+    )
     model = CLIPModel(config)
     model.save_pretrained(source)
     tokens = np.random.default_rng(1).integers(0, 49406, (2, 77))
@@ -96,7 +101,7 @@ def llava(case: Case, source: Path) -> Arrays:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**clip_vision(336)),
+        vision_config=CLIPVisionConfig(**settings(CLIP_L14_336)),
         text_config=LlamaConfig(**case.settings),
         image_token_index=31999,
         vision_feature_layer=-2,
@@ -119,16 +124,17 @@ def unet(case: Case, source: Path) -> Arrays:
 
     model = UNet2DConditionModel(**case.settings)
     vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
+        **settings(SD_15.vae),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=512,
     )
     model.save_pretrained(source / "unet")
     vae.save_pretrained(source / "vae")
     schedule = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        beta_start=SD_15.schedule.beta_start,
+        beta_end=SD_15.schedule.beta_end,
+        beta_schedule=SD_15.schedule.beta_schedule,
+        clip_sample=False,
     )
     schedule.save_pretrained(source / "scheduler")
     inputs = {

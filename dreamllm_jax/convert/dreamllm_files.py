@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from dreamllm_jax.checkpoint.json_files import read_json
 from dreamllm_jax.checkpoint.tensors import Tensor
+from dreamllm_jax.config import presets
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import (
     ClipVisionConfig,
@@ -69,40 +70,6 @@ PLUGIN_FILES = tuple(dict.fromkeys(m.file for m in PREFIXES if m.file))
 
 # Where the CLIP and Stable Diffusion configs are, below the folder of parts.
 CLIP_FOLDERS, DIFFUSION_FOLDERS = ("clip",), ("sd", "sdxl", "diffusion")
-
-_SD_21 = dict(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
-_SDXL = dict(
-    sample_size=128,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10),
-    cross_attention_dim=2048,
-    attention_head_dim=(5, 10, 20),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-_SCHEDULE = ScheduleConfig(set_alpha_to_one=False)  # as all of them publish it
-# Configs of the hub folders that published checkpoints name, for when they are not at hand.
-KNOWN_CLIP = {
-    "openai/clip-vit-large-patch14": ClipVisionConfig(),
-    "openai/clip-vit-large-patch14-336": ClipVisionConfig(image_size=336),
-}
-KNOWN_DIFFUSION = {
-    "stabilityai/stable-diffusion-2-1-base": (UNetConfig(**_SD_21), VaeConfig(), _SCHEDULE),
-    "stabilityai/stable-diffusion-2-1": (
-        UNetConfig(**_SD_21, sample_size=96),
-        VaeConfig(sample_size=768),
-        dataclasses.replace(_SCHEDULE, prediction_type="v_prediction"),
-    ),
-    "stabilityai/stable-diffusion-xl-base-1.0": (
-        UNetConfig(**_SDXL),
-        VaeConfig(sample_size=1024, scaling_factor=0.13025),
-        _SCHEDULE,
-    ),
-}
 
 # Every option of the plugins that says something about the model, its loss, or where its files are.
 _OPTIONS = (
@@ -203,11 +170,12 @@ def _clip(options: Mapping, name: str, places: list[Path], model: dict[str, Any]
         raise ValueError(f"config.json: {name}.use_additional_post_layernorm=True is not supported.")
     source = _option(options, name, "clip_vision_model_name_or_path", "")
     found = _find(places, source, CLIP_FOLDERS, "config.json")
-    if found is None and source not in KNOWN_CLIP:
+    if found is not None:
+        model["vision"] = ClipVisionConfig.from_hf(read_json(found / "config.json"))
+    elif source in presets.VISION:
+        model["vision"] = presets.VISION[source]
+    else:
         raise ValueError(_not_found("CLIP", source, places, "clip/config.json"))
-    model["vision"] = (
-        KNOWN_CLIP[source] if found is None else ClipVisionConfig.from_hf(read_json(found / "config.json"))
-    )
     model["vision_projector"] = _projector(options, name, bias=True)
     model["vision_select_layer"] = _option(options, name, "select_layer", -2)
     return found
@@ -222,8 +190,9 @@ def _diffusion(
         unet = UNetConfig.from_hf(read_json(found / "unet" / "config.json"))
         vae = VaeConfig.from_hf(read_json(found / "vae" / "config.json"))
         schedule = ScheduleConfig.from_hf(read_json(found / "scheduler" / "scheduler_config.json"))
-    elif source in KNOWN_DIFFUSION:
-        unet, vae, schedule = KNOWN_DIFFUSION[source]
+    elif source in presets.DIFFUSION:
+        decoder = presets.DIFFUSION[source]
+        unet, vae, schedule = decoder.unet, decoder.vae, decoder.schedule
     else:
         raise ValueError(_not_found("Stable Diffusion", source, places, "sd/unet/config.json"))
     model |= {"unet": unet, "vae": vae, "schedule": schedule}

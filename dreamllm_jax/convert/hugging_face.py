@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dreamllm_jax.config import presets
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import (
@@ -22,7 +23,6 @@ from dreamllm_jax.config.towers import (
     VaeConfig,
 )
 from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, KNOWN_DIFFUSION
 
 _PLUGINS = "omni.models.dreamllm.modeling_plugins"
 _PLUGINS_XL = "omni.models.dreamllm_sdxl.modeling_plugins"
@@ -126,18 +126,19 @@ def dreamllm_json(
     if config.vision is not None:
         kinds["clip_vision_embedding"] = "embedding"
         plugins["clip_vision_embedding"] = common | {
-            "clip_vision_model_name_or_path": _known(KNOWN_CLIP, config.vision, "./clip"),
+            "clip_vision_model_name_or_path": _known(presets.VISION, config.vision, "./clip"),
             "select_layer": config.vision_select_layer,
             **_projector(config.vision_projector),
             "_target_": f"{_PLUGINS}.CLIPVisionEmbedding",
         }
     if config.unet is not None:
-        towers = (config.unet, config.vae, config.schedule)
+        assert config.vae is not None  # the config has both or neither
+        decoder = presets.ImageDecoder(config.unet, config.vae, config.schedule)
         large = config.unet.pooled_text_dim is not None
         name = "stable_diffusion_xl_head" if large else "stable_diffusion_head"
         kinds[name] = "head"
         plugins[name] = common | {
-            "diffusion_name_or_path": _known(KNOWN_DIFFUSION, towers, "./sd"),
+            "diffusion_name_or_path": _known(presets.DIFFUSION, decoder, "./sd"),
             **_projector(config.condition_projector),
             "resolution": config.image_size,
             "snr_gamma": loss.snr_gamma,

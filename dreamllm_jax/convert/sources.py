@@ -10,6 +10,7 @@ from typing import Any
 
 from dreamllm_jax.checkpoint.json_files import read_json
 from dreamllm_jax.checkpoint.parameter_files import INDEX
+from dreamllm_jax.config import presets
 from dreamllm_jax.config.hugging_face import transformers_options
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import (
@@ -22,7 +23,7 @@ from dreamllm_jax.config.towers import (
     VaeConfig,
 )
 from dreamllm_jax.convert import single_file
-from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, configs_from_dreamllm, read_dreamllm
+from dreamllm_jax.convert.dreamllm_files import configs_from_dreamllm, read_dreamllm
 from dreamllm_jax.convert.mapping import Report
 from dreamllm_jax.convert.source import ForeignCheckpoint, PrefixRule, split_by_prefix
 from dreamllm_jax.convert.weights import DIFFUSERS_STEMS, find_weights, read_file, read_weights
@@ -142,13 +143,13 @@ def _open_llava(folder: Path, raw: dict, parts_dir: Path | None) -> ForeignCheck
     depth = 1 if kind == "linear" else int(kind[3])
     _check_options(folder, raw, _LLAVA_ONLY)
     tower = _clip_folder(folder, name, parts_dir)
-    if tower is None and name not in KNOWN_CLIP:
+    if tower is None and name not in presets.VISION:
         raise ValueError(
             f"{folder}: the vision tower {name!r} was not found; put its folder beside, or use --parts."
         )
     model = DreamLLMConfig(
         llama=LlamaConfig.from_hf(raw),
-        vision=KNOWN_CLIP[name]
+        vision=presets.VISION[name]
         if tower is None
         else ClipVisionConfig.from_hf(read_json(tower / "config.json")),
         vision_projector=ProjectorConfig("linear" if depth == 1 else "mlp", depth),
