@@ -8,43 +8,20 @@ Hardware, time: none published;
 launch/README.md has bounds for TPUs; not yet measured here.
 Command: python -m dreamllm_jax.train --config=configs/sdxl.py --workdir=runs/sdxl
 
-Begins with models/dreamllm-sdxl-7b-start: Vicuna, CLIP and SDXL, converted and put together. The vision
-projector is not trained here; stage1_comprehension.py does that, with this model.
+Starts from models/dreamllm-sdxl-7b-start: Vicuna, CLIP and SDXL, converted and composed. The vision projector
+is not trained here; stage1_comprehension.py does that, with this model.
 """
 
-from base_7b import blip_laion, creation_stage, laion400m, model, recipe, vicuna15
+from common import MLP, blip_laion, creation_stage, laion400m, model, recipe
 from ml_collections import ConfigDict
 
-QUERIES = 64
-
-
-def sdxl() -> dict:
-    """The U-Net and VAE of Stable Diffusion XL base 1.0; its schedule is Stable Diffusion's."""
-    return dict(
-        unet=dict(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            transformer_layers_per_block=(1, 2, 10),
-            cross_attention_dim=2048,
-            attention_head_dim=(5, 10, 20),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ),
-        vae=dict(block_out_channels=(128, 256, 512, 512), sample_size=1024, scaling_factor=0.13025),
-        image_size=1024,
-    )
+from dreamllm_jax.config.presets import SDXL_BASE, VICUNA_7B_V15
+from dreamllm_jax.config.recipe_files import to_config_dict
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The recipe; arg: the folder of models and data (default: the current one)."""
-    changes = dict(llama=vicuna15(), vision_projector=dict(kind="mlp", depth=2), num_dream_queries=QUERIES)
+    """Returns the recipe; arg: the folder of models and data (default: the current one)."""
     sources = (laion400m(arg, 20.0), blip_laion(arg, 10.0))
     stage = creation_stage(sources, ("dream_queries", "condition_projector", "global_projector"))
-    return ConfigDict(
-        recipe("sdxl", [stage], "dreamllm-sdxl-7b-start", arg, model=model() | changes | sdxl())
-    )
+    sdxl = model(llama=VICUNA_7B_V15, decoder=SDXL_BASE, vision_projector=MLP)
+    return to_config_dict(recipe("sdxl", (stage,), "dreamllm-sdxl-7b-start", arg, sdxl))

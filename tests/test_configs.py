@@ -3,21 +3,25 @@
 import ast
 import collections
 import functools
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
+from dreamllm_jax.config import presets
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.recipe_files import load_recipe
+from dreamllm_jax.config.towers import ClipTextConfig
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
-from dreamllm_jax.convert.dreamllm_files import KNOWN_CLIP, KNOWN_DIFFUSION
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train.state import partition
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NAMES = tuple(sorted(path.stem for path in CONFIGS.glob("*.py")))
+NAMES = tuple(sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common"))
 STAGES = ("stage1_comprehension", "stage1_creation", "stage2", "stage3")
 
 # What Vicuna (vocabulary and 8 special tokens), CLIP and Stable Diffusion have in PyTorch.
@@ -37,7 +41,7 @@ DREAMLLM = {
     "unet": 865_910_724,
     "vae": VAE,
 }
-SIZES = {name: DREAMLLM for name in ("base_7b", *STAGES)} | {
+SIZES = {name: DREAMLLM for name in STAGES} | {
     "sdxl": {
         "llama": LLAMA,
         "vision": VISION,
@@ -59,7 +63,6 @@ SIZES = {name: DREAMLLM for name in ("base_7b", *STAGES)} | {
 }
 CONNECTORS = 4_198_400 + 262_144 + 4_194_304
 TRAINED = {
-    "base_7b": {"connectors": CONNECTORS},
     "stage1_comprehension": {"stage1_comprehension": 4_198_400},
     "stage1_creation": {"stage1_creation": 262_144 + 4_194_304},
     "stage2": {"stage2": LLAMA + CONNECTORS},
@@ -102,6 +105,32 @@ def plain(value):
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
+def test_overrides_reach_what_a_value_is_derived_from():
+    """`head_dim` and `num_key_value_heads` follow from other values, and go on to do so."""
+    path = str(CONFIGS / "stage2.py")
+    smaller = load_recipe(
+        path, ["--config.model.llama.hidden_size=1024", "--config.model.llama.num_attention_heads=16"]
+    )
+    assert (smaller.model.llama.head_dim, smaller.model.llama.num_key_value_heads) == (64, 16)
+    grouped = load_recipe(path, ["--config.model.llama.num_key_value_heads=8"])
+    assert (grouped.model.llama.head_dim, grouped.model.llama.num_key_value_heads) == (128, 8)
+    added = load_recipe(str(CONFIGS / "llava15.py"), ["--config.model.text.num_hidden_layers=2"])
+    assert added.model.text == ClipTextConfig(num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_a_config_dict(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(CONFIGS))
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(None)
+    finally:
+        sys.path.remove(str(CONFIGS))
+    assert isinstance(config, ConfigDict) and build_recipe(config) == load(name)
+
+
 def test_every_recipe_is_known_here():
     assert set(NAMES) == {"handwriting", *SIZES}
 
@@ -124,7 +153,7 @@ def test_stages_train_what_the_paper_trains(name):
 
 def test_the_handwriting_recipe_is_the_same_system_made_small():
     recipe = load("handwriting")
-    params, real = shapes(recipe.model), shapes(load("base_7b").model)
+    params, real = shapes(recipe.model), shapes(load("stage2").model)
     for stage in recipe.stages:
         trainable, frozen = partition(params, stage.trainable)
         assert trainable and (frozen or stage.objective != "joint")
@@ -223,9 +252,8 @@ def test_a_pattern_that_trains_nothing_is_named():
         partition(params, ("llama", "dream_queries"))
 
 
-def test_the_towers_of_recipes_are_those_that_checkpoints_name():
-    """What a recipe spells out, and what is known of the hub's folder of that name, are the same network."""
-    for name, hub in (("base_7b", "stable-diffusion-2-1-base"), ("sdxl", "stable-diffusion-xl-base-1.0")):
-        model = load_recipe(str(CONFIGS / f"{name}.py")).model
-        assert (model.unet, model.vae, model.schedule) == KNOWN_DIFFUSION[f"stabilityai/{hub}"], name
-        assert model.vision == KNOWN_CLIP["openai/clip-vit-large-patch14"]
+def test_recipes_have_the_published_towers():
+    for name, decoder in (("stage2", presets.SD_21_BASE), ("sdxl", presets.SDXL_BASE)):
+        model = load(name).model
+        assert (model.unet, model.vae, model.schedule) == (decoder.unet, decoder.vae, decoder.schedule), name
+        assert model.vision == presets.CLIP_L14 and model.image_size == decoder.image_size

@@ -111,3 +111,32 @@ def check_sizes(config: Any, where: str, names: Iterable[str]) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `build`: plain JSON-ready values, nested."""
     return dataclasses.asdict(config)
+
+
+def to_editable_dict(config: Any) -> dict[str, Any]:
+    """Returns plain values as `to_dict` does, but None for what the config derived from its other values.
+
+    An override may then change what a value is derived from. A LLaMA with `hidden_size=4096` and 32 heads
+    derives `head_dim=128`; if that stood in the dict, `hidden_size=2048` would come with the wrong head size.
+    """
+    return {
+        field.name: None if _is_derived(config, field) else _editable(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.init
+    }
+
+
+def _is_derived(config: Any, field: dataclasses.Field) -> bool:
+    """Whether the config would fill in the same value by itself."""
+    if field.default is not None or getattr(config, field.name) is None:
+        return False
+    try:
+        return dataclasses.replace(config, **{field.name: None}) == config
+    except ValueError:  # the config needs the value
+        return False
+
+
+def _editable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_editable_dict(value)
+    return tuple(map(_editable, value)) if isinstance(value, tuple) else value

@@ -43,7 +43,7 @@ def _step(node: Any, part: str, argument: str) -> Any:
         names = ", ".join(_name(entry) or str(i) for i, entry in enumerate(node))
         raise ValueError(f"{argument}: there is no {part!r} in that list; its entries are {names}.")
     _check_mapping(node, part, argument)
-    if part not in node:
+    if part not in node or node[part] is None:  # a tower that the recipe lacks
         node[part] = {}
     return node[part]
 
