@@ -28,7 +28,7 @@ from dreamllm_jax.checkpoint.json_files import write_json
 from dreamllm_jax.checkpoint.safetensors_files import write_sharded
 from dreamllm_jax.checkpoint.tensors import DTYPES, Shape, Tensor, row_ranges
 from dreamllm_jax.config.towers import LlamaConfig
-from dreamllm_jax.convert.hugging_face import llama_json
+from dreamllm_jax.convert.config_files import llama_json
 from dreamllm_jax.convert.weights import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent

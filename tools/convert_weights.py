@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
+    from dreamllm_jax.convert.folders import convert_to_jax, convert_to_torch
     from dreamllm_jax.convert.inspect import describe
 
     if options.command == "inspect":
@@ -99,7 +99,7 @@ def chosen_source(options: argparse.Namespace):
       ValueError: both of these or neither, towers without --llm.
     """
     from dreamllm_jax.convert.compose import compose
-    from dreamllm_jax.convert.sources import open_checkpoint
+    from dreamllm_jax.convert.recognize import open_checkpoint
 
     named = {name: getattr(options, name) for name in ("llm", "vision", "diffusion")}
     named = {name: path for name, path in named.items() if path is not None}

@@ -22,7 +22,7 @@ from transformers import LlamaConfig as TorchLlamaConfig
 from benchmarks.beside_torch.inputs import SPECIAL, Inputs
 from benchmarks.beside_torch.sizes import Training
 from dreamllm_jax.checkpoint.parameter_files import as_tensors
-from dreamllm_jax.convert import hugging_face
+from dreamllm_jax.convert import config_files
 from dreamllm_jax.convert.mapping import to_torch
 from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.models.clip import CLIP_MEAN, CLIP_STD
@@ -47,11 +47,11 @@ class Towers(nn.Module):
         assert model.llama and model.vision and model.unet and model.vae
         self.place, self.dtype = place, dtype
         with torch.device(place.device):
-            self.llama = LlamaForCausalLM(TorchLlamaConfig(**_settings(hugging_face.llama_json, model.llama)))
-            clip = CLIPVisionConfig(**_settings(hugging_face.clip_vision_json, model.vision))
+            self.llama = LlamaForCausalLM(TorchLlamaConfig(**_settings(config_files.llama_json, model.llama)))
+            clip = CLIPVisionConfig(**_settings(config_files.clip_vision_json, model.vision))
             self.vision = CLIPVisionModel(clip)
-            self.unet = UNet2DConditionModel.from_config(hugging_face.unet_json(model.unet))
-            self.vae = AutoencoderKL.from_config(hugging_face.vae_json(model.vae))
+            self.unet = UNet2DConditionModel.from_config(config_files.unet_json(model.unet))
+            self.vae = AutoencoderKL.from_config(config_files.vae_json(model.vae))
             width = model.llama.hidden_size
             self.vision_projector = nn.Linear(model.vision.hidden_size, width)
             self.condition_projector = nn.Linear(width, model.unet.cross_attention_dim, bias=False)
@@ -238,7 +238,7 @@ class Generator:
     def draw(self, contexts: Tensor, null: Tensor, noise: Tensor) -> np.ndarray:
         """Pictures of contexts [M, Q, X] from latents [M, h, w, c]: guided DDIM, then the VAE's decoder."""
         settings, towers = self.size.generation, self.towers
-        scheduler = DDIMScheduler.from_config(hugging_face.scheduler_json(self.size.model.schedule))
+        scheduler = DDIMScheduler.from_config(config_files.scheduler_json(self.size.model.schedule))
         scheduler.set_timesteps(settings.num_inference_steps, device=self.place.device)
         both = torch.cat([null.expand_as(contexts), contexts])
         latents = noise.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.fidelity.cases import CASES, numbers
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.checkpoint.parameter_files import to_device, unflatten
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.parity.errors import relative_distance, scaled_error
 

@@ -9,8 +9,8 @@ import jax
 
 from dreamllm_jax.checkpoint.tensors import ArrayTensor, Tensor
 from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.convert.foreign import ForeignCheckpoint
 from dreamllm_jax.convert.mapping import Report
-from dreamllm_jax.convert.source import ForeignCheckpoint
 from dreamllm_jax.models.parameters import abstract_params, init_on_host
 
 CONNECTORS = ("vision_projector", "dream_queries", "condition_projector", "global_projector")
@@ -21,19 +21,21 @@ def compose(
     vision: ForeignCheckpoint | None = None,
     diffusion: ForeignCheckpoint | None = None,
 ) -> ForeignCheckpoint:
-    """The language model of one source with the vision tower and the image decoder of others.
+    """Combines the language model of one checkpoint with the vision tower and the image decoder of others.
 
-    Connectors are those of `llm` where its own towers stay; all others are to be drawn.
+    The connectors of `llm` are kept where its own towers are kept; the others are listed in `fresh`.
 
     Raises:
-      ValueError: a source without the tower it is to give.
+      ValueError: a checkpoint lacks the tower that it should provide.
     """
     given = {"llama": llm, "vision": vision, "unet": diffusion}
     for tower, source in given.items():
         if source is not None and getattr(source.model, tower) is None:
-            raise ValueError(f"{source.path} ({source.kind}) has no {tower}; give a source that has one.")
+            raise ValueError(f"{source.path} ({source.kind}) has no {tower}; give a checkpoint that has one.")
         if source is not None and tower not in source.parts:
-            raise ValueError(f"{source.path} ({source.kind}) only names its {tower}; give its own folder.")
+            raise ValueError(
+                f"{source.path} ({source.kind}) only names its {tower}; give the tower's own folder."
+            )
     model, parts, report = llm.model, dict(llm.parts), Report()
     for source in given.values():
         if source is not None:

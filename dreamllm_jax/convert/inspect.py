@@ -1,4 +1,4 @@
-"""What a folder of weights holds, in a few lines."""
+"""Describes a folder of weights in a few lines."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from dreamllm_jax.checkpoint.parameter_files import INDEX, open_params
 from dreamllm_jax.checkpoint.tensors import Tensor, num_bytes
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 
 
 def describe(
     path: str | Path, parts_dir: str | Path | None = None, prediction_type: str | None = None
 ) -> str:
-    """The kind, the parts with their parameters and dtypes, and what does not fit or is ignored.
+    """Returns the kind, the parts with their parameters and dtypes, and what does not fit or is ignored.
 
     Raises:
-      ValueError: an unknown or damaged folder.
+      ValueError: the folder is unknown or damaged.
     """
     path = Path(path)
     if (path / INDEX).is_file():
-        return "\n".join([f"{path}: converted (dreamllm_jax)", *_parts(open_params(path))])
+        return "\n".join([f"{path}: saved model (dreamllm_jax)", *_parts(open_params(path))])
     source = open_checkpoint(path, parts_dir, prediction_type)
     params, report = source.params()
     return "\n".join([f"{path}: {source.kind}", *_parts(params), str(report)])

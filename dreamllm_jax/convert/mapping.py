@@ -1,7 +1,9 @@
-"""Applies the conversion tables in both directions, lazily, and reports every fault together.
+"""Applies the conversion tables in both directions, lazily, and reports all faults together.
 
-A source is a mapping of part ("llama", "unet", ...) to {PyTorch name: tensor}; the result a mapping
-of our paths to tensors, whose values are read only when they are written or placed.
+PyTorch's side is a mapping of part ("llama", "unet", ...) to {name: tensor}; our side is a mapping of path to
+tensor. Values are read only when they are written or put on a device. For example
+
+    to_jax({"llama": {"model.norm.weight": t}}, {"llama/norm/scale": (4096,)})  ->  {"llama/norm/scale": t}
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ _IGNORED = re.compile("|".join(f"(?:{pattern})" for pattern in IGNORED))
 
 @dataclasses.dataclass
 class Report:
-    """What did not fit, each entry a line with the tensor's name and shape.
+    """Lines about tensors that did not fit, each with the tensor's name and shape.
 
-    `ignored` is harmless; `differing` are statements of config.json that its tokenizer contradicts; `made` is
-    what no source has.
+    `ignored` tensors are harmless. `differing` has statements of config.json that the tokenizer contradicts.
+    `made` has what no checkpoint provides and was created.
     """
 
     missing: list[str] = dataclasses.field(default_factory=list)
@@ -37,7 +39,7 @@ class Report:
     made: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: Report) -> None:
-        """Takes over all of another report's lines."""
+        """Appends the lines of another report."""
         for field in dataclasses.fields(self):
             getattr(self, field.name).extend(getattr(other, field.name))
 
@@ -46,7 +48,7 @@ class Report:
         return bool(self.missing or self.unexpected or self.duplicate or self.misshapen)
 
     def raise_if_faulty(self, what: str) -> None:
-        """Raises ValueError with all faults, named, where there are any."""
+        """Raises ValueError with all faults, if there are any."""
         if self.faulty:
             raise ValueError(f"{what} does not fit the model.\n{self}")
 
@@ -56,21 +58,22 @@ class Report:
             lines = getattr(self, field.name)
             if lines:
                 sections.append("\n  ".join([f"{field.name} ({len(lines)}):", *lines]))
-        return "\n".join(sections) or "every tensor has its place"
+        return "\n".join(sections) or "every tensor fits"
 
 
 def to_jax(
     parts: Parts, expected: Mapping[str, Shape], rules: Mapping[str, tuple[Rule, ...]] = RULES
 ) -> tuple[dict[str, Tensor], Report]:
-    """Our parameters out of PyTorch's tensors.
+    """Maps PyTorch's tensors to our parameters.
 
     Args:
-      parts: part -> {PyTorch name inside the part: tensor}.
-      expected: the model's parameters, path -> shape (`models.init` under `jax.eval_shape`). Parts
-        of which it has nothing are ignored, and listed.
+      parts: part -> {PyTorch name inside the part: tensor}. expected: the model's parameters, path -> shape
+      (see `models.parameters`). Parts that it does not contain are
+        ignored, and listed.
 
     Returns:
-      path -> tensor, in the order of `expected`, and the report; incomplete where that is faulty.
+      path -> tensor, in the order of `expected`, and the report. The mapping is incomplete if the report is
+      faulty.
     """
     report = Report()
     found: dict[str, dict[int | None, Tensor]] = defaultdict(dict)
@@ -78,15 +81,15 @@ def to_jax(
     towers = {path.split("/")[0] for path in expected}
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
-            place = _target(rules[part], name, tensor, expected)
+            target = _target(rules[part], name, tensor, expected)
             if _IGNORED.fullmatch(name):
                 report.ignored.append(_line(tensor))
             elif part not in towers:
                 report.ignored.append(f"{_line(tensor)} (the model has no {part})")
-            elif place is None:
+            elif target is None:
                 report.unexpected.append(_line(tensor))
             else:
-                rule, path, layer = place
+                rule, path, layer = target
                 if path not in expected:
                     (report.ignored if rule.harmless else report.unexpected).append(_line(tensor))
                 elif layer in found[path]:
@@ -112,7 +115,7 @@ def to_jax(
 def to_torch(
     params: Mapping[str, Tensor], rules: Mapping[str, tuple[Rule, ...]] = RULES
 ) -> tuple[dict[str, dict[str, Tensor]], Report]:
-    """PyTorch's tensors out of our parameters (path -> tensor): part -> {name: tensor}, and the report."""
+    """Maps our parameters (path -> tensor) to PyTorch's tensors: part -> {name: tensor}, and the report."""
     report = Report()
     parts: dict[str, dict[str, Tensor]] = {}
     for path, tensor in params.items():
@@ -135,9 +138,9 @@ def _target(
     rules: tuple[Rule, ...], name: str, tensor: Tensor, known: Container[str]
 ) -> tuple[Rule, str, int | None] | None:
     for rule in rules:
-        place = rule.to_target(name, len(tensor.shape), known)
-        if place is not None:
-            return rule, *place
+        target = rule.to_target(name, len(tensor.shape), known)
+        if target is not None:
+            return rule, *target
     return None
 
 
@@ -152,7 +155,7 @@ def _source(
 
 
 def _mapped(tensor: Tensor, rule: Rule) -> Tensor | None:
-    """The tensor in our layout; None for one whose axes are not those of its family."""
+    """Returns the tensor in our layout; None if it has other axes than its family."""
     mapped = Mapped(tensor, TRANSFORMS[rule.transform].forward)
     try:
         mapped.shape  # noqa: B018
@@ -162,7 +165,7 @@ def _mapped(tensor: Tensor, rule: Rule) -> Tensor | None:
 
 
 def _join(path: str, shape: Shape, layers: dict[int | None, Tensor], report: Report) -> Tensor:
-    """The one tensor, or the stack of its layers, after a look at what is missing or does not fit."""
+    """Returns the tensor, or the stack of its layers; reports layers that are missing or do not fit."""
     faults = len(report.missing) + len(report.misshapen)
     wanted = shape if None in layers else shape[1:]
     numbers = [None] if None in layers else range(shape[0])

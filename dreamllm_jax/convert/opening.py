@@ -14,7 +14,7 @@ from dreamllm_jax.checkpoint.model_folder import Pretrained, is_model_folder, op
 from dreamllm_jax.checkpoint.parameter_files import cast
 from dreamllm_jax.checkpoint.vocabulary import with_control_tokens
 from dreamllm_jax.config.model import GenerationConfig
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 
 
 def open_model(path: str | Path, dtype: str | None = None) -> Pretrained:

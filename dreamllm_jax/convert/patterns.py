@@ -1,14 +1,15 @@
-"""The small language of the conversion tables: one pattern for both directions of a name.
+"""The pattern language of the conversion tables: one pattern serves both directions of a name.
 
-PyTorch names are dotted (`down_blocks.0.resnets.1.conv1.weight`), ours are paths of Flax modules, where a
-list's entry carries its number (`down_blocks_0/resnets_1/conv1/kernel`). In a rule's two patterns
+PyTorch names are dotted (`down_blocks.0.resnets.1.conv1.weight`). Ours are paths of Flax modules, in which an
+entry of a list carries its number (`down_blocks_0/resnets_1/conv1/kernel`). In the two patterns of a rule
 
     {x}          any path of one component or more
     {x:a|b.0}    one of these paths
     {x:**a|b.0}  any path, possibly empty, that ends in one of these
     {layer}      a number, in the source only: the index into the target's stacked first axis
 
-stand for parts that both sides share, each side in its own spelling.
+stand for parts that both names share, each in its own spelling. For example `{m:mlp.up_proj}` matches
+`mlp.up_proj` in PyTorch's name and `mlp/up_proj` in ours.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Container
 
 import numpy as np
 
-# The lists of modules whose entries are numbered; other names that end in a number are just names.
+# Lists of modules, whose entries are numbered. Other names that end in a number are plain names.
 LISTS = "down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|net|to_out"
 
 _FIELD = re.compile(r"\{(\w+)(?::([^}]*))?\}")
@@ -40,7 +41,9 @@ def to_theirs(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a PyTorch tensor is laid out in ours, and back; `rank`: our number of axes, where fixed."""
+    """Converts the layout of a PyTorch tensor to ours, and back; `rank` is our number of axes, if it is
+    fixed.
+    """
 
     forward: Callable[[np.ndarray], np.ndarray]
     backward: Callable[[np.ndarray], np.ndarray]
@@ -53,7 +56,7 @@ TRANSFORMS: dict[str, Transform] = {
     "linear": Transform(lambda x: x.T, lambda x: x.T, 2),
     # Conv2d: OIHW <-> HWIO
     "conv": Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1), 4),
-    # a 1x1 Conv2d that is a Linear here: [out, in, 1, 1] <-> [in, out]
+    # a 1x1 Conv2d that is a linear map here: [out, in, 1, 1] <-> [in, out]
     "conv_as_linear": Transform(lambda x: x.squeeze((2, 3)).T, lambda x: x.T[:, :, None, None], 2),
     # [1, ...] <-> [...]
     "unbatch": Transform(lambda x: x.squeeze(0), lambda x: x[None]),
@@ -64,9 +67,9 @@ TRANSFORMS: dict[str, Transform] = {
 class Rule:
     """One family of parameters: PyTorch's name, ours, and the transform between them.
 
-    `rank` restricts the row to PyTorch tensors with that many axes, `given` to models that have this
-    parameter. A `harmless` row's tensors may be there without a place in the model (a tied output
-    layer): then they are listed as ignored.
+    `rank` restricts the rule to PyTorch tensors with that many axes, `given` to models that have this
+    parameter. Tensors of a `harmless` rule may be present although the model lacks the parameter (a tied
+    output layer); they are then listed as ignored.
     """
 
     source: str
@@ -84,7 +87,7 @@ class Rule:
         return "{layer}" in self.source
 
     def to_target(self, name: str, rank: int, known: Container[str]) -> tuple[str, int | None] | None:
-        """Our path and the layer of a PyTorch tensor, or None where the row does not speak of it."""
+        """Returns our path and the layer of a PyTorch tensor, or None if the rule does not apply."""
         found = _compile(self.source, theirs=True).fullmatch(name)
         if not found or not self._applies(rank, known):
             return None
@@ -93,7 +96,9 @@ class Rule:
         return _fill(self.target, fields), layer
 
     def to_source(self, path: str, rank: int, known: Container[str]) -> Callable[[int | None], str] | None:
-        """The PyTorch name of one of our parameters, as a function of the layer; None as above."""
+        """Returns the PyTorch name of a parameter, as a function of the layer; None if the rule does not
+        apply.
+        """
         found = _compile(self.target, theirs=False).fullmatch(path)
         transform, ours = TRANSFORMS[self.transform], rank - self.stacked
         if not found or transform.rank not in (None, ours):

@@ -1,8 +1,8 @@
 """The conversion tables: data only, one row per parameter family.
 
-`RULES[part]` maps the names inside a part (a tower or connector, as its Hugging Face class names
-them) to our parameters. Where a part's tensors lie in a checkpoint, under which file and prefix, is the
-business of `sources` and `dreamllm_files`. Order matters: the first matching row is used.
+`RULES[part]` maps the names inside a part (a tower or connector, as its Hugging Face class names them) to our
+parameters. Which file and prefix a part has in a checkpoint is known to the adapters. Order matters: the
+first matching row is used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dreamllm_jax.convert.patterns import Rule
 
 R = Rule
 
-# Buffers that other releases wrote and that carry no information.
+# Buffers that some releases save and that carry no information.
 IGNORED = (
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)",
     r"(.*\.)?(position_ids|token_type_ids)",

@@ -1,4 +1,4 @@
-"""The weight files of one folder, whichever of the usual forms they have."""
+"""Finds and opens the weight files of a folder, in any of the usual formats."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dreamllm_jax.checkpoint.safetensors_files import read_index, read_safetenso
 from dreamllm_jax.checkpoint.tensors import Tensor
 from dreamllm_jax.convert.pickles import read_pickle
 
-# What transformers and diffusers call them, in order of preference.
+# The names that transformers and diffusers use, in order of preference.
 MODEL_STEMS = ("model", "pytorch_model")
 DIFFUSERS_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
 SUFFIXES = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
 
 
 def read_file(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of one `.safetensors`, `.bin`, `.pt`, `.pth` or `.ckpt` file, unread."""
+    """Opens one `.safetensors`, `.bin`, `.pt`, `.pth` or `.ckpt` file without reading its tensors."""
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"{file} does not exist; check the path.")
@@ -23,7 +23,7 @@ def read_file(file: str | Path) -> dict[str, Tensor]:
 
 
 def find_weights(folder: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Path | None:
-    """The file (or index of shards) that holds a folder's weights, None where there is none."""
+    """Returns the file (or the index of shards) with a folder's weights; None if there is none."""
     for suffix in SUFFIXES:
         for stem in stems:
             if (folder / f"{stem}{suffix}").is_file():
@@ -32,17 +32,18 @@ def find_weights(folder: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Path | N
 
 
 def read_weights(folder: str | Path, stems: tuple[str, ...] = MODEL_STEMS) -> dict[str, Tensor]:
-    """All tensors of a folder: one file, or the shards that an index names.
+    """Opens all tensors of a folder: one file, or the shards that an index names.
 
     Raises:
-      ValueError: no weights, missing shards, a tensor in two shards, or one that the index promises
-        and no shard has; by name.
+      ValueError: there are no weights, shards are missing, a tensor is in two shards, or the index names a
+      tensor that
+        no shard has; each is named.
     """
     folder = Path(folder)
     file = find_weights(folder, stems)
     if file is None:
         names = ", ".join(f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
-        raise ValueError(f"{folder} holds no weights; expected one of {names}.")
+        raise ValueError(f"{folder} has no weights; expected one of {names}.")
     if file.suffix != ".json":
         return read_file(file)
     weight_map = read_index(file)

@@ -14,7 +14,7 @@ from dreamllm_jax.checkpoint.json_files import read_json
 from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import nested

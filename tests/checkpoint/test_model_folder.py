@@ -10,9 +10,9 @@ from dreamllm_jax.checkpoint.model_folder import open_pretrained, save_pretraine
 from dreamllm_jax.checkpoint.parameter_files import flatten
 from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.convert.convert import convert_to_jax
+from dreamllm_jax.convert.folders import convert_to_jax
 from dreamllm_jax.convert.opening import open_model
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.sharding import make_mesh
 from tests.folders import load_pretrained
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_loaded(golden, tmp_path):
         (golden / "sequences.json", "is a file; give a folder"),
         (tmp_path, "has no config.json"),
         ("someone/some-model", "someone/some-model does not exist as a folder, and could not be fetched"),
-        (golden / "dreamllm-a" / "parts" / "clip", "holds no weights"),
+        (golden / "dreamllm-a" / "parts" / "clip", "has no weights"),
     ):
         with pytest.raises(ValueError, match=words):
             open_model(path)

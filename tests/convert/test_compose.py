@@ -14,8 +14,8 @@ from dreamllm_jax.checkpoint.parameter_files import open_params, save_params
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.checkpoint.vocabulary import Extended, check_tokenizer_fits
 from dreamllm_jax.convert.compose import compose
-from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.folders import convert_to_jax, convert_to_torch
+from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.data.tokenizer import ADDED_TOKENS, Tokenizer, train_tokenizer
 from tests.folders import load_pretrained, take_towers
 
@@ -67,8 +67,8 @@ def test_what_is_made_and_what_is_left_out_is_said(sources, tmp_path, capsys):
     towers = (f"--llm={sources['llm']}", f"--vision={sources['vision']}", f"--diffusion={sources['all']}")
     assert command("to-jax", tmp_path / "start", *towers, "--quiet") == 0
     out = capsys.readouterr().out
-    assert "made (5):" in out and "dream_queries/dream_queries (64, 64), drawn afresh" in out
-    assert "rows 512 to 519 of the vocabulary, the mean of the others, for control tokens" in out
+    assert "made (5):" in out and "dream_queries/dream_queries (64, 64), initialized" in out
+    assert "rows 512 to 519 of the vocabulary, for control tokens: the mean of the others" in out
     assert f"{sources['all']}: llama, " in out  # of that source only the decoder was asked for
 
 
@@ -138,7 +138,7 @@ def test_what_does_not_go_together(sources, tmp_path, capsys):
         ((tmp_path / "x",), "give either SRC or the towers"),
         ((sources["all"], tmp_path / "x", f"--llm={sources['llm']}"), "give either SRC or the towers"),
         ((tmp_path / "x", f"--vision={sources['vision']}"), "name it with --llm"),
-        ((tmp_path / "x", f"--llm={sources['vision']}"), "has no llama; give a source that has one"),
+        ((tmp_path / "x", f"--llm={sources['vision']}"), "has no llama; give a checkpoint that has one"),
         ((tmp_path / "x", f"--llm={sources['llm']}", f"--vision={sources['diffusion']}"), "has no vision"),
     ):
         assert command("to-jax", *arguments, "--quiet") == 1

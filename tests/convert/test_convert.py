@@ -19,11 +19,11 @@ from dreamllm_jax.checkpoint.model_folder import save_pretrained
 from dreamllm_jax.checkpoint.parameter_files import open_params, unflatten
 from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
 from dreamllm_jax.config.model import GenerationConfig
-from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
+from dreamllm_jax.convert.folders import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.inspect import describe
 from dreamllm_jax.convert.opening import open_model
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from tests.train import tiny
 
@@ -152,9 +152,9 @@ def test_a_config_that_contradicts_its_tokenizer(tmp_path, golden, capsys):
     assert command("to-jax", source, tmp_path / "jax", "--quiet") == 0
     out = capsys.readouterr().out
     for name, said, right in (("<s>", 0, 1), ("[PAD]", -1, 512), ("<dream>", 513, 519)):
-        assert f"config.json says that {name} is {said}; it is {right}, as the tokenizer says" in out
+        assert f"config.json says that {name} is {said}; the tokenizer says {right}, which is used" in out
     assert "differing (3)" in out and "differing (3)" in describe(source)
-    with pytest.warns(UserWarning, match="config.json says that <s> is 0; it is 1"):
+    with pytest.warns(UserWarning, match="config.json says that <s> is 0; the tokenizer says 1"):
         special = open_model(source).tokenizer.special
     assert (special.bos, special.pad, special.dream) == (1, 512, 519)
     assert command("to-torch", tmp_path / "jax", tmp_path / "torch", "--quiet") == 0

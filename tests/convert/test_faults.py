@@ -11,9 +11,9 @@ from dreamllm_jax.checkpoint.json_files import write_json
 from dreamllm_jax.checkpoint.parameter_files import open_params, save_params
 from dreamllm_jax.checkpoint.safetensors_files import write_safetensors
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
-from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
+from dreamllm_jax.convert.folders import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.convert.torch_files import write_torch_file
 from tests.convert.test_convert import command
 from tests.folders import take_towers
@@ -145,18 +145,18 @@ def test_configs_that_cannot_be_used(edit, words, source, tmp_path, capsys):
 def test_options_that_are_not_known_are_said(source, capsys):
     edited(source, lambda r, p: p["stable_diffusion_head"].update(tune_unet=True))
     assert command("inspect", source) == 0
-    assert "stable_diffusion_head.tune_unet is not an option that is known here" in capsys.readouterr().out
+    assert "stable_diffusion_head.tune_unet is an unknown option" in capsys.readouterr().out
 
 
 def test_overwriting_destroys_no_source_and_nothing_else_than_a_model(source, converted, tmp_path, capsys):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years")
     for direction, given, target, words in (
-        ("to-jax", source, tmp_path / "precious", "holds something else than a model"),
-        ("to-jax", source, source, "holds what is to be converted"),
-        ("to-jax", source, source.parent, "holds what is to be converted"),
-        ("to-torch", converted, converted, "holds what is to be converted"),
-        ("to-torch", converted, tmp_path / "precious", "holds something else than a model"),
+        ("to-jax", source, tmp_path / "precious", "contains something other than a model"),
+        ("to-jax", source, source, "contains the source of the conversion"),
+        ("to-jax", source, source.parent, "contains the source of the conversion"),
+        ("to-torch", converted, converted, "contains the source of the conversion"),
+        ("to-torch", converted, tmp_path / "precious", "contains something other than a model"),
     ):
         assert command(direction, given, target, "--quiet", "--overwrite") == 1
         assert words in capsys.readouterr().err
@@ -219,7 +219,7 @@ def test_what_a_pipeline_has_beside_its_model_is_listed(converted, tmp_path):
     convert_to_torch(take_towers(converted, tmp_path / "jax", "unet", "vae"), pipeline)
     (pipeline / "text_encoder_2").mkdir()
     ignored = open_checkpoint(pipeline).params()[1].ignored
-    assert any(line.endswith("text_encoder_2 (the model has no place for it)") for line in ignored)
+    assert any(line.endswith("text_encoder_2 (not part of the model)") for line in ignored)
 
 
 def test_the_progress_bar_shows_bytes_and_rate(source, tmp_path, capsys):

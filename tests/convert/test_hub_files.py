@@ -9,9 +9,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub._local_folder import write_download_metadata  # the library has no public name for it
 
-from dreamllm_jax.convert.convert import convert_to_jax
+from dreamllm_jax.convert.folders import convert_to_jax
 from dreamllm_jax.convert.hub_files import check_downloads, recorded_digest
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 
 
 def flip(file, at=-1):

@@ -11,10 +11,10 @@ from dreamllm_jax.checkpoint.parameter_files import open_params
 from dreamllm_jax.checkpoint.safetensors_files import write_safetensors
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.config.towers import ClipVisionConfig, LlamaConfig
-from dreamllm_jax.convert import sources
+from dreamllm_jax.convert import foreign
 from dreamllm_jax.convert.compose import compose
-from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.folders import convert_to_jax, convert_to_torch
+from dreamllm_jax.convert.recognize import open_checkpoint
 from tests.folders import take_towers
 
 CONFIG = dict(
@@ -71,7 +71,7 @@ def test_its_tensors_find_their_places(published):
     assert params.keys() == {path for path in whole if path.startswith(towers)}
     for path, tensor in params.items():
         np.testing.assert_array_equal(tensor.read(), whole[path].read(), err_msg=path)
-    assert any("pictures are padded to squares; here they are cut" in line for line in report.differing)
+    assert any("images are padded to squares; here they are cropped" in line for line in report.differing)
 
 
 def test_it_loads_and_writes(published):
@@ -111,7 +111,7 @@ def test_a_tower_that_is_only_named_cannot_be_given(spoiled, golden):
     folder = spoiled(mm_vision_tower="openai/clip-vit-large-patch14")
     shutil.rmtree(folder.parent / "clip-small")
     llm = open_checkpoint(golden / "dreamllm-a" / "checkpoint")
-    with pytest.raises(ValueError, match="only names its vision; give its own folder"):
+    with pytest.raises(ValueError, match="only names its vision; give the tower's own folder"):
         compose(llm, vision=open_checkpoint(folder))
 
 
@@ -141,7 +141,7 @@ def port(tmp_path):
 
 
 def test_the_port_leaves_out_what_transformers_knows(port, monkeypatch):
-    monkeypatch.setattr(sources, "read_weights", lambda folder: {})
+    monkeypatch.setattr(foreign, "read_weights", lambda folder: {})
     source = open_checkpoint(port())
     assert source.model.llama == LlamaConfig(
         vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreamllm_jax import Document, DreamLLM
 from dreamllm_jax.config.train import recipe as build_recipe
-from dreamllm_jax.convert.convert import convert_to_torch
+from dreamllm_jax.convert.folders import convert_to_torch
 from dreamllm_jax.data.sequences import encode_prompt
 from dreamllm_jax.diffusion.sampling import guided, sample
 from dreamllm_jax.diffusion.schedule import row_normal

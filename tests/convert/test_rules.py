@@ -9,7 +9,7 @@ import pytest
 from dreamllm_jax.checkpoint.tensors import ArrayTensor
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import ProjectorConfig
-from dreamllm_jax.convert.dreamllm_files import configs_from_dreamllm, read_dreamllm
+from dreamllm_jax.convert.adapters.dreamllm import configs_from_dreamllm, read_dreamllm
 from dreamllm_jax.convert.mapping import to_jax, to_torch
 from dreamllm_jax.convert.patterns import TRANSFORMS, to_ours, to_theirs
 from dreamllm_jax.convert.rules import RULES

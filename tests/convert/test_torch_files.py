@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.checkpoint.tensors import ArrayTensor, Mapped
-from dreamllm_jax.convert.convert import convert_to_jax, convert_to_torch
+from dreamllm_jax.convert.folders import convert_to_jax, convert_to_torch
 from dreamllm_jax.convert.pickles import read_pickle
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.convert.torch_files import write_torch_file
 from tests.convert.test_convert import command
 from tests.folders import take_towers

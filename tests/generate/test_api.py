@@ -134,7 +134,7 @@ def test_foreign_folders(tmp_path):
     with pytest.raises(ValueError, match="has no config.json"):
         DreamLLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match="has no weights"):
         DreamLLM.from_pretrained(tmp_path)
 
 

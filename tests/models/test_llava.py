@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamllm_jax.convert.sources import open_checkpoint
+from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import example_batch, nested
 

@@ -49,7 +49,7 @@ def clip_vision_json(config: ClipVisionConfig, dtype: str) -> dict[str, Any]:
 
 
 def preprocessor_json(config: ClipVisionConfig) -> dict[str, Any]:
-    """`transformers.CLIPImageProcessor`: what is done to a picture before the tower sees it."""
+    """`transformers.CLIPImageProcessor`: the preprocessing of images for the tower."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,

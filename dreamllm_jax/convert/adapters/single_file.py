@@ -1,17 +1,23 @@
-"""Stable Diffusion in one file, as its authors publish it: names and sizes in diffusers' terms.
+"""Stable Diffusion in one file, as its authors publish it (SD 1.x, 2.x and SDXL; code base of arXiv
+2112.10752).
 
-Such a file (arXiv 2112.10752's code base; SD 1.x, 2.x and SDXL) has no config. Blocks are numbered through,
-so the number of residual blocks between two changes of resolution says what a name is called in diffusers,
-and the shapes say the rest. Text encoders, which DreamLLM does without, are left out.
+Such a file has no config. Its blocks are numbered consecutively, so the number of residual blocks between two
+changes of resolution determines the names in diffusers, and the shapes determine the sizes. Text encoders,
+which DreamLLM does not use, are left out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from dreamllm_jax.checkpoint.tensors import Tensor
+from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import ScheduleConfig, UNetConfig, VaeConfig
+from dreamllm_jax.convert.foreign import ForeignCheckpoint
+from dreamllm_jax.convert.mapping import Report
+from dreamllm_jax.convert.weights import read_file
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -37,7 +43,9 @@ _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj
 
 
 def unet_name(name: str, layers: int) -> str | None:
-    """diffusers' name of a U-Net's tensor, with `layers` residual blocks per level; None: it has no place."""
+    """Returns diffusers' name of a U-Net's tensor, with `layers` residual blocks per level; None if it is
+    unknown.
+    """
     for theirs, ours in _ENDS.items():
         if name.startswith(f"{theirs}."):
             return ours + name[len(theirs) :]
@@ -47,8 +55,8 @@ def unet_name(name: str, layers: int) -> str | None:
     side, number, rest = found[1], int(found[2]), found[3]
     if side == "middle_block":
         return _renamed(_MIDDLE[found[2]], rest) if found[2] in _MIDDLE else None
-    # The first input block is conv_in; after that each level has one more block, that changes the resolution.
-    level, place = divmod(number - (side == "input_blocks"), layers + 1)
+    # The first input block is conv_in. Each level then has one more block, which changes the resolution.
+    level, index = divmod(number - (side == "input_blocks"), layers + 1)
     block = f"{'down' if side == 'input_blocks' else 'up'}_blocks.{level}"
     part, _, tail = rest.partition(".")
     if tail.startswith("op."):
@@ -56,11 +64,13 @@ def unet_name(name: str, layers: int) -> str | None:
     if tail.startswith("conv."):
         return f"{block}.upsamplers.0.{tail}"
     kind = "resnets" if part == "0" else "attentions"
-    return _renamed(f"{block}.{kind}.{place}", tail)
+    return _renamed(f"{block}.{kind}.{index}", tail)
 
 
 def _renamed(block: str, tail: str) -> str:
-    """The name inside a residual block or a transformer, whose own names are diffusers'."""
+    """Returns the name inside a residual block, or inside a transformer, whose names are those of
+    diffusers.
+    """
     for theirs, ours in _RESNET.items():
         if tail.startswith(f"{theirs}."):
             return f"{block}.{ours}{tail[len(theirs) :]}"
@@ -68,7 +78,7 @@ def _renamed(block: str, tail: str) -> str:
 
 
 def vae_name(name: str, levels: int) -> str:
-    """diffusers' name of a VAE's tensor."""
+    """Returns diffusers' name of a VAE's tensor."""
     name = re.sub(
         r"^(en|de)coder\.mid\.attn_1\.(\w+)", lambda m: f"{m[1]}coder.mid.attn_1.{_ATTENTION[m[2]]}", name
     )
@@ -82,17 +92,17 @@ def vae_name(name: str, levels: int) -> str:
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """({"unet": ..., "vae": ...} under diffusers' names, the names of what is left out).
+    """Returns {"unet": ..., "vae": ...} under diffusers' names, and the names of other tensors.
 
     Raises:
-      ValueError: no U-Net or no VAE in the file.
+      ValueError: the file has no U-Net or no VAE.
     """
     unet = {name.removeprefix(UNET): t for name, t in tensors.items() if name.startswith(UNET)}
     vae = {name.removeprefix(VAE): t for name, t in tensors.items() if name.startswith(VAE)}
     if "input_blocks.0.0.weight" not in unet or "decoder.conv_in.weight" not in vae:
         raise ValueError(
-            "the file holds no Stable Diffusion (no U-Net under model.diffusion_model, or no VAE under "
-            "first_stage_model); give a whole checkpoint, or a folder."
+            "the file is not a Stable Diffusion (no U-Net under model.diffusion_model, or no VAE under "
+            "first_stage_model); give a complete checkpoint, or a folder."
         )
     downs = [name for name in unet if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name)]
     if downs:  # residual blocks until the resolution first changes
@@ -111,10 +121,10 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 def configs(
     parts: Mapping[str, Mapping[str, Tensor]], prediction_type: str | None = None
 ) -> tuple[UNetConfig, VaeConfig, ScheduleConfig]:
-    """Configs of the networks of `split`, from their shapes.
+    """Returns the configs of the networks of `split`, from their shapes.
 
     Raises:
-      ValueError: SD 2, whose two kinds differ in what they predict only, without `prediction_type`.
+      ValueError: SD 2 without `prediction_type`, in which alone its two kinds differ.
     """
     unet, vae = parts["unet"], parts["vae"]
     levels = _count(unet, r"down_blocks\.(\d+)\.")
@@ -129,8 +139,8 @@ def configs(
     )
     if linear and added is None and prediction_type is None:
         raise ValueError(
-            "this is a Stable Diffusion 2, of which two kinds differ in nothing but what they predict; say "
-            "which with --prediction-type: epsilon (the 512-pixel base) or v_prediction (768 pixels)."
+            "this is a Stable Diffusion 2, whose two kinds differ only in what they predict; choose with "
+            "--prediction-type: epsilon (the 512-pixel base) or v_prediction (768 pixels)."
         )
     sides = [("CrossAttnDownBlock2D" if depth else "DownBlock2D") for depth in depths]
     unet_config = UNetConfig(
@@ -142,7 +152,7 @@ def configs(
         block_out_channels=widths,
         layers_per_block=layers,
         cross_attention_dim=context,
-        # The first kind has 8 heads at every width, later ones heads of 64 channels.
+        # SD 1 has 8 heads at every width, later versions heads of 64 channels.
         attention_head_dim=tuple(width // 64 for width in widths) if linear else 8,
         use_linear_projection=linear,
         transformer_layers_per_block=tuple(depth or 1 for depth in depths),
@@ -165,5 +175,29 @@ def configs(
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that the pattern finds at a name's beginning; 0 without any."""
+    """Returns one more than the largest number that the pattern finds at the start of a name; 0 without a
+    match.
+    """
     return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)
+
+
+def open_single_file(file: Path, prediction_type: str | None) -> ForeignCheckpoint:
+    """Opens a Stable Diffusion in one `.safetensors` file.
+
+    Raises:
+      ValueError: the file holds something else, is incomplete, or needs a `prediction_type`.
+    """
+    tensors = read_file(file)
+    try:
+        parts, left = split(tensors)
+        unet, vae, schedule = configs(parts, prediction_type)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    except KeyError as error:
+        raise ValueError(
+            f"{file} lacks the tensor {error} of a Stable Diffusion; it is incomplete."
+        ) from error
+    size = unet.sample_size * vae.downscale
+    model = DreamLLMConfig(unet=unet, vae=vae, schedule=schedule, image_size=size)
+    report = Report(ignored=[f"{name} {tensors[name].shape} (not of the U-Net or the VAE)" for name in left])
+    return ForeignCheckpoint("Stable Diffusion (one file)", file, model, parts, report)

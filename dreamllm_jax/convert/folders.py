@@ -1,4 +1,4 @@
-"""The two conversions as a user calls them: a checkpoint of PyTorch's into ours, and ours into theirs."""
+"""The two conversions between folders: from PyTorch's formats to a saved model, and back."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dreamllm_jax.checkpoint.vocabulary import check_tokenizer_fits, with_contro
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
 from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.convert import hugging_face
+from dreamllm_jax.convert import config_files
+from dreamllm_jax.convert.adapters.dreamllm import FILES
 from dreamllm_jax.convert.compose import init_connectors
-from dreamllm_jax.convert.dreamllm_files import PREFIXES
+from dreamllm_jax.convert.foreign import TOKENIZER_FILES, ForeignCheckpoint, control_ids
 from dreamllm_jax.convert.hub_files import check_downloads
 from dreamllm_jax.convert.mapping import Report, to_torch
-from dreamllm_jax.convert.source import TOKENIZER_FILES, ForeignCheckpoint, control_ids
 from dreamllm_jax.convert.torch_files import require_torch, write_torch_file
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokenizer_files import has_tokenizer
@@ -47,25 +47,26 @@ def convert_to_jax(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Report:
-    """Writes `source` as a folder that `DreamLLM.from_pretrained` loads; whole or not at all.
+    """Writes `source` as a folder that `DreamLLM.from_pretrained` loads. It appears complete or not at all.
 
     Raises:
-      ValueError: tensors that do not fit the model (all of them, named), files that are not what the hub
-        sent, the tokenizer of another model; before anything is written.
+      ValueError: before anything is written, if tensors do not fit the model (all are named), files differ
+      from what
+        the hub sent, or the tokenizer belongs to another model.
     """
     params, report = source.params()
     report.raise_if_faulty(str(source.path))
     _check_target(folder, [source.path, *source.files])
     model, tokenizer = source.model, None
-    if source.fresh:  # put together to be trained: with all that training needs
+    if source.fresh:  # composed for training, so with everything that training needs
         connectors = init_connectors(model, source.fresh)
         params |= connectors
-        report.made += [f"{path} {tensor.shape}, drawn afresh" for path, tensor in connectors.items()]
+        report.made += [f"{path} {tensor.shape}, initialized" for path, tensor in connectors.items()]
         rows = model.llama.vocab_size if model.llama else 0
         model, params, tokenizer = with_control_tokens(model, params, source.folder)
         if model.llama is not None and model.llama.vocab_size > rows:
             more = f"{rows} to {model.llama.vocab_size - 1}"
-            report.made.append(f"rows {more} of the vocabulary, the mean of the others, for control tokens")
+            report.made.append(f"rows {more} of the vocabulary, for control tokens: the mean of the others")
     elif has_tokenizer(source.folder):
         check_tokenizer_fits(Tokenizer.load(source.folder, extend=True), model, source.folder)
     generation = GenerationConfig(template=source.template)
@@ -97,7 +98,7 @@ def convert_to_torch(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Report:
-    """Writes a converted folder in PyTorch's forms; whole or not at all.
+    """Writes a saved model in PyTorch's formats. The folder appears complete or not at all.
 
     With a language model `folder` itself loads as `transformers.LlamaForCausalLM` and, with the
     plugins' files, as the reference's DreamLLM; `clip/` loads as `CLIPVisionModel`, `sd/unet` and
@@ -112,9 +113,7 @@ def convert_to_torch(
     params = cast(open_params(source), dtype)
     content = read_json(source / "config.json")
     if "model" not in content:
-        raise ValueError(
-            f"{source}/config.json does not describe a model; the folder is not a converted one."
-        )
+        raise ValueError(f"{source}/config.json does not describe a model; the folder is not a saved model.")
     model = model_config(content["model"], saved=True)
     loss = build(LossConfig, content["loss"], "loss", saved=True) if "loss" in content else LossConfig()
     check_complete(source, model, params)
@@ -129,17 +128,17 @@ def convert_to_torch(
         total = sum(num_bytes(t) for _, tensors, _ in plan for t in tensors.values())
         check_disk_space(beside, total)
         with progress_bar(total, f"writing {Path(folder).name}", progress) as step:
-            for place, tensors, config in plan:
-                _write(beside / place, tensors, config, shard_bytes, step)
+            for path, tensors, config in plan:
+                _write(beside / path, tensors, config, shard_bytes, step)
         if model.unet is not None:
-            home = beside / _diffusion_place(model)
+            home = beside / _diffusion_folder(model)
             write_json(
                 _made(home / "scheduler" / "scheduler_config.json"),
-                hugging_face.scheduler_json(model.schedule),
+                config_files.scheduler_json(model.schedule),
             )
         if model.vision is not None:
             home = beside if model.llama is None and model.unet is None else beside / "clip"
-            write_json(home / "preprocessor_config.json", hugging_face.preprocessor_json(model.vision))
+            write_json(home / "preprocessor_config.json", config_files.preprocessor_json(model.vision))
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, beside / name)
@@ -147,28 +146,34 @@ def convert_to_torch(
 
 
 def _check_target(folder: str | Path, sources: Iterable[Path]) -> None:
-    """Raises ValueError where overwriting `folder` would destroy a source, or something that is no model."""
+    """Checks that writing `folder` destroys neither a source nor anything that is not a model.
+
+    Raises:
+      ValueError: it would.
+    """
     target = Path(folder).resolve()
     for source in sources:
         if source.resolve().is_relative_to(target):
-            raise ValueError(f"{folder} holds what is to be converted; write into another folder.")
+            raise ValueError(f"{folder} contains the source of the conversion; write into another folder.")
     marks = (INDEX, "config.json", "unet/config.json")
     if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in marks):
-        raise ValueError(f"{folder} holds something else than a model; give a new or empty folder.")
+        raise ValueError(f"{folder} contains something other than a model; give a new or empty folder.")
 
 
 def _files(
     model: DreamLLMConfig, loss: LossConfig, parts: Parts, tokens: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, Tensor], dict[str, Any] | None]]:
-    """(place, tensors, config): a folder to write safetensors into, or a plugin's `.bin` file."""
+    """Returns (path, tensors, config) for each folder of safetensors, and (path, tensors, None) for each
+    `.bin` file.
+    """
     plan: list[tuple[str, dict[str, Tensor], dict[str, Any] | None]] = []
     joint = _has_plugins(model)
     if model.llama is not None:
         dtype = _dtype(parts["llama"])
         config = (
-            hugging_face.dreamllm_json(model, loss, dtype, tokens)
+            config_files.dreamllm_json(model, loss, dtype, tokens)
             if joint
-            else hugging_face.llama_json(model.llama, dtype)
+            else config_files.llama_json(model.llama, dtype)
         )
         plan.append((".", dict(parts["llama"]), config))
     if joint:
@@ -176,7 +181,7 @@ def _files(
     sole = model.llama is None and model.unet is None
     if model.vision is not None and not model.contrastive:
         tensors = {f"vision_model.{name}": t for name, t in parts["vision"].items()}
-        config = hugging_face.clip_vision_json(model.vision, _dtype(tensors))
+        config = config_files.clip_vision_json(model.vision, _dtype(tensors))
         plan.append(("." if sole else "clip", tensors, config))
     if model.contrastive:
         assert model.vision is not None and model.text is not None
@@ -186,18 +191,18 @@ def _files(
             (
                 "." if sole else "clip",
                 tensors,
-                hugging_face.clip_json(model.vision, model.text, _dtype(tensors)),
+                config_files.clip_json(model.vision, model.text, _dtype(tensors)),
             )
         )
     if model.unet is not None:
         assert model.vae is not None
-        home = _diffusion_place(model)
-        plan.append((f"{home}/unet", dict(parts["unet"]), hugging_face.unet_json(model.unet)))
-        plan.append((f"{home}/vae", dict(parts["vae"]), hugging_face.vae_json(model.vae)))
+        home = _diffusion_folder(model)
+        plan.append((f"{home}/unet", dict(parts["unet"]), config_files.unet_json(model.unet)))
+        plan.append((f"{home}/vae", dict(parts["vae"]), config_files.vae_json(model.vae)))
     if model.text is not None and not model.contrastive:
         tensors = {f"text_model.{name}": t for name, t in parts["text"].items()}
-        place = "." if sole and model.vision is None else f"{_diffusion_place(model)}/text_encoder"
-        plan.append((place, tensors, hugging_face.clip_text_json(model.text, _dtype(tensors))))
+        path = "." if sole and model.vision is None else f"{_diffusion_folder(model)}/text_encoder"
+        plan.append((path, tensors, config_files.clip_text_json(model.text, _dtype(tensors))))
     return plan
 
 
@@ -207,29 +212,29 @@ def _has_plugins(model: DreamLLMConfig) -> bool:
 
 
 def _plugins(model: DreamLLMConfig, parts: Parts) -> dict[str, dict[str, Tensor]]:
-    """The reference's plugin files, by the same table that they are read with."""
+    """Returns the reference's plugin files, by the table with which they are read."""
     head = "stable_diffusion_xl_head" if "global_projector" in parts else "stable_diffusion_head"
     files: dict[str, dict[str, Tensor]] = {}
-    for mount in PREFIXES:
-        if mount.file in ("clip_vision_embedding", "dream_embedding", head) and mount.part in parts:
-            names = {f"{mount.prefix}{name}": tensor for name, tensor in parts[mount.part].items()}
-            files.setdefault(mount.file, {}).update(names)
+    for rule in FILES:
+        if rule.file in ("clip_vision_embedding", "dream_embedding", head) and rule.part in parts:
+            names = {f"{rule.prefix}{name}": tensor for name, tensor in parts[rule.part].items()}
+            files.setdefault(rule.file, {}).update(names)
     return files
 
 
 def _write(
-    place: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None, limit: int, step: Step
+    path: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None, limit: int, step: Step
 ) -> None:
     if config is None:
-        write_torch_file(place, tensors, step)
+        write_torch_file(path, tensors, step)
         return
-    place.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
-    write_sharded(place, stem, tensors, limit, step)
-    write_json(place / "config.json", config)
+    write_sharded(path, stem, tensors, limit, step)
+    write_json(path / "config.json", config)
 
 
-def _diffusion_place(model: DreamLLMConfig) -> str:
+def _diffusion_folder(model: DreamLLMConfig) -> str:
     return "." if model.llama is None else "sd"
 
 
@@ -239,7 +244,7 @@ def _made(file: Path) -> Path:
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> str:
-    """What config.json calls the weights' dtype."""
+    """Returns the name of the weights' dtype in config.json."""
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
     for tensor in tensors.values():
         if is_floating(tensor.dtype):
@@ -248,7 +253,7 @@ def _dtype(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _special_tokens(source: Path, model: DreamLLMConfig) -> dict[str, Any]:
-    """The ids of control tokens, which the reference's config.json repeats."""
+    """Returns the ids of control tokens, which the reference's config.json repeats."""
     if model.llama is None or not has_tokenizer(source):
         return {}
     ids = control_ids(Tokenizer.load(source, extend=True))
