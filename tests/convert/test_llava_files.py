@@ -90,7 +90,7 @@ def test_it_loads_and_writes(published):
         (dict(mm_patch_merge_type="spatial_unpad"), "mm_patch_merge_type='spatial_unpad' is not supported"),
         (dict(mm_projector_type="mlpx_gelu"), "mm_projector_type='mlpx_gelu' is not supported"),
         (dict(mm_vision_tower="nobody/none"), "the vision tower 'nobody/none' was not found"),
-        (dict(mm_vision_select_layer=[-2, -5]), "a config.json has a value of an unexpected kind"),
+        (dict(mm_vision_select_layer=[-2, -5]), "a config.json has a value of an unexpected type"),
     ],
 )
 def test_options_that_are_not_supported(change, words, spoiled):
