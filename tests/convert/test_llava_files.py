@@ -103,8 +103,8 @@ def test_options_that_are_not_supported(change, words, spoiled):
 
 def test_ids_that_its_tokenizer_contradicts(spoiled):
     differing = open_checkpoint(spoiled(bos_token_id=7, pad_token_id=99)).params()[1].differing
-    assert any("config.json says that <s> is 7; it is 1" in line for line in differing)
-    assert any("config.json says that [PAD] is 99; it is 512" in line for line in differing)
+    assert any("config.json says that <s> is 7; the tokenizer says 1" in line for line in differing)
+    assert any("config.json says that [PAD] is 99; the tokenizer says 512" in line for line in differing)
 
 
 def test_a_tower_that_is_only_named_cannot_be_given(spoiled, golden):
