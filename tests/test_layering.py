@@ -15,7 +15,7 @@ PACKAGE = "dreamllm_jax"
 
 # A room imports from the rooms of earlier rows and from itself. Rooms of one row do not know each other.
 ORDER = (
-    ("config", "batch", "document", "distributed"),
+    ("atomic", "config", "batch", "document", "distributed"),
     ("sharding",),
     ("models", "diffusion"),
     ("checkpoint",),
@@ -26,7 +26,7 @@ ORDER = (
 )
 # A room beside that order, what it stands on, and the row from which it may be used.
 BESIDE = "data"
-BESIDE_STANDS_ON = ("config", "batch", "document")
+BESIDE_STANDS_ON = ("atomic", "config", "batch", "document")
 BESIDE_USED_FROM = "checkpoint"
 # The package's front door shows a few names of these rooms; nobody inside enters by it.
 FRONT_DOOR = ("document", "generate")

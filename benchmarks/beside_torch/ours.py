@@ -7,10 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from benchmarks.beside_torch.inputs import FIRST_WORD, SPECIAL, Inputs
 from benchmarks.beside_torch.sizes import Size, Training
-from dreamllm_jax.checkpoint.parameter_files import unflatten
 from dreamllm_jax.config.train import MeshConfig, Recipe
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.schedule import row_normal
@@ -76,7 +76,7 @@ class Generator:
         assert size.model.llama is not None
         self.size, self.inputs = size, inputs
         dtype = jnp.dtype(size.model.dtype)
-        params = unflatten({path: jnp.asarray(x, dtype) for path, x in inputs.params.items()})
+        params = unflatten_dict({path: jnp.asarray(x, dtype) for path, x in inputs.params.items()}, sep="/")
         self.engine = Engine(size.model, params, _Numbers(size.model.llama.vocab_size))
 
     def read(self, rows: int, tokens_after: int) -> DecodeState:

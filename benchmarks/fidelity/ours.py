@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from benchmarks.fidelity.cases import CASES, numbers
 from dreamllm_jax.batch import Batch
-from dreamllm_jax.checkpoint.parameter_files import to_device, unflatten
+from dreamllm_jax.checkpoint.parameter_files import to_device
 from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.parity.errors import relative_distance, scaled_error
@@ -92,7 +93,7 @@ def compute(case_name: str, folder: Path, inputs: Arrays, pulled: str, dtype: st
     tensors, report = source.params()
     report.raise_if_faulty(case_name)
     alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = unflatten({path: to_device(t, alone, dtype) for path, t in tensors.items()})
+    params = unflatten_dict({path: to_device(t, alone, dtype) for path, t in tensors.items()}, sep="/")
     module = DreamLLMModule(dataclasses.replace(source.model, dtype=dtype))
     run = KINDS[CASES[case_name].kind]
     pull = [name for name, value in inputs.items() if np.issubdtype(value.dtype, np.floating)]

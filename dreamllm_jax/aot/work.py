@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.config.model import DreamLLMConfig, RematConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.parameters import Flat, abstract_params, nested
+from dreamllm_jax.models.parameters import Flat, abstract_params
 from dreamllm_jax.sharding import match_rule
 from dreamllm_jax.train.flops import count_flops
 
@@ -73,7 +74,7 @@ def _traced(
     def run(weights: Flat, driven: Any) -> Any:
         given = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), x) for x in shapes]
         given[argnum] = driven
-        return module.apply({"params": nested(weights)}, *given, method=method)
+        return module.apply({"params": unflatten_dict(weights, sep="/")}, *given, method=method)
 
     def both(weights: Flat, driven: Any) -> Any:
         inputs = (weights, driven) if trained else (driven,)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from dreamllm_jax.atomic import write_text
 
 
 def read_json(file: str | Path) -> dict:
@@ -27,6 +28,4 @@ def read_json(file: str | Path) -> dict:
 
 def write_json(file: Path, content: object) -> None:
     """Writes JSON so that the file is there whole or not at all."""
-    beside = file.with_name(f".{file.name}.partial")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, file)
+    write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

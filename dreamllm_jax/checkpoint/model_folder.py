@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dreamllm_jax.atomic import new_folder
 from dreamllm_jax.checkpoint.json_files import read_json
-from dreamllm_jax.checkpoint.parameter_files import cast, new_folder, open_params, read_along, save_params
+from dreamllm_jax.checkpoint.parameter_files import cast, open_params, read_along, save_params
 from dreamllm_jax.checkpoint.tensors import Tensor
 from dreamllm_jax.checkpoint.vocabulary import with_control_tokens
 from dreamllm_jax.config.base import build, to_dict

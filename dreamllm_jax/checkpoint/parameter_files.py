@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Sharding
 
 from dreamllm_jax.checkpoint.byte_ranges import Checksums
@@ -41,33 +40,9 @@ INDEX = f"{STEM}.safetensors.index.json"
 _DTYPE_ARGUMENTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to one of paths: {"a": {"b": x}} -> {"a/b": x}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{path}/"))
-        else:
-            flat[path] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
 def as_tensors(params: Mapping[str, Any]) -> dict[str, Tensor]:
     """Path -> tensor, of a nested or flat mapping of arrays (numpy, jax) or tensors."""
-    flat = flatten(params)
+    flat = flatten_dict(dict(params), sep="/")
     return {
         path: value if isinstance(value, Tensor) else ArrayTensor(path, value) for path, value in flat.items()
     }
@@ -182,37 +157,6 @@ def to_device(value: Any, sharding: Sharding, dtype: Any = None) -> jax.Array:
 
 def _ends(index: Index) -> tuple[tuple[int | None, int | None], ...]:
     return tuple((cut.start, cut.stop) for cut in index)
-
-
-@contextlib.contextmanager
-def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `folder` to write into, renamed to it when the block ends without an error.
-
-    On an error what was written is removed and an existing `folder` is as it was.
-
-    Raises:
-      ValueError: `folder` exists and is not empty (unless `overwrite`), or is a file.
-    """
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder to write into.")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is not empty; give a new folder, or allow overwriting.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8]
-    beside = folder.with_name(f".{folder.name}.partial-{tag}")
-    old = folder.with_name(f".{folder.name}.old-{tag}")
-    beside.mkdir()
-    try:
-        yield beside
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextlib.contextmanager

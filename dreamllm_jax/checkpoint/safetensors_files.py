@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from dreamllm_jax.atomic import atomic_write
 from dreamllm_jax.checkpoint.byte_ranges import ByteRange, Checksums
 from dreamllm_jax.checkpoint.json_files import write_json
 from dreamllm_jax.checkpoint.tensors import (
@@ -117,7 +118,6 @@ def write_safetensors(
     `progress` is called with the number of bytes after each piece. The file appears under its name
     only when it is complete.
     """
-    file = Path(file)
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         end = offset + num_bytes(tensor)
@@ -129,20 +129,15 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    beside = file.with_name(f".{file.name}.partial")
-    try:
-        with beside.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            sums = {name: Checksummer(tensor) for name, tensor in tensors.items()}
-            names = list(tensors)
-            for number, piece in stream_chunks(tensors.values()):
-                data = memoryview(piece.reshape(-1).view("u1")) if piece.size else memoryview(b"")
-                out.write(data)
-                sums[names[number]].update(data)
-                progress(len(data))
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    sums = {name: Checksummer(tensor) for name, tensor in tensors.items()}
+    names = list(tensors)
+    with atomic_write(file) as beside, beside.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for number, piece in stream_chunks(tensors.values()):
+            data = memoryview(piece.reshape(-1).view("u1")) if piece.size else memoryview(b"")
+            out.write(data)
+            sums[names[number]].update(data)
+            progress(len(data))
     return {name: done.result() for name, done in sums.items()}
 
 

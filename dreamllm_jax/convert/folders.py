@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dreamllm_jax.atomic import new_folder
 from dreamllm_jax.checkpoint.json_files import read_json, write_json
 from dreamllm_jax.checkpoint.model_folder import FORMAT, check_complete
 from dreamllm_jax.checkpoint.parameter_files import (
     INDEX,
     cast,
     check_disk_space,
-    new_folder,
     open_params,
     progress_bar,
     save_params,

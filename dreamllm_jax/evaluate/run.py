@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from dreamllm_jax.atomic import write_text
 from dreamllm_jax.checkpoint.model_folder import open_pretrained, write_pretrained
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.train import Recipe
@@ -80,8 +81,8 @@ def evaluate(workdir: Path) -> bool:
     metrics |= _verdicts(metrics)
     curves = {s.name: list(read_curves(stage_folder(workdir, recipe, s) / "logs")) for s in recipe.stages}
     results = Results(metrics, creation, comprehension, written, judge.training, curves)
-    write_whole(workdir / "report.html", page(results))
-    write_whole(workdir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_text(workdir / "report.html", page(results))
+    write_text(workdir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return True
 
 
@@ -163,13 +164,6 @@ def export(model_folder: Path, folder: Path) -> None:
     config = dataclasses.replace(loaded.config, text=None, contrastive=False)
     params = {k: v for k, v in loaded.params.items() if k.split("/")[0] not in STAGE_0_ONLY}
     write_pretrained(folder, params, config, loaded.tokenizer, loaded.generation)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _advance(bar: tqdm, then: str) -> None:

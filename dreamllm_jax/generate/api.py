@@ -12,11 +12,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from PIL import Image
 
 from dreamllm_jax.checkpoint.model_folder import check_complete, save_pretrained
-from dreamllm_jax.checkpoint.parameter_files import flatten, to_device, unflatten
+from dreamllm_jax.checkpoint.parameter_files import to_device
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.convert.opening import open_model
@@ -88,7 +89,7 @@ class DreamLLM:
             `replicated` names a part that it does not have.
         """
         _check_language_model(config, tokenizer)
-        flat = flatten(params)
+        flat = flatten_dict(params, sep="/")
         parts = sorted({path.split("/")[0] for path in flat})
         if absent := sorted(set(replicated) - set(parts)):
             raise ValueError(f"replicated names {', '.join(absent)}; choose among {', '.join(parts)}.")
@@ -98,7 +99,7 @@ class DreamLLM:
             shardings = parameter_shardings(flat, mesh, replicated)
         on_device = {path: to_device(value, shardings[path]) for path, value in flat.items()}
         self._mesh = mesh
-        self._engine = Engine(config, unflatten(on_device), tokenizer)
+        self._engine = Engine(config, unflatten_dict(on_device, sep="/"), tokenizer)
         self._conditions = Conditions(self._engine)
         self.generation = GenerationConfig() if generation is None else generation
 
@@ -132,7 +133,9 @@ class DreamLLM:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the folder that `from_pretrained` loads. The folder appears complete or not at all."""
-        save_pretrained(path, flatten(self.params), self.config, self.tokenizer, self.generation)
+        save_pretrained(
+            path, flatten_dict(self.params, sep="/"), self.config, self.tokenizer, self.generation
+        )
 
     @property
     def config(self) -> DreamLLMConfig:

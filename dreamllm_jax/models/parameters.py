@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig
@@ -80,8 +80,3 @@ def abstract_params(config: DreamLLMConfig) -> Flat:
 def parameter_shapes(config: DreamLLMConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every parameter by its path."""
     return {path: tuple(leaf.shape) for path, leaf in abstract_params(config).items()}
-
-
-def nested(params: Flat) -> dict[str, Any]:
-    """The nested tree that `Module.apply` takes."""
-    return unflatten_dict(params, sep="/")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.checkpoint.json_files import read_json
 from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
@@ -17,7 +18,6 @@ from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.parameters import nested
 
 IGNORED = -100  # the reference's label of a token that is not learned
 
@@ -39,7 +39,11 @@ class Case:
 
     @functools.cached_property
     def variables(self) -> dict[str, Any]:
-        return {"params": nested({path: jnp.asarray(value) for path, value in self.params.items()})}
+        return {
+            "params": unflatten_dict(
+                {path: jnp.asarray(value) for path, value in self.params.items()}, sep="/"
+            )
+        }
 
     def apply(self, *args: Any, **options: Any) -> Any:
         return self.module.apply(self.variables, *args, **options)

@@ -7,12 +7,12 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.checkpoint.tensors import ArrayTensor, Tensor
 from dreamllm_jax.convert.mapping import to_jax
 from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
-from dreamllm_jax.models.parameters import nested
 from dreamllm_jax.parity.case import IGNORED, Case, channels_last, slots, spread
 from dreamllm_jax.parity.errors import absolute_error, relative_distance
 from dreamllm_jax.train.objectives import StepNoise, joint_objective, loss_counts
@@ -99,13 +99,18 @@ def run_step(case: Case, batch: Batch, step_noise: StepNoise) -> tuple:
 
     def loss(trained, frozen, batch, step_noise):
         return joint_objective(
-            model, nested({**frozen, **trained}), batch, step_noise, case.loss, loss_counts(batch)
+            model,
+            unflatten_dict({**frozen, **trained}, sep="/"),
+            batch,
+            step_noise,
+            case.loss,
+            loss_counts(batch),
         )
 
     @jax.jit
     def run(trained, frozen, batch, step_noise, noisy):
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, batch, step_noise)
-        variables = {"params": nested({**frozen, **trained})}
+        variables = {"params": unflatten_dict({**frozen, **trained}, sep="/")}
         hidden = model.apply(variables, batch, method=DreamLLMModule.read)
         states = query_states(hidden, batch.dream_slots, batch.dream_mask.shape[1], queries)[dreams]
         context, _ = model.apply(variables, states, method=DreamLLMModule.conditions)

@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig
 from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.parameters import abstract_params, nested
+from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train.state import partition
 
 # Published dense bfloat16 peaks of a device as JAX counts them, in FLOP/s (a v2 or v3 device is a core).
@@ -77,7 +78,7 @@ def forward_flops(
     xla = AttentionConfig(llama="xla", vision="xla", unet="xla", vae="xla")
     config = dataclasses.replace(config, dtype="bfloat16", attention=xla)
     module = DreamLLMModule(config)
-    variables = {"params": nested(abstract_params(config))}
+    variables = {"params": unflatten_dict(abstract_params(config), sep="/")}
     found: dict[str, float] = {}
 
     def add(tower: str, method: Any, *shapes: Any) -> None:

@@ -27,10 +27,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dreamllm_jax import distributed
+from dreamllm_jax.atomic import write_text
 from dreamllm_jax.checkpoint.model_folder import open_pretrained, save_pretrained
 from dreamllm_jax.checkpoint.train_states import StageCheckpoints
 from dreamllm_jax.config.base import to_dict
@@ -39,7 +41,7 @@ from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.pipeline import BatchStream, batches, merge_iterator_states, statistics
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.parameters import Flat, nested
+from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import make_mesh, process_row_indices, shard_batch
 from dreamllm_jax.train.flops import step_flops
 from dreamllm_jax.train.metrics import Meter, MetricWriter
@@ -140,7 +142,7 @@ def run_stage(
     save_pretrained(folder / "model", params, config, tokenizer, recipe.generation)
     summary = _run_position(data, meter)["meter"] | {"steps": stage.steps, "data": counts}
     if distributed.is_main():
-        _write(folder / "done.json", json.dumps(summary, indent=1))
+        write_text(folder / "done.json", json.dumps(summary, indent=1))
         shutil.rmtree(folder / "states", ignore_errors=True)
     distributed.barrier(f"{stage.name} is done")
 
@@ -224,7 +226,7 @@ def with_measured_scale(config: DreamLLMConfig, params: Flat, images: Any) -> Dr
     encode = jax.jit(functools.partial(DreamLLMModule(config).apply, method=DreamLLMModule.encode_image))
     vae = {k: v for k, v in params.items() if k.startswith("vae/")}
     vae = {k: distributed.to_host(v) if isinstance(v, jax.Array) else v.read() for k, v in vae.items()}
-    moments = encode({"params": nested(vae)}, flat)
+    moments = encode({"params": unflatten_dict(vae, sep="/")}, flat)
     mean, logvar = np.split(np.asarray(moments, np.float32), 2, axis=-1)
     deviation = float(np.sqrt(mean.var() + np.exp(logvar).mean()))
     return dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=1.0 / deviation))
@@ -246,7 +248,7 @@ def _claim(workdir: Path, recipe: Recipe) -> None:
     distributed.check_shared_folder(workdir)
     if distributed.is_main():
         workdir.mkdir(parents=True, exist_ok=True)
-        _write(workdir / "recipe.json", _recipe_text(recipe))
+        write_text(workdir / "recipe.json", _recipe_text(recipe))
 
 
 def _learned(text: str) -> dict[str, Any]:
@@ -264,13 +266,6 @@ def _learned(text: str) -> dict[str, Any]:
 
 def _recipe_text(recipe: Recipe) -> str:
     return json.dumps(to_dict(recipe), indent=1)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def _load(folder: Path) -> tuple[DreamLLMConfig, Flat]:

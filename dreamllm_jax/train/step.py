@@ -7,12 +7,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.parameters import Flat, nested
+from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import match_rule, parameter_spec, platform
 from dreamllm_jax.train.objectives import OBJECTIVES, LossCounts, loss_counts, sample_noise
 from dreamllm_jax.train.optim import make_optimizer
@@ -35,7 +36,7 @@ def loss_and_metrics(
 ) -> tuple[Array, dict[str, Array]]:
     """The stage's objective on some rows of the batch, as their share of the global mean."""
     step_noise = sample_noise(keys, batch.dream_mask.shape[1], model.config, stage.loss)
-    params = nested({**frozen, **trainable})
+    params = unflatten_dict({**frozen, **trainable}, sep="/")
     return OBJECTIVES[stage.objective](model, params, batch, step_noise, stage.loss, counts)
 
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from dreamllm_jax import DreamLLM
 from dreamllm_jax.checkpoint.model_folder import open_pretrained, save_pretrained
-from dreamllm_jax.checkpoint.parameter_files import flatten
 from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.convert.folders import convert_to_jax
@@ -39,7 +39,7 @@ def test_it_is_placed_on_a_mesh_as_it_is_read(golden, converted, devices):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), devices)
     spread = DreamLLM.from_pretrained(golden / "dreamllm-a" / "checkpoint", mesh=mesh)
     alone = DreamLLM.from_pretrained(converted)
-    parts, whole = flatten(spread.params), flatten(alone.params)
+    parts, whole = flatten_dict(spread.params, sep="/"), flatten_dict(alone.params, sep="/")
     split = 0
     for path, value in whole.items():
         np.testing.assert_array_equal(np.asarray(parts[path]), np.asarray(value), err_msg=path)

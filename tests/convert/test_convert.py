@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
 from dreamllm_jax.checkpoint.model_folder import save_pretrained
-from dreamllm_jax.checkpoint.parameter_files import open_params, unflatten
+from dreamllm_jax.checkpoint.parameter_files import open_params
 from dreamllm_jax.checkpoint.safetensors_files import read_safetensors
 from dreamllm_jax.config.model import GenerationConfig
 from dreamllm_jax.convert.folders import convert_to_jax, convert_to_torch
@@ -131,7 +132,9 @@ def test_dtype_halves_the_files(tmp_path, golden):
     pytest.importorskip("torch")  # writes the plugins' files
     source = open_checkpoint(golden / "dreamllm-a/checkpoint")
     convert_to_jax(source, tmp_path / "half", dtype="bfloat16")
-    leaves = unflatten({path: tensor.read() for path, tensor in open_params(tmp_path / "half").items()})
+    leaves = unflatten_dict(
+        {path: tensor.read() for path, tensor in open_params(tmp_path / "half").items()}, sep="/"
+    )
     assert str(leaves["llama"]["norm"]["scale"].dtype) == "bfloat16"
     convert_to_torch(tmp_path / "half", tmp_path / "torch")
     kinds = {str(a.dtype) for a in tensors_of(tmp_path / "torch").values()}

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.models.attention import choice
 from dreamllm_jax.models.clip import normalize_pixels
 from dreamllm_jax.models.dreamllm import DreamLLMModule, fill_slots, query_states
-from dreamllm_jax.models.parameters import abstract_params, nested
+from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.models.vae import diffusion_pixels
 from tests.train import tiny
 
@@ -29,7 +30,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def apply(params):
-    variables = {"params": nested(params)}
+    variables = {"params": unflatten_dict(params, sep="/")}
     return lambda *args, method: tiny.model().apply(variables, *args, method=method)
 
 
@@ -74,7 +75,10 @@ def test_each_tower_attends_as_chosen_for_it(params, batch, tower, monkeypatch):
     def run(wanted):
         module = DreamLLMModule(dataclasses.replace(model, attention=AttentionConfig(**wanted)))
         method, *arguments = calls[tower]
-        jax.eval_shape(lambda *x: module.apply({"params": nested(params)}, *x, method=method), *arguments)
+        jax.eval_shape(
+            lambda *x: module.apply({"params": unflatten_dict(params, sep="/")}, *x, method=method),
+            *arguments,
+        )
 
     run({name: "splash" for name in calls if name != tower})
     with pytest.raises(ValueError, match="asks for 'splash'"):
@@ -99,7 +103,9 @@ def test_pictures_do_not_reach_text_of_a_model_that_cannot_see(params, batch, em
     blind = DreamLLMModule(tiny.config(vision=None))
     kept = {k: v for k, v in params.items() if not k.startswith("vision")}
     seen = np.asarray(batch.image_slots) >= 0
-    found = np.asarray(blind.apply({"params": nested(kept)}, batch, method=DreamLLMModule.embed))
+    found = np.asarray(
+        blind.apply({"params": unflatten_dict(kept, sep="/")}, batch, method=DreamLLMModule.embed)
+    )
     np.testing.assert_array_equal(found[~seen], embeds[~seen])
     assert (found[seen] == params["llama/embed_tokens/embedding"][tiny.SPECIAL.im_patch]).all() and seen.any()
 
@@ -145,7 +151,7 @@ def test_absent_towers_have_no_parameters(changes, parts):
 def test_computation_is_in_the_dtype_of_the_config(params, batch, kind):
     model = DreamLLMModule(tiny.config(dtype=kind))
     hidden = jax.eval_shape(
-        lambda: model.apply({"params": nested(params)}, batch, method=DreamLLMModule.read)
+        lambda: model.apply({"params": unflatten_dict(params, sep="/")}, batch, method=DreamLLMModule.read)
     )
     assert hidden.shape == (*batch.tokens.shape, 64) and hidden.dtype == kind
     assert {v.dtype for v in abstract_params(tiny.config(dtype=kind)).values()} == {jnp.dtype("float32")}

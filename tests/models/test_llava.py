@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.parameters import example_batch, nested
+from dreamllm_jax.models.parameters import example_batch
 
 IMAGE = 63
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
@@ -63,8 +64,8 @@ def test_logits_and_gradients(pictures, tmp_path):
 
     def loss(pixels):
         batch = jax.tree.map(jnp.asarray, batch_of(source.model, tokens, pixels))
-        hidden = module.apply({"params": nested(params)}, batch, method=DreamLLMModule.read)
-        out = module.apply({"params": nested(params)}, hidden, method=DreamLLMModule.logits)
+        hidden = module.apply({"params": unflatten_dict(params, sep="/")}, batch, method=DreamLLMModule.read)
+        out = module.apply({"params": unflatten_dict(params, sep="/")}, hidden, method=DreamLLMModule.logits)
         return (out * weights).sum(), out
 
     ours = jnp.asarray(np.moveaxis(pixels, 1, -1).reshape(2, pictures, 28, 28, 3))

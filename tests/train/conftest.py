@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
-from dreamllm_jax.models.parameters import nested
 from dreamllm_jax.train.objectives import OBJECTIVES, loss_counts, sample_noise
 from dreamllm_jax.train.step import row_prng_keys
 from tests.train import tiny
@@ -44,7 +44,9 @@ def joint():
     """(params, batch, step_noise, counts) -> (loss, metrics, gradients), on one device."""
 
     def loss(params, batch, step_noise, counts):
-        return OBJECTIVES["joint"](tiny.model(), nested(params), batch, step_noise, tiny.stage().loss, counts)
+        return OBJECTIVES["joint"](
+            tiny.model(), unflatten_dict(params, sep="/"), batch, step_noise, tiny.stage().loss, counts
+        )
 
     @jax.jit
     def run(params, batch, step_noise, counts):

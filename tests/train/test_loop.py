@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.checkpoint.model_folder import open_pretrained
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.parameters import abstract_params, nested
+from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train import loop, preparation, recipe_checks
 from dreamllm_jax.train.metrics import read_curves
 from dreamllm_jax.train.optim import learning_rates
@@ -178,7 +179,7 @@ def test_measured_scale_gives_latents_unit_variance(whole):
     images = np.random.default_rng(0).integers(0, 256, (4, 2, 8, 8, 3)).astype(np.uint8)
     unread = open_pretrained(whole.vae).params
     measured = loop.with_measured_scale(config, unread, images).vae.scaling_factor
-    variables = {"params": nested({k: jnp.asarray(v) for k, v in params.items()})}
+    variables = {"params": unflatten_dict({k: jnp.asarray(v) for k, v in params.items()}, sep="/")}
     flat = jnp.asarray(images.reshape(-1, 8, 8, 3))
     moments = DreamLLMModule(config).apply(variables, flat, method=DreamLLMModule.encode_image)
     mean, logvar = np.split(np.asarray(moments, np.float64), 2, axis=-1)

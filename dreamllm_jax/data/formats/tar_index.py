@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dreamllm_jax.atomic import atomic_write
 from dreamllm_jax.data.archives import IMAGE_SUFFIXES, Member, members
 
 # One pair: where the picture and its caption lie in the tar, in bytes.
@@ -135,9 +136,7 @@ def _write(file: Path, suffix: str, found: dict[str, TarIndex]) -> None:
     for tar in found.values():
         digest.update(tar.places.tobytes())
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.partial")
-    with open(beside, "wb") as stream:
+    with atomic_write(file) as beside, beside.open("wb") as stream:
         stream.write(_KIND + digest.hexdigest().encode() + b"\n" + head)
         for tar in found.values():
             stream.write(tar.places.tobytes())
-    beside.replace(file)
