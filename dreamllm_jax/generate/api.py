@@ -89,7 +89,7 @@ class DreamLLM:
             `replicated` names a part that it does not have.
         """
         _check_language_model(config, tokenizer)
-        flat = flatten_dict(params, sep="/")
+        flat = flatten_dict(dict(params), sep="/")
         parts = sorted({path.split("/")[0] for path in flat})
         if absent := sorted(set(replicated) - set(parts)):
             raise ValueError(f"replicated names {', '.join(absent)}; choose among {', '.join(parts)}.")
@@ -133,9 +133,8 @@ class DreamLLM:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the folder that `from_pretrained` loads. The folder appears complete or not at all."""
-        save_pretrained(
-            path, flatten_dict(self.params, sep="/"), self.config, self.tokenizer, self.generation
-        )
+        params = flatten_dict(self.params, sep="/")
+        save_pretrained(path, params, self.config, self.tokenizer, self.generation)
 
     @property
     def config(self) -> DreamLLMConfig:

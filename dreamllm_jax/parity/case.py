@@ -39,11 +39,8 @@ class Case:
 
     @functools.cached_property
     def variables(self) -> dict[str, Any]:
-        return {
-            "params": unflatten_dict(
-                {path: jnp.asarray(value) for path, value in self.params.items()}, sep="/"
-            )
-        }
+        params = {path: jnp.asarray(value) for path, value in self.params.items()}
+        return {"params": unflatten_dict(params, sep="/")}
 
     def apply(self, *args: Any, **options: Any) -> Any:
         return self.module.apply(self.variables, *args, **options)

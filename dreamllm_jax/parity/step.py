@@ -98,14 +98,8 @@ def run_step(case: Case, batch: Batch, step_noise: StepNoise) -> tuple:
     images, dreams = np.nonzero(batch.image_mask), np.nonzero(batch.dream_mask)
 
     def loss(trained, frozen, batch, step_noise):
-        return joint_objective(
-            model,
-            unflatten_dict({**frozen, **trained}, sep="/"),
-            batch,
-            step_noise,
-            case.loss,
-            loss_counts(batch),
-        )
+        params = unflatten_dict({**frozen, **trained}, sep="/")
+        return joint_objective(model, params, batch, step_noise, case.loss, loss_counts(batch))
 
     @jax.jit
     def run(trained, frozen, batch, step_noise, noisy):
