@@ -21,6 +21,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
+from dreamllm_jax.config.hugging_face import import_transformers
 from dreamllm_jax.data.pieces import Begin, Control, End, Piece, Text
 
 Spans = Sequence[tuple[int, int]]
@@ -35,7 +36,8 @@ def render(
 
     With `prompt` the template adds what an answer begins with. Whatever the template raises comes through.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
+    import_transformers()
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     with _LOCK:
         texts, spans = render_jinja_template(
