@@ -1,11 +1,14 @@
-"""Times forms of the small U-Net's convolutions: what `dreamllm_jax/models/conv.py` rests on.
+"""Times several forms of the small U-Net's convolutions: the measurement behind `ops.cpu.convolution`.
 
     python -m benchmarks.conv
 
-For each shape, milliseconds forward and forward + backward of: XLA's convolution with the gradients
-that autodiff derives ("plain"), with the gradients written in the forward's layout ("Conv": what the
-models use on CPU), nine shifted slices in one matrix product ("joined"), and nine matrix products
-("summed"). Then the same gradients inside a `lax.scan` of 4 steps, per step.
+Prints, for each shape and form, the milliseconds of the forward pass, of forward and backward pass, and of
+both inside a `lax.scan` of 4 steps, per step. The forms:
+
+    xla       XLA's convolution with the gradients that autodiff derives
+    conv      what the models use: on CPUs, with gradients in the layout of the forward pass
+    joined    nine shifted slices in one matrix product
+    summed    nine matrix products
 """
 
 from __future__ import annotations
@@ -16,34 +19,34 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dreamllm_jax.models.conv import convolve, plain
+from dreamllm_jax.ops.conv import convolve, xla_convolution
 
 # (rows, height, width, channels in), channels out: the demonstration's U-Net.
 SHAPES = [((64, 8, 8, 32), 32), ((64, 8, 8, 64), 64), ((64, 16, 16, 16), 16), ((64, 4, 4, 128), 64)]
 
 
 def slices(x: jax.Array) -> list[jax.Array]:
-    """The nine shifts of x under a 3x3 kernel."""
+    """Returns the nine shifts of x under a 3x3 kernel."""
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
 
 
 FORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "plain": lambda x, k: plain(x, k, 1, (1, 1)),
-    "Conv": lambda x, k: convolve(x, k, 1, (1, 1)),
+    "xla": lambda x, k: xla_convolution(x, k, 1, (1, 1)),
+    "conv": lambda x, k: convolve(x, k, 1, (1, 1)),
     "joined": lambda x, k: jnp.concatenate(slices(x), -1) @ k.reshape(-1, k.shape[-1]),
     "summed": lambda x, k: sum(s @ k[i // 3, i % 3] for i, s in enumerate(slices(x))),
 }
 
 
 def looped(form: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The form applied in 4 steps of a scan."""
+    """Applies the form in each of 4 steps of a scan."""
     return jax.lax.map(lambda part: form(part, kernel), jnp.stack([x] * 4))
 
 
 def milliseconds(run: Callable, *args: jax.Array) -> float:
-    """The best of 10 calls, after compilation."""
+    """Returns the best time of 10 calls, without compilation."""
     jax.block_until_ready(run(*args))
     best = float("inf")
     for _ in range(10):

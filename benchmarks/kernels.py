@@ -33,11 +33,11 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.models.attention import masks
-from dreamllm_jax.models.attention.chunked import chunked
-from dreamllm_jax.models.attention.cudnn import cudnn
-from dreamllm_jax.models.attention.reference import reference
-from dreamllm_jax.models.attention.splash import splash
+from dreamllm_jax.ops.attention import masks
+from dreamllm_jax.ops.attention.chunked import chunked_attention
+from dreamllm_jax.ops.attention.cudnn import cudnn_attention
+from dreamllm_jax.ops.attention.reference import reference_attention
+from dreamllm_jax.ops.attention.splash import splash_attention
 from dreamllm_jax.sharding import make_mesh
 
 Arrays = tuple[jax.Array, ...]
@@ -75,9 +75,9 @@ CASES = {
     },
 }
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., jax.Array]]] = {
-    "cpu": {"xla": reference, "chunked": chunked},
-    "gpu": {"xla": reference, "chunked": chunked, "cudnn": cudnn},
-    "tpu": {"xla": reference, "chunked": chunked, "splash": splash},
+    "cpu": {"xla": reference_attention, "chunked": chunked_attention},
+    "gpu": {"xla": reference_attention, "chunked": chunked_attention, "cudnn": cudnn_attention},
+    "tpu": {"xla": reference_attention, "chunked": chunked_attention, "splash": splash_attention},
 }
 # What a kernel or a compiler says of shapes that it does not take, or that do not fit.
 IMPOSSIBLE = (ValueError, NotImplementedError, RuntimeError)
@@ -135,7 +135,7 @@ def measure(case: Case, turns: int, dtype: Any) -> dict[str, dict[str, Any]]:
     runs: dict[Any, Callable[[], Any]] = {}
     wide = tuple(x.astype(jnp.float32) if x.dtype == dtype else x for x in arrays)
     with jax.default_matmul_precision("highest"):
-        truth = compiled(chunked, case, wide)[1](*wide)
+        truth = compiled(chunked_attention, case, wide)[1](*wide)
     far: dict[str, list[float]] = {}
     for name, function in IMPLEMENTATIONS[jax.default_backend()].items():
         try:

@@ -1,19 +1,29 @@
-"""Where every array lives: meshes, the two rule tables, and `constrain`.
+"""How arrays are sharded over devices: meshes, two tables of rules, and `constrain`.
 
-A parameter's path selects its logical axes (`PARAMETER_RULES`), a logical axis its mesh axes
-(`MESH_AXES`). The mesh axes are
+The path of a parameter selects its logical axes (`PARAMETER_RULES`), and a logical axis selects mesh axes
+(`LOGICAL_AXIS_RULES`). The mesh axes are
 
-    data     whole copies of the model; between slices, whose network is slow, this axis alone
-    fsdp     rows of the batch, and slices of every weight, gathered where used
-    tensor   heads, MLP width and vocabulary
+    data     copies of the model; the only axis that may cross the slow network between TPU slices
+    fsdp     rows of the batch, and shards of every weight, which are gathered for use
+    tensor   attention heads, MLP width and vocabulary
     context  the length of the sequence
 
-The towers of pictures (CLIP, U-Net, VAE) have no long axis to split but many pictures: theirs are
-spread over all four axes, as far as their number divides.
+Example: two parameters on a mesh of fsdp=2 x tensor=2 devices.
 
-A parameter that no rule or more than one collection of axes fits, a rule that no parameter uses
-(checked by the tests), and a dimension that its mesh axes do not divide are errors: nothing is
-replicated by accident.
+    llama/layers/mlp/up_proj/kernel   [layers, in, out]
+        rule          .../up_proj/.../kernel -> (weight_in, weight_out)
+        mesh axes     weight_in -> fsdp, weight_out -> tensor
+        result        PartitionSpec(None, ("fsdp",), ("tensor",)): a device holds a quarter of every matrix
+
+    llama/norm/scale                  [width]
+        rule          .../scale -> ()
+        result        PartitionSpec(): a device holds all of it
+
+Image towers (CLIP, U-Net, VAE) have no long axis to shard, but many pictures. Their pictures are spread over
+all four mesh axes, as far as the number of pictures is divisible.
+
+Nothing is replicated by accident. It is an error if a parameter matches no rule or rules with different axes,
+if no parameter uses a rule (the tests check this), or if the mesh axes do not divide a dimension.
 """
 
 from __future__ import annotations
@@ -34,7 +44,7 @@ from dreamllm_jax.config.train import MeshConfig
 MESH_AXIS_NAMES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 
-MESH_AXES: dict[str, tuple[str, ...]] = {
+LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": BATCH_AXES,
     "pictures": (*BATCH_AXES, "context", "tensor"),
@@ -54,28 +64,29 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "replicated": (),
 }
 
-_ROW = ("weight_in", "weight_out")  # [in, out] whose output is split: columns of heads or MLP
-_COLUMN = ("weight_out", "weight_in")  # [in, out] whose input is split: the way back to the width
+# Kernels are [in, out]. The names are Megatron-LM's (arXiv 1909.08053, section 3).
+_COLUMN_PARALLEL = ("weight_in", "weight_out")  # tensor splits the output: heads, MLP width
+_ROW_PARALLEL = ("weight_out", "weight_in")  # tensor splits the input: projections back to the model's width
 _CONV = ("replicated", "replicated", "weight_in", "weight_out")
 
-# Each row: a regular expression for the whole path, and the logical axes of the trailing
-# dimensions. Leading dimensions that a row does not name are stacks of scanned layers: whole.
+# Each row is a regular expression for the full path and the logical axes of the trailing dimensions. Leading
+# dimensions that a row does not name are stacks of scanned layers and are not sharded.
 PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    # every vector: norms, biases, the class token, the temperature
+    # all vectors: norms, biases, the class token, the temperature
     (r".*/(scale|bias|class_embedding|logit_scale)", ()),
     # embeddings and heads
-    (r"llama/embed_tokens/embedding", _COLUMN),
-    (r"llama/lm_head/kernel", _ROW),
+    (r"llama/embed_tokens/embedding", _ROW_PARALLEL),
+    (r"llama/lm_head/kernel", _COLUMN_PARALLEL),
     (r".*/(token_embedding|position_embedding)/embedding", ("replicated", "weight_in")),
     (r"dream_queries/dream_queries", ("replicated", "weight_in")),
     # transformer layers of every tower
-    (r".*/(q_proj|k_proj|v_proj|to_q|to_k|to_v|gate_proj|up_proj|fc1|net_0/proj)/kernel", _ROW),
-    (r".*/(o_proj|out_proj|to_out_0|down_proj|fc2|net_2)/kernel", _COLUMN),
-    (r".*/(visual_projection|text_projection)/kernel", _ROW),
+    (r".*/(q_proj|k_proj|v_proj|to_q|to_k|to_v|gate_proj|up_proj|fc1|net_0/proj)/kernel", _COLUMN_PARALLEL),
+    (r".*/(o_proj|out_proj|to_out_0|down_proj|fc2|net_2)/kernel", _ROW_PARALLEL),
+    (r".*/(visual_projection|text_projection)/kernel", _COLUMN_PARALLEL),
     # projectors
-    (r"(vision_projector|condition_projector|global_projector)/linear_\d+/kernel", _ROW),
+    (r"(vision_projector|condition_projector|global_projector)/linear_\d+/kernel", _COLUMN_PARALLEL),
     (r"(vision_projector|condition_projector)/conv_\d+/kernel", _CONV),
-    # U-Net and VAE; image-side channels (3, 4 or 8) are too few to split
+    # U-Net and VAE; the 3, 4 or 8 channels of images and latents are too few to shard
     (r"vision/embeddings/patch_embedding/kernel", ("replicated", "replicated", "replicated", "weight_in")),
     (
         r"(unet|vae/encoder|vae/decoder)/conv_in/kernel",
@@ -87,57 +98,56 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (r"vae/(quant_conv|post_quant_conv)/kernel", ("replicated",) * 4),
     (r"(unet|vae)/.*/(conv1|conv2|conv_shortcut|conv)/kernel", _CONV),
-    (r"unet/.*/(linear_1|linear_2|time_emb_proj)/kernel", _ROW),
-    (r"unet/.*attentions_\d+/(proj_in|proj_out)/kernel", _ROW),
+    (r"unet/.*/(linear_1|linear_2|time_emb_proj)/kernel", _COLUMN_PARALLEL),
+    (r"unet/.*attentions_\d+/(proj_in|proj_out)/kernel", _COLUMN_PARALLEL),
 )
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The device mesh; at most one axis may be -1 and takes the devices that are left.
+    """Returns the mesh of `devices`, by default all of them. One axis may be -1: the remaining devices.
 
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      ValueError: the product of the axes is not the number of devices, or more than one axis is -1.
     """
     devices = list(jax.devices()) if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor, config.context]
     given = dict(zip(MESH_AXIS_NAMES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ValueError(f"mesh {given}: sizes must be positive, and at most one -1 (the devices left).")
+        raise ValueError(f"mesh {given}: sizes must be positive, and at most one may be -1 (the rest).")
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if -1 in sizes and len(devices) % known:
         raise ValueError(
-            f"mesh {given}: the sizes multiply to {known}, which does not divide the {len(devices)} devices; "
-            "lower one, for example --config.mesh.fsdp=8."
+            f"mesh {given}: the product of the sizes is {known}, which does not divide the {len(devices)} "
+            "devices; reduce one of them, for example --config.mesh.fsdp=8."
         )
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh {given} does not divide the {len(devices)} devices; the axes must multiply to "
-            f"{len(devices)}, or one of them be -1."
+            f"mesh {given} does not match the {len(devices)} devices; the product of its axes must be "
+            f"{len(devices)}, or one of them -1."
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXIS_NAMES)
-    return Mesh(arranged(sizes, devices), MESH_AXIS_NAMES, axis_types=axis_types)
+    return Mesh(arrange_devices(sizes, devices), MESH_AXIS_NAMES, axis_types=axis_types)
 
 
-def arranged(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
-    """The devices as an array of the mesh's shape, neighbours in it near each other in the network.
+def arrange_devices(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
+    """Returns the devices as an array of shape `sizes`, such that neighbours are close in the network.
 
-    Of TPU slices `data` takes the network between them, all else the links within one. Other devices
-    keep their order, in which those of one host follow each other.
+    For several TPU slices, `data` uses the network between them and all other axes use the links within a
+    slice. Devices of other kinds keep their order, in which those of one host are consecutive.
 
     Raises:
       ValueError: `data` is not divisible by the number of slices.
     """
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
-    slices = len(
-        {getattr(device, "slice_index", 0) for device in devices}
-    )  # a described topology may lack it
+    # Devices of an abstract topology may have no slice_index.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
         raise ValueError(
-            f"mesh.data is {sizes[0]} on {slices} slices; between slices only whole copies of the model are "
-            f"kept: choose a multiple of {slices}."
+            f"mesh.data is {sizes[0]} on {slices} slices; every slice holds full copies of the model: choose "
+            f"a multiple of {slices}."
         )
     inside = (sizes[0] // slices, *sizes[1:])
     if slices == 1:
@@ -147,7 +157,10 @@ def arranged(sizes: Sequence[int], devices: list[Any]) -> np.ndarray:
 
 
 def platform() -> str:
-    """What programs are made for: "cpu", "gpu" or "tpu"; the mesh's devices may be described ones only."""
+    """Returns the platform of the program that is being traced: "cpu", "gpu" or "tpu".
+
+    It is that of the current mesh, whose devices may be abstract, or else of JAX's default backend.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.abstract_device is None:
         return jax.default_backend()
@@ -155,31 +168,37 @@ def platform() -> str:
 
 
 def activation_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """The PartitionSpec of an activation by its logical axes.
+    """Returns the PartitionSpec of an activation with these logical axes.
 
-    A mesh axis is left out where an earlier dimension has taken it, or where its devices do not divide
-    what is left of the dimension.
+    A mesh axis is skipped if an earlier dimension uses it, or if it does not divide what remains of the
+    dimension.
+
+    Example: queries of a vision tower, [pictures, patches, heads, width], on a mesh of fsdp=2 x tensor=2.
+    "pictures" may use fsdp and tensor, "heads" may use tensor.
+
+        shape (4, 9, 2, 8)   (("fsdp", "tensor"), None, None, None)
+        shape (2, 9, 2, 8)   (("fsdp",), None, ("tensor",), None)
     """
-    taken: set[str] = set()
+    used: set[str] = set()
     spec = []
     for size, axis in zip(shape, axes, strict=True):
         names = []
-        for name in MESH_AXES[axis] if axis is not None else ():
-            if mesh.shape[name] > 1 and name not in taken and size % mesh.shape[name] == 0:
+        for name in LOGICAL_AXIS_RULES[axis] if axis is not None else ():
+            if mesh.shape[name] > 1 and name not in used and size % mesh.shape[name] == 0:
                 names.append(name)
                 size //= mesh.shape[name]
-        taken.update(names)
+        used.update(names)
         spec.append(tuple(names) or None)
     return PartitionSpec(*spec)
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one dimension's entry in a PartitionSpec."""
+    """Returns the mesh axes of one entry of a PartitionSpec as a tuple."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to its logical axes on the mesh set by `jax.set_mesh`; identity without one."""
+    """Returns x with its sharding constrained by logical axes on the current mesh; x itself without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -188,15 +207,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """`llama/norm/scale` from a key path of jax.tree_util."""
+    """Returns a key path of jax.tree_util as a string such as "llama/norm/scale"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def match_rule(path: str) -> tuple[str, tuple[str, ...]]:
-    """The one row of `PARAMETER_RULES` for a parameter.
+    """Returns the row of `PARAMETER_RULES` that matches a parameter's path.
 
     Raises:
-      ValueError: none fits, or rows with different axes fit.
+      ValueError: no row matches, or rows with different axes match.
     """
     rows = [row for row in PARAMETER_RULES if re.fullmatch(row[0], path)]
     if not rows:
@@ -209,10 +228,10 @@ def match_rule(path: str) -> tuple[str, tuple[str, ...]]:
 
 
 def parameter_spec(path: str, shape: Sequence[int], mesh: Any, gathered: bool = False) -> PartitionSpec:
-    """The PartitionSpec of one parameter; `gathered`: as a device computes with it, whole along fsdp.
+    """Returns the PartitionSpec of one parameter. With `gathered` it is not sharded along fsdp.
 
     Raises:
-      ValueError: no rule fits the path, or a dimension is not divisible by its mesh axes.
+      ValueError: no rule matches the path, or a dimension is not divisible by its mesh axes.
     """
     axes = match_rule(path)[1]
     assert len(axes) <= len(shape), f"{path}: rule {axes} is longer than the shape {shape}"
@@ -220,7 +239,9 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Any, gathered: bool = 
         return PartitionSpec()
     spec: list[tuple[str, ...] | None] = [None] * (len(shape) - len(axes))
     for size, axis in zip(shape[len(spec) :], axes, strict=True):
-        names = tuple(n for n in MESH_AXES[axis] if mesh.shape[n] > 1 and not (gathered and n == "fsdp"))
+        names = tuple(n for n in LOGICAL_AXIS_RULES[axis] if mesh.shape[n] > 1)
+        if gathered:
+            names = tuple(n for n in names if n != "fsdp")
         split = math.prod(mesh.shape[n] for n in names)
         if size % split:
             raise ValueError(
@@ -233,9 +254,9 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Any, gathered: bool = 
 
 
 def parameter_shardings(params: Any, mesh: Mesh, replicated: Sequence[str] = ()) -> Any:
-    """NamedShardings for a parameter tree (arrays or ShapeDtypeStructs), in the same structure.
+    """Returns NamedShardings for a tree of parameters (arrays or ShapeDtypeStructs), in the same structure.
 
-    Of the parts of the model named in `replicated` every group along fsdp holds a copy.
+    The parts of the model named in `replicated` are replicated along fsdp.
     """
 
     def one(path: str, shape: Sequence[int]) -> NamedSharding:
@@ -245,41 +266,41 @@ def parameter_shardings(params: Any, mesh: Mesh, replicated: Sequence[str] = ())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """Returns the sharding of an array of which every device holds a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array of rows: split on its first axis over data and fsdp."""
+    """Returns the sharding of an array of rows: its first axis is split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def process_row_indices(mesh: Mesh, batch_size: int) -> list[int]:
-    """Which of a global batch's rows this process's own devices hold, in order: those it has to read.
+    """Returns the rows of a global batch that this process must read: those of its own devices, in order.
 
-    Where devices of several processes hold the same row (`tensor` or `context` reaches over hosts) each of
-    these processes reads it.
+    If devices of several processes hold the same row (`tensor` or `context` spans hosts), each of these
+    processes reads it.
 
     Raises:
-      ValueError: the rows are not divisible by the devices that split them.
+      ValueError: the batch size is not divisible by data x fsdp.
     """
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % split:
         raise ValueError(
             f"A batch of {batch_size} rows is not divisible by data x fsdp = {split} devices; "
-            "choose a multiple as the number of rows."
+            "choose a multiple of it."
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (cut,) in slices for row in range(*cut.indices(batch_size))})
 
 
 def shard_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
-    """Global device arrays of `batch_size` rows from this process's own (numpy, the `process_row_indices`).
+    """Returns global arrays of `batch_size` rows from this process's rows (numpy, see `process_row_indices`).
 
-    `batch_size` may be left out where there is one process.
+    A single process may omit `batch_size`.
 
     Raises:
-      ValueError: the rows are not divisible by the devices that split them.
+      ValueError: the batch size is not divisible by data x fsdp.
     """
     total = len(jax.tree.leaves(batch)[0]) if batch_size is None else batch_size
     held, sharding = process_row_indices(mesh, total), batch_sharding(mesh)
@@ -289,7 +310,7 @@ def shard_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(total)
-            begin = bisect.bisect_left(held, start)  # a device's rows lie side by side here too
+            begin = bisect.bisect_left(held, start)  # a device's rows are consecutive here too
             return np.asarray(x[begin : begin + stop - start])
 
         return jax.make_array_from_callback((total, *x.shape[1:]), sharding, part)

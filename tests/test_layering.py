@@ -17,6 +17,7 @@ PACKAGE = "dreamllm_jax"
 ORDER = (
     ("atomic", "config", "batch", "document", "distributed"),
     ("sharding",),
+    ("ops",),
     ("models", "diffusion"),
     ("checkpoint",),
     ("train", "convert"),
@@ -190,6 +191,13 @@ BROKEN = (
     ),
     (layering_violations, "evaluate/a.py", "from dreamllm_jax.parity import f", "may not import from parity"),
     (layering_violations, "models/a.py", "import dreamllm_jax.generate.text", "may not import from generate"),
+    (
+        layering_violations,
+        "ops/a.py",
+        "from dreamllm_jax.models import llama",
+        "ops may not import from models",
+    ),
+    (layering_violations, "sharding.py", "from .ops.linear import f", "sharding may not import from ops"),
     (layering_violations, "models/a.py", "from ..evaluate import scores", "may not import from evaluate"),
     (
         layering_violations,
@@ -247,6 +255,12 @@ BROKEN = (
 SOUND = (
     (layering_violations, "models/a.py", "from dreamllm_jax.models.b import f\nfrom ..batch import Batch"),
     (layering_violations, "models/a.py", "from dreamllm_jax import sharding\nimport jax, flax.linen"),
+    (layering_violations, "models/a.py", "from dreamllm_jax.ops.linear import Dense"),
+    (
+        layering_violations,
+        "ops/attention/a.py",
+        "from dreamllm_jax.ops import cpu\nfrom ...sharding import f",
+    ),
     (layering_violations, "models/__init__.py", "from .llama import Llama"),
     (layering_violations, "train/__main__.py", "from dreamllm_jax.convert.opening import open_model"),
     (layering_violations, "compile.py", "from dreamllm_jax.aot.__main__ import run"),

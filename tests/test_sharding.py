@@ -1,4 +1,4 @@
-"""The rule tables: every parameter has one row, every row a use; meshes and places; what is refused."""
+"""The sharding rules: every parameter matches one row, every row is used; meshes; what is refused."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from dreamllm_jax.sharding import (
     MESH_AXIS_NAMES,
     PARAMETER_RULES,
     activation_spec,
-    arranged,
+    arrange_devices,
     constrain,
     make_mesh,
     match_rule,
@@ -84,7 +84,7 @@ def test_every_rule_is_used():
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "handwriting"])
-def test_nothing_large_is_whole_anywhere(name, mesh, devices):
+def test_no_large_parameter_is_replicated(name, mesh, devices):
     mesh, params = make_mesh(MeshConfig(*mesh), devices), params_of(name)
     split = mesh.shape["fsdp"] * mesh.shape["tensor"]
     shardings = parameter_shardings(params, mesh)
@@ -105,6 +105,7 @@ def cube(devices):
         ("llama/embed_tokens/embedding", (408, 64), (("tensor",), ("fsdp",))),
         ("llama/lm_head/kernel", (64, 408), (("fsdp",), ("tensor",))),
         ("llama/layers/self_attn/q_proj/kernel", (2, 64, 32), (None, ("fsdp",), ("tensor",))),
+        ("llama/layers/mlp/up_proj/kernel", (2, 64, 128), (None, ("fsdp",), ("tensor",))),  # the docstring
         ("llama/layers/self_attn/o_proj/kernel", (2, 32, 64), (None, ("tensor",), ("fsdp",))),
         ("unet/conv_in/kernel", (3, 3, 4, 32), (None, None, None, ("tensor",))),
         ("unet/conv_out/kernel", (3, 3, 32, 4), (None, None, ("fsdp",), None)),
@@ -115,7 +116,7 @@ def cube(devices):
         ),
     ],
 )
-def test_places(path, shape, expected, cube):
+def test_parameter_specs(path, shape, expected, cube):
     assert parameter_spec(path, shape, cube) == PartitionSpec(*expected)
 
 
@@ -124,7 +125,7 @@ def test_an_axis_of_one_device_splits_nothing(devices):
     assert parameter_spec("llama/lm_head/kernel", (63, 321), mesh) == PartitionSpec(None, None)
 
 
-def test_what_has_no_place_is_refused(cube):
+def test_unmatched_and_indivisible_parameters_are_refused(cube):
     with pytest.raises(
         ValueError, match="'llama/new/kernel' matches no row of sharding.PARAMETER_RULES; add one"
     ):
@@ -162,11 +163,11 @@ def test_meshes(config, shape, devices):
     [
         (
             MeshConfig(3, 1),
-            "does not divide the 8 devices; the axes must multiply to 8, or one of them be -1",
+            "does not match the 8 devices; the product of its axes must be 8, or one of them -1",
         ),
-        (MeshConfig(3, -1), "multiply to 3, which does not divide the 8 devices; lower one"),
-        (MeshConfig(2, 2), "does not divide the 8 devices"),
-        (MeshConfig(-1, -1), "at most one -1"),
+        (MeshConfig(3, -1), "the product of the sizes is 3, which does not divide the 8 devices; reduce one"),
+        (MeshConfig(2, 2), "does not match the 8 devices"),
+        (MeshConfig(-1, -1), "at most one may be -1"),
         (MeshConfig(0, 8), "sizes must be positive"),
         (MeshConfig(-2, -4), "sizes must be positive"),
     ],
@@ -195,7 +196,17 @@ def test_constrain(cube):
         with pytest.raises(AssertionError, match="2 axes for an array of shape"):
             constrain(x, "batch", "length")
     assert {shard.data.shape for shard in split.addressable_shards} == {(2, 6, 2)}
-    assert {shard.data.shape for shard in odd.addressable_shards} == {(3, 6, 5)}  # over data, not fsdp
+    assert {shard.data.shape for shard in odd.addressable_shards} == {
+        (3, 6, 5)
+    }  # split over data but not over fsdp
+
+
+def test_the_activation_in_the_docstring(devices):
+    mesh = make_mesh(MeshConfig(1, 2, 2), devices[:4])
+    axes = ("pictures", None, "heads", "head_dim")
+    assert activation_spec(axes, (4, 9, 2, 8), mesh) == PartitionSpec(("fsdp", "tensor"), None, None, None)
+    expected = PartitionSpec(("fsdp",), None, ("tensor",), None)
+    assert activation_spec(axes, (2, 9, 2, 8), mesh) == expected
 
 
 @pytest.mark.parametrize(
@@ -217,21 +228,21 @@ def test_constrain(cube):
         (("pictures", None), (7, 9), (None, None)),
     ],
 )
-def test_activations_take_the_axes_that_divide_them_once_each(axes, shape, expected, cube):
+def test_activations_use_each_axis_once_and_only_if_it_divides(axes, shape, expected, cube):
     assert activation_spec(axes, shape, cube) == PartitionSpec(*expected)
 
 
-def test_frozen_towers_are_whole_by_choice(cube):
+def test_frozen_towers_are_replicated_on_request(cube):
     params = {k: v for k, v in params_of("7B with SD 2.1").items() if k.endswith("/kernel")}
-    sliced, whole = parameter_shardings(params, cube), parameter_shardings(params, cube, ("unet", "vae"))
-    for path, sharding in whole.items():
+    sliced, replicated = (parameter_shardings(params, cube, names) for names in ((), ("unet", "vae")))
+    for path, sharding in replicated.items():
         tower = path.split("/")[0] in ("unet", "vae")
         axes = {name for entry in sharding.spec for name in mesh_axes(entry)}
         assert "fsdp" not in axes if tower else sharding == sliced[path]
     assert any("fsdp" in str(sliced[path].spec) for path in params if path.startswith("unet/"))
 
 
-def test_256_devices_divide_no_unet_but_hold_it_whole():
+def test_256_devices_cannot_shard_a_unet_but_can_replicate_it():
     mesh = AbstractMesh((1, 256, 1, 1), MESH_AXIS_NAMES)
     path, shape = "unet/down_blocks_0/resnets_0/conv1/kernel", (3, 3, 320, 320)
     with pytest.raises(
@@ -243,7 +254,7 @@ def test_256_devices_divide_no_unet_but_hold_it_whole():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What `make_mesh` looks at in a TPU."""
+    """The attributes of a TPU device that `make_mesh` reads."""
 
     id: int
     coords: tuple[int, int, int]
@@ -255,23 +266,23 @@ class Chip:
 
 
 def chips(slices: int) -> list[Chip]:
-    """Slices of 2x2x2, out of order."""
-    made = [Chip(i, (i % 2, i // 2 % 2, i // 4 % 2), i // 8) for i in range(8 * slices)]
-    return made[::-1]
+    """Returns the chips of slices of 2x2x2, in reverse order."""
+    in_order = [Chip(i, (i % 2, i // 2 % 2, i // 4 % 2), i // 8) for i in range(8 * slices)]
+    return in_order[::-1]
 
 
-def test_data_alone_goes_between_slices():
-    placed = arranged((4, 2, 2, 1), chips(2))
+def test_only_data_crosses_slices():
+    placed = arrange_devices((4, 2, 2, 1), chips(2))
     assert placed.shape == (4, 2, 2, 1)
     for row, index in zip(placed, (0, 0, 1, 1), strict=True):
         assert {chip.slice_index for chip in row.flat} == {index}
     with pytest.raises(ValueError, match="mesh.data is 1 on 2 slices.*choose a multiple of 2"):
-        arranged((1, 16, 1, 1), chips(2))
+        arrange_devices((1, 16, 1, 1), chips(2))
 
 
-def test_neighbours_along_an_axis_are_neighbours_in_the_network():
-    placed = arranged((1, 4, 2, 1), chips(1))[0, :, :, 0]
-    for pair in placed:  # along tensor, one step in one direction
+def test_neighbours_on_an_axis_are_neighbours_in_the_network():
+    placed = arrange_devices((1, 4, 2, 1), chips(1))[0, :, :, 0]
+    for pair in placed:  # along tensor: one step in one direction
         assert sum(abs(a - b) for a, b in zip(pair[0].coords, pair[1].coords, strict=True)) == 1
 
 

@@ -23,7 +23,7 @@ AttentionKernel = Literal["auto", "xla", "chunked", "splash", "cudnn", "lean"]
 
 @dataclasses.dataclass(frozen=True)
 class RematConfig:
-    """By tower, what its backward pass computes again instead of keeping: see `models.layers.remat`."""
+    """By tower, what its backward pass computes again instead of keeping: see `ops.scan.remat`."""
 
     llama: Remat = "none"
     vision: Remat = "none"
@@ -32,7 +32,7 @@ class RematConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """By tower, which implementation its long attention runs on: see `models.attention.choice`."""
+    """By tower, which implementation its long attention runs on: see `ops.attention.selection`."""
 
     llama: AttentionKernel = "auto"
     vision: AttentionKernel = "auto"

@@ -7,7 +7,6 @@ valid token, which leaves its cache as it is.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 
 import flax.struct
@@ -17,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.llama import KVCache, Params, init_cache, unstack_layers
-from dreamllm_jax.sharding import platform
+from dreamllm_jax.models.llama import KVCache, Params, init_cache
+from dreamllm_jax.ops.scan import unstack_for_loop
 
 
 @flax.struct.dataclass
@@ -85,12 +84,12 @@ def decode_text(
     """Decodes text in the active rows until each has stopped, used up its budget, or filled its cache.
 
     Returns the state, the tokens (-1 after the last), and each row's stop token (-1: none). A
-    stop token is not read: what follows it is the caller's business. On CPU the language model's layers
-    are held twice meanwhile (see `unstack_layers`), where they take no more than a quarter of the memory.
+    stop token is not read: what follows it is the caller's business. On CPUs with room for it, a second
+    copy of the language model's layers is in memory meanwhile (see `ops.scan.unstack_for_loop`).
     """
     variables = {"params": params}
     rows, capacity = active.shape[0], state.cache.capacity
-    layers = unstack_layers(params["llama"]) if _room_for_a_copy(params["llama"]["layers"]) else None
+    layers = unstack_for_loop(params["llama"]["layers"])
 
     def unfinished(carry):
         return carry[1].any()
@@ -123,12 +122,6 @@ def decode_text(
     )
     state, _, tokens, stop, _ = jax.lax.while_loop(unfinished, one, start)
     return state, tokens, stop
-
-
-def _room_for_a_copy(layers: Params) -> bool:
-    """Whether this is a CPU, with room for the layers a second time."""
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return platform() == "cpu" and 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers)) <= room
 
 
 def sample_tokens(

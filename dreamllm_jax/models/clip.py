@@ -1,4 +1,4 @@
-"""CLIP's vision and text towers, and what joins them in contrastive pretraining (arXiv 2103.00020)."""
+"""CLIP's vision and text towers, and the contrastive head of their pretraining (arXiv 2103.00020)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.config.towers import ClipTextConfig, ClipVisionConfig
-from dreamllm_jax.models.attention import attention
-from dreamllm_jax.models.attention.masks import Mask
-from dreamllm_jax.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, scan_layers
+from dreamllm_jax.ops.activations import ACTIVATIONS
+from dreamllm_jax.ops.attention import attention
+from dreamllm_jax.ops.attention.masks import Mask
+from dreamllm_jax.ops.embedding import Embed
+from dreamllm_jax.ops.linear import Dense
+from dreamllm_jax.ops.norm import LayerNorm
+from dreamllm_jax.ops.scan import scan_layers
 from dreamllm_jax.sharding import constrain
 
-# Mean and standard deviation of the pixels (red, green, blue in [0, 1]) that CLIP was trained on.
+# Mean and standard deviation of the pixels (RGB in [0, 1]) on which CLIP was trained.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# The temperature may not sharpen the logits more than a hundredfold (section 2.4).
+# The learned temperature may scale the logits at most by 100 (section 2.4).
 MAX_LOGIT_SCALE = math.log(100.0)
 
 
 def normalize_pixels(images: UInt8[Array, "*rows h w 3"]) -> Float[Array, "*rows h w 3"]:
-    """Bytes to CLIP's normalized float32 pixels, on the device."""
+    """Returns uint8 images as CLIP's normalized float32 pixels, computed on the device."""
     return (images.astype(jnp.float32) / 255 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
 
 
 class ClipAttention(nn.Module):
-    """Multi-head self-attention, every map with a bias."""
+    """Multi-head self-attention with biases in all four linear maps."""
 
     config: ClipVisionConfig | ClipTextConfig
     dtype: Any = jnp.float32
@@ -47,9 +51,8 @@ class ClipAttention(nn.Module):
             out = out.reshape(*out.shape[:-1], heads, width // heads)
             return constrain(out, "pictures", None, "heads", "head_dim")
 
-        out = attention(
-            *map(split, ("q_proj", "k_proj", "v_proj")), mask, implementation=self.attention, rows="pictures"
-        )
+        q, k, v = map(split, ("q_proj", "k_proj", "v_proj"))
+        out = attention(q, k, v, mask, implementation=self.attention, batch_axis="pictures")
         return Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
 
 
@@ -67,7 +70,7 @@ class ClipMlp(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """One pre-norm transformer layer, shaped as the body of a scan."""
+    """One pre-norm transformer layer, as the body of a scan."""
 
     config: ClipVisionConfig | ClipTextConfig
     dtype: Any = jnp.float32
@@ -88,7 +91,7 @@ class ClipLayer(nn.Module):
 
 
 class ClipEncoder(nn.Module):
-    """The stack of layers, of which a call may run any contiguous part."""
+    """The stack of layers, of which a call may run any contiguous range."""
 
     config: ClipVisionConfig | ClipTextConfig
     dtype: Any = jnp.float32
@@ -99,7 +102,7 @@ class ClipEncoder(nn.Module):
     def __call__(
         self, x: Float[Array, "B L E"], mask: Mask | None, start: int, stop: int
     ) -> Float[Array, "B L E"]:
-        """Runs layers `start` to `stop - 1`; initialization makes the parameters of all of them."""
+        """Runs layers `start` to `stop - 1`. Initialization creates the parameters of all layers."""
         depth = self.config.num_hidden_layers
         if self.is_initializing():
             start, stop = 0, depth
@@ -114,7 +117,7 @@ class ClipEncoder(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """The class token, then one linear map per patch; learned positions added."""
+    """The class token and linearly embedded patches, with learned positions added."""
 
     config: ClipVisionConfig
     dtype: Any = jnp.float32
@@ -137,7 +140,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its size, as the matrix product that it is."""
+    """A convolution whose stride equals its kernel size, computed as a matrix product."""
 
     config: ClipVisionConfig
     dtype: Any = jnp.float32
@@ -153,7 +156,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """`transformers.CLIPVisionModel`; pixels as `normalize_pixels` makes them."""
+    """`transformers.CLIPVisionModel`, on pixels that `normalize_pixels` returns."""
 
     config: ClipVisionConfig
     dtype: Any = jnp.float32
@@ -170,12 +173,12 @@ class ClipVision(nn.Module):
     def __call__(
         self, pixels: Float[Array, "B h w c"], select_layer: int = -1
     ) -> Float[Array, "B {self.config.num_patches}+1 E"]:
-        """transformers' `hidden_states[select_layer]`, class token first; later layers are not run.
+        """Returns transformers' `hidden_states[select_layer]`, class token first. Later layers do not run.
 
-        0 is the normed embedding, -1 the last layer's output (before `post_layernorm`).
+        0 selects the normalized embeddings, -1 the output of the last layer (before `post_layernorm`).
 
         Raises:
-          ValueError: pixels of another size than the config's, or no such layer.
+          ValueError: the size of the pixels is not the config's, or the layer does not exist.
         """
         stop = _hidden_state(select_layer, self.config.num_hidden_layers)
         x = self.pre_layrnorm(self.embeddings(pixels))
@@ -185,12 +188,12 @@ class ClipVision(nn.Module):
         return x
 
     def pooled(self, pixels: Float[Array, "B h w c"]) -> Float[Array, "B E"]:
-        """transformers' `pooler_output`: the class token after the last layer, normed."""
+        """Returns transformers' `pooler_output`: the normalized class token after the last layer."""
         return self.post_layernorm(self(pixels)[:, 0])
 
 
 class TextEmbeddings(nn.Module):
-    """Token plus learned position."""
+    """Token embeddings plus learned position embeddings."""
 
     config: ClipTextConfig
     dtype: Any = jnp.float32
@@ -211,7 +214,7 @@ class TextEmbeddings(nn.Module):
 
 
 class ClipText(nn.Module):
-    """`transformers.CLIPTextModel`. By causality, what follows the end token changes nothing before it."""
+    """`transformers.CLIPTextModel`. It is causal, so tokens after the end token change nothing before it."""
 
     config: ClipTextConfig
     dtype: Any = jnp.float32
@@ -225,14 +228,14 @@ class ClipText(nn.Module):
     def __call__(
         self, tokens: Int[Array, "B L"], select_layer: int = -1
     ) -> tuple[Float[Array, "B L X"], Float[Array, "B X"]]:
-        """The states of all tokens, and the pooled state: the normed last one at the end token.
+        """Returns the states of all tokens, and the pooled state: the last layer's at the end token.
 
-        By default the states are the last ones, normed (transformers' `last_hidden_state`: what
-        Stable Diffusion 1 and 2 take). An earlier layer's are `hidden_states[select_layer]`, not
-        normed (SDXL takes -2).
+        By default the states are transformers' `last_hidden_state`: those of the last layer, normalized,
+        which Stable Diffusion 1 and 2 use. For an earlier layer they are `hidden_states[select_layer]`,
+        without the final norm (SDXL uses -2). The pooled state is always normalized.
 
         Raises:
-          ValueError: more tokens than positions, or no such layer.
+          ValueError: there are more tokens than positions, or the layer does not exist.
         """
         depth = self.config.num_hidden_layers
         stop = _hidden_state(select_layer, depth)
@@ -245,13 +248,16 @@ class ClipText(nn.Module):
         return (last if stop == depth else states), pooled
 
     def _ends(self, tokens: Int[Array, "B L"]) -> Int[Array, "B"]:
-        """Where each row first has its end token; old configs say 2 and mean the highest id."""
+        """Returns the first position of the end token in each row.
+
+        Old configs give the id 2 for it and mean the highest id in the row.
+        """
         end = self.config.eos_token_id
         return jnp.argmax(tokens if end == 2 else tokens == end, axis=-1)
 
 
 class ContrastiveHead(nn.Module):
-    """Projects the pooled states of both towers to one space: the rest of `transformers.CLIPModel`."""
+    """Projects the pooled states of both towers to a shared space: the rest of `transformers.CLIPModel`."""
 
     features: int
     dtype: Any = jnp.float32
@@ -264,7 +270,7 @@ class ContrastiveHead(nn.Module):
     def __call__(
         self, images: Float[Array, "B E"], texts: Float[Array, "B2 X"]
     ) -> tuple[Float[Array, "B M"], Float[Array, "B2 M"], Float[Array, ""]]:
-        """Unit vectors of the images and of the texts in float32, and the factor of their cosines."""
+        """Returns unit vectors of images and texts in float32, and the scale of their cosine similarities."""
         scale = jnp.exp(jnp.minimum(self.logit_scale.astype(jnp.float32), MAX_LOGIT_SCALE))
         return _unit(self.visual_projection(images)), _unit(self.text_projection(texts)), scale
 
@@ -275,7 +281,7 @@ def _unit(x: Float[Array, "B M"]) -> Float[Array, "B M"]:
 
 
 def _hidden_state(select_layer: int, depth: int) -> int:
-    """How many layers stand before `hidden_states[select_layer]`."""
+    """Returns the number of layers before `hidden_states[select_layer]`."""
     if not -depth - 1 <= select_layer <= depth:
         raise ValueError(
             f"CLIP: select_layer={select_layer}; a tower of {depth} layers has the hidden states "

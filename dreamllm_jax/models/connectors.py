@@ -1,4 +1,4 @@
-"""The small trained parts between the towers: dream queries and projectors (DreamLLM, arXiv 2309.11499)."""
+"""The trained modules between the towers: dream queries and projectors (DreamLLM, arXiv 2309.11499)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dreamllm_jax.config.towers import ProjectorConfig
-from dreamllm_jax.models.layers import Dense, gelu
+from dreamllm_jax.ops.activations import gelu
+from dreamllm_jax.ops.linear import Dense
 
 Initializer = nn.initializers.Initializer
 
-# The channels of the sam projector's two convolutions, as the reference fixes them.
+# The channels of the two convolutions of the "sam" projector, which the reference hard-codes.
 SAM_CHANNELS = (512, 1024)
 
 
 class DreamQueries(nn.Module):
-    """The learned vectors that ask the language model for an image: `dream_queries` [Q, D]."""
+    """The learned embeddings that ask the language model for an image: `dream_queries` [Q, D]."""
 
     num_queries: int
     width: int
@@ -35,9 +36,9 @@ class DreamQueries(nn.Module):
 class Projector(nn.Module):
     """Maps P vectors to `config.num_outputs(P)` vectors of width `features`.
 
-    Its parts are `linear_0, linear_1, ...` and `conv_0, conv_1` in the order of their use. `kernel_init`
-    decides how large its outputs begin: beside the language model's small embeddings, those of unit
-    variance would drown what its layers add to them.
+    Its layers are `linear_0, linear_1, ...` and `conv_0, conv_1`, in the order of their use. `kernel_init`
+    sets the initial scale of the outputs. Next to the small embeddings of a language model, outputs of unit
+    variance would dominate what its layers add to the residual stream.
     """
 
     config: ProjectorConfig
@@ -47,7 +48,11 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows P width_in"]) -> Float[Array, "*rows P_out width_out"]:
-        """Raises ValueError where conv and sam are given patches that form no square."""
+        """Returns the projected vectors.
+
+        Raises:
+          ValueError: the kind is "conv" or "sam" and P is not a square number.
+        """
         kind = self.config.kind
         if kind == "conv":
             return self._convolve(x, (self.features,), stride=1)
@@ -71,7 +76,7 @@ class Projector(nn.Module):
     def _convolve(
         self, x: Float[Array, "*rows P width_in"], channels: tuple[int, ...], stride: int
     ) -> Float[Array, "*rows P_out width_out"]:
-        """3x3 convolutions without activation over the square patch grid, padded by one."""
+        """Applies 3x3 convolutions over the square grid of patches, padded by 1, without activations."""
         *rows, patches, width = x.shape
         outputs = self.config.num_outputs(patches)
         side = round(patches**0.5)
@@ -91,7 +96,7 @@ class Projector(nn.Module):
 
 
 class GlobalProjector(nn.Module):
-    """SDXL's pooled text embedding: a linear map of the mean over the Q query states."""
+    """A stand-in for SDXL's pooled text embedding: a linear map of the mean over the Q query states."""
 
     features: int
     bias: bool = False

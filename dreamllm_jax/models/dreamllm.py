@@ -1,8 +1,8 @@
-"""DreamLLM: a language model that sees through a vision tower and draws through a frozen U-Net.
+"""DreamLLM: a language model that reads images through a vision tower and draws them with a frozen U-Net.
 
-The composition of arXiv 2309.11499, section 3: images enter as projected patch features in their
-slots, drawings are asked for by learned dream queries in theirs; the last layer's normed states at
-the query slots, projected, are the U-Net's cross-attention context. Any tower may be absent.
+This is the composition of arXiv 2309.11499, section 3. Images enter the language model as projected patch
+features in their slots. Learned dream queries, in slots of their own, ask for an image: the final states at
+these slots, projected, are the cross-attention context of the U-Net. Any tower may be absent.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dreamllm_jax.sharding import constrain
 
 
 class DreamLLMModule(nn.Module):
-    """The towers and connectors of `config`; every method is pure, for `apply(..., method=...)`.
+    """The towers and connectors of `config`. Every method is pure, for `apply(..., method=DreamLLMModule.x)`.
 
-    `tables_gathered` says that the vocabulary's two tables come gathered along fsdp.
+    `tables_gathered` says that the embedding table and the output head are already gathered along fsdp.
     """
 
     config: DreamLLMConfig
@@ -64,27 +64,28 @@ class DreamLLMModule(nn.Module):
     # Reading
 
     def see(self, images: Num[Array, "*M h w 3"]) -> Float[Array, "*M P D"]:
-        """Images as the language model sees them: selected patch states, projected.
+        """Returns the features of images that the language model reads: projected patch states.
 
-        Bytes are normalized here; floats are taken as CLIP's normalized pixels.
+        uint8 images are normalized here; floats must be CLIP's normalized pixels already. The states are
+        those of `config.vision_select_layer` without the class token.
         """
-        lead = images.shape[:-3]
+        leading = images.shape[:-3]
         images = images.reshape(-1, *images.shape[-3:])
         pixels = normalize_pixels(images) if images.dtype == jnp.uint8 else images
         states = self.vision(pixels, select_layer=self.config.vision_select_layer)[:, 1:]
         features = self.vision_projector(states)
-        return features.reshape(*lead, *features.shape[1:])
+        return features.reshape(*leading, *features.shape[1:])
 
     def embed_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Token embeddings."""
+        """Returns the embeddings of token ids."""
         return self.llama.embed(tokens)
 
     def queries(self) -> Float[Array, "Q D"]:
-        """The dream queries, as embeddings."""
+        """Returns the dream queries, which are embeddings."""
         return self.dream_queries()
 
     def embed(self, batch: Batch) -> Float[Array, "B L D"]:
-        """Token embeddings, with patch features and dream queries in their slots."""
+        """Returns token embeddings, with patch features and dream queries in their slots."""
         embeds = self.llama.embed(batch.tokens)
         if self.config.sees and batch.images is not None and batch.images.shape[1]:
             features = self.see(batch.images)
@@ -96,7 +97,7 @@ class DreamLLMModule(nn.Module):
         return constrain(embeds, "batch", "length", "embed")
 
     def read(self, batch: Batch) -> Float[Array, "B L D"]:
-        """The last layer's normed states of packed rows."""
+        """Returns the final hidden states of packed rows."""
         return self.llama(self.embed(batch), batch.positions, batch.segment_ids)
 
     def extend(
@@ -106,15 +107,15 @@ class DreamLLMModule(nn.Module):
         cache: KVCache,
         layers: Sequence[Params] | None = None,
     ) -> tuple[Float[Array, "B L D"], KVCache]:
-        """Reads on: appends the valid embeddings of each row to its cache (see `Llama.extend`)."""
+        """Appends the valid embeddings of each row to its cache (see `Llama.extend`)."""
         return self.llama.extend(embeds, valid, cache, layers)
 
     def head(self) -> Float[Array, "D V"]:
-        """The matrix from hidden states to logits."""
+        """Returns the matrix from hidden states to logits."""
         return self.llama.head()
 
     def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Next-token logits."""
+        """Returns next-token logits in float32."""
         return self.llama.logits(hidden)
 
     # Drawing
@@ -122,7 +123,7 @@ class DreamLLMModule(nn.Module):
     def conditions(
         self, queries: Float[Array, "*M Q D"]
     ) -> tuple[Float[Array, "*M Q X"], Float[Array, "*M G"] | None]:
-        """The U-Net's context, and (SDXL) its pooled condition, from states at the query slots."""
+        """Returns the U-Net's context and, for SDXL, its pooled condition, from states at query slots."""
         pooled = None
         if self.config.unet is not None and self.config.unet.pooled_text_dim is not None:
             pooled = self.global_projector(queries)
@@ -135,39 +136,39 @@ class DreamLLMModule(nn.Module):
         context: Float[Array, "M S X"],
         added: dict[str, Array] | None = None,
     ) -> Float[Array, "M h w c"]:
-        """The U-Net's prediction."""
+        """Returns the U-Net's prediction (see `UNet`)."""
         return self.unet(latents, timesteps, context, added)
 
     def encode_image(self, images: Num[Array, "M h w 3"]) -> Float[Array, "M h2 w2 c"]:
-        """The VAE's moments of images: mean and log-variance, concatenated on channels.
+        """Returns the VAE's moments of images: mean and log-variance, concatenated along channels.
 
-        Bytes are normalized here; floats are taken as pixels in [-1, 1].
+        uint8 images are normalized here; floats must be pixels in [-1, 1] already.
         """
         return self.vae.encode(diffusion_pixels(images) if images.dtype == jnp.uint8 else images)
 
     def decode_image(self, latents: Float[Array, "M h w c"]) -> UInt8[Array, "M h2 w2 3"]:
-        """uint8 images of scaled latents."""
+        """Returns the uint8 images of scaled latents."""
         assert self.config.vae is not None
         return to_uint8(self.vae.decode(latents / self.config.vae.scaling_factor))
 
-    # Stage 0: what the real system downloads
+    # Stage 0: pretraining of the towers, which the published system downloads
 
     def reconstruct(
         self, images: UInt8[Array, "M h w 3"], noise: Float[Array, "M h2 w2 c"]
     ) -> tuple[Array, Array, Array, Array]:
-        """The VAE there and back: (pixels, reconstruction, mean, log-variance)."""
+        """Encodes and decodes images. Returns (pixels, reconstruction, mean, log-variance)."""
         pixels = diffusion_pixels(images)
         mean, logvar = jnp.split(self.vae.encode(pixels), 2, axis=-1)
         return pixels, self.vae.decode(mean + jnp.exp(0.5 * logvar) * noise), mean, logvar
 
     def read_caption(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L X"]:
-        """The text tower's states: the context the U-Net was pretrained with."""
+        """Returns the states of the text tower: the context with which the U-Net is pretrained."""
         return self.text(tokens)[0]
 
     def contrast(
         self, images: UInt8[Array, "B h w 3"], tokens: Int[Array, "B L"]
     ) -> tuple[Array, Array, Array]:
-        """CLIP's two embeddings, normalized, and the temperature's inverse."""
+        """Returns CLIP's normalized image and text embeddings, and the inverse temperature."""
         return self.contrastive(self.vision.pooled(normalize_pixels(images)), self.text(tokens)[1])
 
     def call_every_tower(self, batch: Batch, caption: Int[Array, "B S"]) -> None:
@@ -201,7 +202,14 @@ class DreamLLMModule(nn.Module):
 def fill_slots(
     embeds: Float[Array, "B L D"], features: Float[Array, "B M D"], slots: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
-    """Puts feature `slots[b, l]` of the same row at position l; -1 keeps the embedding."""
+    """Returns the embeddings with feature `slots[b, l]` of row b at position l; -1 keeps the embedding.
+
+    Example: a row with one image of 4 patches (features f0 to f3) between text tokens.
+
+        slots    -1  0  1  2  3 -1
+        embeds   e0 e1 e2 e3 e4 e5
+        result   e0 f0 f1 f2 f3 e5
+    """
     taken = jnp.take_along_axis(features, jnp.maximum(slots, 0)[..., None], axis=1)
     return jnp.where((slots >= 0)[..., None], taken.astype(embeds.dtype), embeds)
 
@@ -209,10 +217,18 @@ def fill_slots(
 def query_states(
     hidden: Float[Array, "B L D"], dream_slots: Int[Array, "B L"], dreams: int, queries: int
 ) -> Float[Array, "B J Q D"]:
-    """The states at the query slots of every dream; zeros where a dream is absent."""
+    """Returns the states at the query slots of every dream; zeros where a row has fewer dreams.
+
+    Example: `dreams=2` dreams of `queries=2` queries each, in a row that contains only the first dream. h0 to
+    h4 are the hidden states.
+
+        dream_slots   -1 -1  0  1 -1
+        hidden        h0 h1 h2 h3 h4
+        result        [[h2, h3], [0, 0]]
+    """
     rows, length = dream_slots.shape
     slots = jnp.where(dream_slots >= 0, dream_slots, dreams * queries)
-    places = jnp.full((rows, dreams * queries), length, jnp.int32)
-    places = places.at[jnp.arange(rows)[:, None], slots].set(jnp.arange(length), mode="drop")
-    states = jnp.take_along_axis(hidden, places[..., None], axis=1, mode="fill", fill_value=0)
+    positions = jnp.full((rows, dreams * queries), length, jnp.int32)
+    positions = positions.at[jnp.arange(rows)[:, None], slots].set(jnp.arange(length), mode="drop")
+    states = jnp.take_along_axis(hidden, positions[..., None], axis=1, mode="fill", fill_value=0)
     return states.reshape(rows, dreams, queries, hidden.shape[-1])

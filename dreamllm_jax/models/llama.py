@@ -1,12 +1,11 @@
-"""LLaMA: the language model, over packed rows or on a key/value cache (arXiv 2302.13971).
+"""LLaMA: the language model, on packed rows or on a key-value cache (arXiv 2302.13971).
 
-Embeddings go in and hidden states come out, so that images and dream queries enter as vectors.
-Rotary positions follow arXiv 2104.09864, in the half-split layout of Hugging Face checkpoints.
+It maps embeddings to hidden states, so that images and dream queries can enter as vectors. Rotary position
+embeddings follow arXiv 2104.09864, in the half-split layout of Hugging Face checkpoints.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.config.towers import LlamaConfig
-from dreamllm_jax.models.attention import attention, masks
-from dreamllm_jax.models.layers import Dense, Embed, RMSNorm, linear, scan_layers, silu
-from dreamllm_jax.sharding import activation_spec, constrain, mesh_axes
+from dreamllm_jax.ops.activations import silu
+from dreamllm_jax.ops.attention import attention, masks
+from dreamllm_jax.ops.embedding import Embed, embedding_lookup
+from dreamllm_jax.ops.linear import Dense, linear
+from dreamllm_jax.ops.norm import RMSNorm
+from dreamllm_jax.ops.scan import scan_layers
+from dreamllm_jax.sharding import constrain
 
 Params = Mapping[str, Any]
 Rotation = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines and sines
@@ -32,13 +34,12 @@ Rotation = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all layers; row b holds `lengths[b]` tokens, what lies behind is never seen.
+    """The keys and values of all layers. Row b holds `lengths[b]` tokens; later entries are masked.
 
-    Under dynamic rotary scaling the keys are stored unrotated, since their angles change as the row
-    grows. A length past the capacity S says that tokens were dropped: the caller gave too little.
-
-    Each head's entries lie together, as the products of attention read them: nothing is turned around for
-    every new token.
+    A length greater than the capacity S means that tokens were dropped because the capacity was too small.
+    Under dynamic rotary scaling the keys are stored unrotated, since their angles change as the row grows.
+    The entries of a head are contiguous, as the products of attention read them, so that no new token causes
+    a transposition.
     """
 
     k: Float[Array, "layers B K S H"]
@@ -47,22 +48,23 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """S: the tokens a row has room for."""
+        """S, the number of tokens that a row has room for."""
         return self.k.shape[3]
 
 
 def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> KVCache:
-    """An empty cache of `batch` rows with room for `capacity` tokens each."""
+    """Returns an empty cache of `batch` rows with room for `capacity` tokens each."""
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
 
 @flax.struct.dataclass
 class LayerContext:
-    """What every layer shares: angles of the new tokens, who sees whom, and the cache's bookkeeping.
+    """The inputs that all layers share: rotary angles, the attention mask and cache entries.
 
-    `slots[b, l]` is the cache entry that token l is written to, or the capacity (nowhere);
-    `read_rotation` are the angles of all entries where keys are stored unrotated.
+    `rotation` holds the angles of the new tokens. `slots[b, l]` is the cache entry that token l is written
+    to; the capacity, which is no valid entry, drops the token. `read_rotation` holds the angles of all cache
+    entries, if keys are stored unrotated.
     """
 
     rotation: tuple[Any, Any]
@@ -87,7 +89,8 @@ class LlamaAttention(nn.Module):
 
         def heads(name: str, number: int, axis: str) -> jax.Array:
             y = linear(number * c.head_dim, name=name)(x).reshape(*x.shape[:2], number, c.head_dim)
-            # Pinned here too, or XLA gathers x along its length, and multiplies the whole of it everywhere.
+            # Constrained here too: otherwise XLA gathers x along its length, and every device multiplies all
+            # of it.
             return constrain(y, "batch", "length", axis, "head_dim")
 
         q = rotate(heads("q_proj", c.num_attention_heads, "heads"), context.rotation)
@@ -97,15 +100,15 @@ class LlamaAttention(nn.Module):
             k = rotate(k, context.rotation)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
-            place = (layer, rows, slice(None), context.slots)
+            entries = (layer, rows, slice(None), context.slots)
             cache = cache.replace(
-                k=cache.k.at[place].set(k.astype(cache.k.dtype), mode="drop"),
-                v=cache.v.at[place].set(v.astype(cache.v.dtype), mode="drop"),
+                k=cache.k.at[entries].set(k.astype(cache.k.dtype), mode="drop"),
+                v=cache.v.at[entries].set(v.astype(cache.v.dtype), mode="drop"),
             )
             k, v = (jnp.swapaxes(y[layer], 1, 2) for y in (cache.k, cache.v))
         if context.read_rotation is not None:
             k = rotate(k, context.read_rotation)
-        # A split length is gathered here: every query may look at the whole row.
+        # This gathers a sharded length: a query may attend to its whole row.
         k, v = (constrain(y, "batch", None, "kv_heads", "head_dim") for y in (k, v))
         out = attention(q, k, v, context.mask, implementation=self.attention)
         return linear(c.hidden_size, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
@@ -127,7 +130,7 @@ class LlamaMlp(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """One pre-norm transformer layer, as the body of a scan over (states, cache, layer's number)."""
+    """One pre-norm transformer layer, as the body of a scan with the carry (states, cache, layer index)."""
 
     config: LlamaConfig
     dtype: Any = jnp.float32
@@ -138,17 +141,17 @@ class LlamaLayer(nn.Module):
         x, cache, layer = carry
         x = checkpoint_name(x, "layer_input")
         norm = partial(RMSNorm, epsilon=self.config.rms_norm_eps, dtype=self.dtype)
-        attend = LlamaAttention(self.config, self.dtype, self.attention, name="self_attn")
-        seen, cache = attend(norm(name="input_layernorm")(x), context, cache, layer)
-        x = x + seen
+        self_attention = LlamaAttention(self.config, self.dtype, self.attention, name="self_attn")
+        attended, cache = self_attention(norm(name="input_layernorm")(x), context, cache, layer)
+        x = x + attended
         x = x + LlamaMlp(self.config, self.dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
         return (constrain(x, "batch", "length", "embed"), cache, layer + 1), None
 
 
 class Llama(nn.Module):
-    """The language model. `init` through any method makes all parameters.
+    """The language model. `init` through any method creates all parameters.
 
-    `tables_gathered` says that the embeddings come gathered along fsdp (see `embedding_lookup`).
+    `tables_gathered` says that the embedding table is already gathered along fsdp (see `embedding_lookup`).
     """
 
     config: LlamaConfig
@@ -168,7 +171,7 @@ class Llama(nn.Module):
             self.lm_head = Dense(c.vocab_size, use_bias=False, kernel_init=_normal(c))
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Embeddings of token ids; an id outside the vocabulary gives NaN."""
+        """Returns the embeddings of token ids; an id outside the vocabulary gives NaN."""
         return embedding_lookup(self.embed_tokens.embedding.astype(self.dtype), tokens, self.tables_gathered)
 
     def __call__(
@@ -177,9 +180,9 @@ class Llama(nn.Module):
         positions: Int[Array, "B L"],
         segment_ids: Int[Array, "B L"],
     ) -> Float[Array, "B L D"]:
-        """Hidden states after the final norm; every segment as if it stood alone in its row.
+        """Returns the hidden states after the final norm. Segments of a row do not influence each other.
 
-        `positions` restart at 0 in each segment; segment 0 is padding, whose states mean nothing.
+        `positions` restart at 0 in each segment. Segment 0 is padding, and its states are meaningless.
         """
         lengths = _segment_lengths(positions, segment_ids)
         context = LayerContext(rotations(self.config, positions, lengths), masks.packed(segment_ids))
@@ -192,16 +195,22 @@ class Llama(nn.Module):
         cache: KVCache,
         layers: Sequence[Params] | None = None,
     ) -> tuple[Float[Array, "B L D"], KVCache]:
-        """Appends each row's valid tokens to its cache; hidden states (final norm) and the new cache.
+        """Appends each row's valid tokens to its cache. Returns hidden states (final norm) and the new cache.
 
-        A row may have any number of valid tokens, also none; the states of invalid ones mean
-        nothing. Rows never influence each other. Tokens that do not fit are dropped and entries
-        that are there stay whole, but `lengths` count on: check the room before.
+        A row may have any number of valid tokens, including none. The states of invalid tokens are
+        meaningless. Rows do not influence each other. Tokens beyond the capacity are dropped and leave the
+        cache's entries intact, but `lengths` counts them: check the capacity before the call.
 
-        Under dynamic rotary scaling past `max_position_embeddings`, keys and queries of one chunk
-        agree on the frequencies of the row's present length; states computed by earlier chunks stay.
+        Example: a cache with lengths [2, 5], and 3 new embeddings per row.
 
-        `layers` are the weights as `unstack_layers` gives them, in place of the stacked ones.
+            valid        [[1, 1, 1], [1, 0, 0]]
+            positions    [[2, 3, 4], [5, 5, 5]]   the cache entries of the valid tokens
+            new lengths  [5, 6]
+
+        Under dynamic rotary scaling beyond `max_position_embeddings`, the keys and queries of one call use
+        the frequencies of the row's current length. States that earlier calls computed do not change.
+
+        `layers` replaces the stacked weights by those that `ops.scan.unstack_for_loop` returns.
         """
         positions = cache.lengths[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
         lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
@@ -220,13 +229,13 @@ class Llama(nn.Module):
         return hidden, cache.replace(lengths=lengths)
 
     def head(self) -> Float[Array, "D V"]:
-        """The matrix from hidden states to logits, in `dtype`; transposed embeddings where they are tied."""
+        """Returns the matrix from hidden states to logits in `dtype`: the transposed embeddings if tied."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.embedding.astype(self.dtype).T
         return self.lm_head.get_variable("params", "kernel").astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-        """Scores of the next token, float32 whatever `dtype` is."""
+        """Returns the logits of the next token, in float32 whatever `dtype` is."""
         if self.is_initializing() and not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
         out = linear(hidden.astype(self.dtype), self.head(), jnp.float32)
@@ -244,8 +253,8 @@ class Llama(nn.Module):
             (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), context)
         else:
             layer = LlamaLayer(self.config, self.dtype, self.attention, parent=None)
-            for number, weights in enumerate(layers):
-                (x, cache, _), _ = layer.apply({"params": weights}, (x, cache, jnp.int32(number)), context)
+            for index, weights in enumerate(layers):
+                (x, cache, _), _ = layer.apply({"params": weights}, (x, cache, jnp.int32(index)), context)
         hidden = self.norm(x)
         if self.is_initializing():
             self.embed(jnp.zeros(embeds.shape[:2], jnp.int32))
@@ -253,57 +262,12 @@ class Llama(nn.Module):
         return hidden, cache
 
 
-def unstack_layers(params: Params) -> list[Params]:
-    """Of the model's parameters, each layer's own: for a program that goes through them again and again.
-
-    From a stack XLA's CPU backend copies a layer's weights each time before it multiplies by them, and where
-    they do not fit its caches that takes longer than the product. These are a second copy of all layers, made
-    once in every run of the program.
-    """
-    number = len(jax.tree.leaves(params["layers"])[0])
-    apart = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(number)]
-    return jax.lax.optimization_barrier(apart)  # else XLA slices where the weights are needed, as before
-
-
-def embedding_lookup(
-    table: Float[Array, "V D"], tokens: Int[Array, "B L"], whole: bool = False
-) -> Float[Array, "B L D"]:
-    """The table's rows at token ids; an id outside the vocabulary gives NaN.
-
-    On a mesh the table is gathered along fsdp, unless it comes `whole`, and looked up where the tokens are:
-    less traffic than moving what was found. Every device adds up the gradient of its own tokens, which is
-    scattered along fsdp (XLA for TPUs may make it an all-reduce, of which a part is kept).
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return jnp.take(table, tokens, axis=0)
-    rows = activation_spec(("batch", "length", None), (*tokens.shape, 0), mesh)
-    split = activation_spec(("vocab", None), table.shape, mesh)[0]
-    # Devices that hold the same rows must not gather each for itself: then the partitioner gathers.
-    sliced = not whole and "fsdp" in mesh_axes(rows[0]) and table.shape[1] % mesh.shape["fsdp"] == 0
-
-    def local(table: Array, tokens: Array) -> Array:
-        if sliced:
-            table = jax.lax.all_gather(table, "fsdp", axis=1, tiled=True)
-        if split is None:
-            return jnp.take(table, tokens, axis=0)
-        tokens = tokens - len(table) * jax.lax.axis_index("tensor")
-        here = (tokens >= 0) & (tokens < len(table))
-        found = jnp.take(table, jnp.where(here, tokens, 0), axis=0)
-        found = jax.lax.psum(jnp.where(here[..., None], found, 0), "tensor")
-        known = jax.lax.psum(here.astype(jnp.int32), "tensor") > 0
-        return jnp.where(known[..., None], found, jnp.nan)
-
-    places = (PartitionSpec(split, "fsdp" if sliced else None), PartitionSpec(*rows[:2]))
-    return jax.shard_map(local, in_specs=places, out_specs=rows)(table, tokens)
-
-
 def rotations(config: LlamaConfig, positions: Int[Array, "B L"], lengths: Int[Array, "B #L"]) -> Rotation:
-    """Cosines and sines of the rotary angles at `positions` of sequences `lengths` long, float32.
+    """Returns cosines and sines of the rotary angles at `positions` in sequences of `lengths`, in float32.
 
-    Pair i of H/2 turns by `position * theta^(-2i/H)` (arXiv 2104.09864, eq. 15). Linear scaling
-    divides positions by its factor s (arXiv 2306.15595); dynamic scaling multiplies theta by
-    `(s n/m - s + 1)^(H/(H-2))` for a length n beyond the m positions of pretraining.
+    Pair i of the H/2 pairs is rotated by `position * theta^(-2i/H)` (arXiv 2104.09864, eq. 15). Linear
+    scaling divides positions by its factor s (arXiv 2306.15595). Dynamic scaling multiplies theta by `(s n/m
+    - s + 1)^(H/(H-2))` for a length n greater than the m positions of pretraining.
     """
     scaling, width = config.rope_scaling, config.head_dim
     exponents = np.arange(0, width, 2) / width
@@ -311,8 +275,8 @@ def rotations(config: LlamaConfig, positions: Int[Array, "B L"], lengths: Int[Ar
     if scaling is not None and scaling.type == "linear":
         frequencies = frequencies / scaling.factor
     if scaling is not None and scaling.type == "dynamic":
-        known = config.max_position_embeddings
-        stretch = scaling.factor * jnp.maximum(lengths, known) / known - (scaling.factor - 1)
+        pretrained = config.max_position_embeddings
+        stretch = scaling.factor * jnp.maximum(lengths, pretrained) / pretrained - (scaling.factor - 1)
         growth = exponents * width / (width - 2)
         frequencies = frequencies * stretch[..., None] ** jnp.asarray(-growth, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -320,16 +284,16 @@ def rotations(config: LlamaConfig, positions: Int[Array, "B L"], lengths: Int[Ar
 
 
 def rotate(x: Float[Array, "B L N H"], rotation: Rotation) -> Float[Array, "B L N H"]:
-    """Turns the pairs (i, i + H/2) of every head by its position's angles, in float32."""
+    """Rotates the pairs (i, i + H/2) of every head by the angles of its position, in float32."""
     cos, sin = (y[:, :, None] for y in rotation)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def _segment_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """[B, L]: of each position, the length of its segment: the last position in it + 1."""
-    most = jax.vmap(partial(jax.ops.segment_max, num_segments=positions.shape[1] + 1))(positions, segment_ids)
-    return jnp.take_along_axis(most, segment_ids, axis=1) + 1
+    """Returns, for each position [B, L], the length of its segment: the segment's last position plus 1."""
+    last = jax.vmap(partial(jax.ops.segment_max, num_segments=positions.shape[1] + 1))(positions, segment_ids)
+    return jnp.take_along_axis(last, segment_ids, axis=1) + 1
 
 
 def _dynamic(config: LlamaConfig) -> bool:

@@ -22,7 +22,7 @@ Flat = dict[str, Any]
 
 
 def example_batch(model: DreamLLMConfig, rows: int = 1, length: int | None = None) -> Batch:
-    """A batch of zeros with one image and one dream in each row, to trace and to measure with."""
+    """Returns a batch of zeros with one image and one dream in each row, for tracing and measuring."""
     queries = model.num_dream_queries if model.draws else 0
     length = length or model.num_patches + queries + 2
     ints = jnp.zeros((rows, length), jnp.int32)
@@ -60,14 +60,14 @@ def init_params(config: DreamLLMConfig, key: jax.Array) -> Flat:
 
 
 def init_on_host(config: DreamLLMConfig, key: jax.Array, names: Set[str]) -> dict[str, np.ndarray]:
-    """Returns the parameters of `init_params` with these paths, as numpy arrays. Others are not made."""
+    """Returns those parameters of `init_params` whose paths are in `names`, as numpy arrays."""
     if not names:
         return {}
 
     def init() -> Flat:
         return {path: x for path, x in init_params(config, key).items() if path in names}
 
-    # The program runs once, so it is compiled fast rather than well.
+    # The program runs once, so fast compilation matters more than fast code.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.device_get(jax.jit(init, compiler_options=options)())
 

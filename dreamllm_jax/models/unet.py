@@ -1,7 +1,7 @@
 """The U-Net of Stable Diffusion 1.5, 2.1 and SDXL (arXiv 2112.10752, 2307.01952).
 
-It predicts the noise (or velocity, or clean latents) of noisy latents at a time step, under a
-sequence of context vectors. Layout and names are those of diffusers' `UNet2DConditionModel`.
+It predicts the noise (or the velocity, or the clean latents) in noisy latents at a time step, given a
+sequence of context vectors. Its structure and parameter names are those of diffusers' `UNet2DConditionModel`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from jaxtyping import Array, Float, Real
 
 from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.config.towers import UNetConfig
-from dreamllm_jax.models.conv import Conv
-from dreamllm_jax.models.layers import Dense, remat, silu
-from dreamllm_jax.models.unet_blocks import Downsample, GroupNorm, ResnetBlock, SpatialTransformer, Upsample
+from dreamllm_jax.models.unet_blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
+from dreamllm_jax.ops.activations import silu
+from dreamllm_jax.ops.conv import Conv
+from dreamllm_jax.ops.linear import Dense
+from dreamllm_jax.ops.norm import GroupNorm
+from dreamllm_jax.ops.scan import remat
 
 MAX_PERIOD = 10000.0
 
@@ -26,13 +29,13 @@ MAX_PERIOD = 10000.0
 def sinusoids(
     values: Real[Array, "*rows"], width: int, cosines_first: bool, shift: int
 ) -> Float[Array, "*rows {width}"]:
-    """Sines and cosines of `values` at `width // 2` frequencies, in float32 (arXiv 2006.11239).
+    """Returns sines and cosines of `values` at `width // 2` frequencies, in float32 (arXiv 2006.11239).
 
-    The frequencies fall geometrically from 1 to 1 / 10000, reached at index `width // 2 - shift`.
-    An odd width is filled up with a zero.
+    The frequencies decrease geometrically from 1 and would reach 1 / 10000 at index `width // 2 - shift`. An
+    odd width is padded with a zero.
     """
     half = width // 2
-    # The table is rounded to float32 step by step as diffusers does: at t = 1000 the last bit shows.
+    # Every operation is rounded to float32, as in diffusers: at t = 1000 the last bit makes a difference.
     exponents = np.float32(-math.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32)
     angles = values.astype(jnp.float32)[..., None] * np.exp(exponents / np.float32(half - shift))
     parts = [jnp.cos(angles), jnp.sin(angles)]
@@ -41,7 +44,7 @@ def sinusoids(
 
 
 class TimeEmbedding(nn.Module):
-    """A two-layer MLP on sinusoids."""
+    """A two-layer MLP applied to sinusoids."""
 
     width: int
     dtype: Any = jnp.float32
@@ -53,8 +56,10 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Layers at one resolution, `level` counted from the finest; each a resnet and, if it attends,
-    a transformer."""
+    """Layers at one resolution: each is a resnet block and, if the block `attends`, a transformer.
+
+    `level` is the index of the resolution, 0 being the finest.
+    """
 
     config: UNetConfig
     level: int
@@ -91,7 +96,7 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """Returns its last state and, for the way up, all of its states."""
+    """A block of the encoder. Returns its last state, and all of its states for the skip connections."""
 
     @nn.compact
     def __call__(
@@ -110,7 +115,7 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
-    """Resnet, transformer, resnet at the coarsest resolution."""
+    """A resnet block, a transformer and a resnet block at the coarsest resolution."""
 
     @nn.compact
     def __call__(
@@ -122,7 +127,7 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    """Joins the states of the way down, popping them from `skips`; one layer more than the way down."""
+    """A block of the decoder: one layer more than in the encoder, each with a skip popped from `skips`."""
 
     @nn.compact
     def __call__(
@@ -137,13 +142,13 @@ class UpBlock(Block):
             if self.attends:
                 x = self.transformer(i, x, context)
         if self.resamples:
-            # An odd height or width was rounded up on the way down: meet the next skip's size.
+            # The encoder rounded odd heights and widths up, so crop to the size of the next skip.
             x = Upsample(dtype=self.dtype, name="upsamplers_0")(x, skips[-1].shape[1:3])
         return x
 
 
 class UNet(nn.Module):
-    """The denoiser; `remat` (see `layers.remat`) applies to every resnet and transformer block."""
+    """The denoiser. `remat` (see `ops.scan.remat`) applies to every resnet and transformer block."""
 
     config: UNetConfig
     dtype: Any = jnp.float32
@@ -158,15 +163,16 @@ class UNet(nn.Module):
         context: Float[Array, "B S X"],
         added: dict[str, Array] | None = None,
     ) -> Float[Array, "B h w c2"]:
-        """The prediction for each row's latents at its time step (0 to T - 1, may be fractional).
+        """Returns the prediction for each row's latents at its time step (0 to T - 1, may be fractional).
 
-        SDXL takes `added`: `text_embeds` [B, pooled_text_dim] and `time_ids` [B, 6], the original
-        height and width, crop top and left, target height and width, in pixels. Height and width
-        are free.
+        Latents may have any height and width. SDXL also takes `added`: `text_embeds` [B, pooled_text_dim] and
+        `time_ids` [B, 6], which are original height and width, crop top and left, target height and width,
+        all in pixels.
 
         Raises:
-          ValueError: latents or context of another width than the config's; `added` missing,
-            incomplete, or given to a model without added conditions.
+          ValueError: the width of latents or context is not the config's; `added` is missing or incomplete,
+            or
+            is given to a model without added conditions.
         """
         config, coarsest = self.config, len(self.config.block_out_channels) - 1
         self._check(latents, context, added)
@@ -190,7 +196,7 @@ class UNet(nn.Module):
         return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(norm(x))
 
     def _time(self, timesteps: Real[Array, "B"], added: dict[str, Array] | None) -> Float[Array, "B M"]:
-        """The embedding of the time step, plus SDXL's of the pooled text and the sizes."""
+        """Returns the embedding of the time step, for SDXL plus that of the pooled text and the sizes."""
         config, width = self.config, 4 * self.config.block_out_channels[0]
         wave = (config.flip_sin_to_cos, config.freq_shift)
         time = sinusoids(timesteps, config.block_out_channels[0], *wave)

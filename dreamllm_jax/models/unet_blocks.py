@@ -1,4 +1,4 @@
-"""What the U-Net and the VAE are built of: group norm, resnets, resampling, the spatial transformer.
+"""The blocks of the U-Net and the VAE: resnets, resampling, the spatial transformer.
 
 Parameter names are those of diffusers (`UNet2DConditionModel`, `AutoencoderKL`).
 """
@@ -9,99 +9,22 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dreamllm_jax.config.model import AttentionKernel as AttentionName
-from dreamllm_jax.models.attention import attention
-from dreamllm_jax.models.conv import Conv
-from dreamllm_jax.models.layers import Dense, LayerNorm, gelu, scan_layers, silu
+from dreamllm_jax.ops.activations import gelu, silu
+from dreamllm_jax.ops.attention import attention
+from dreamllm_jax.ops.conv import Conv
+from dreamllm_jax.ops.linear import Dense
+from dreamllm_jax.ops.norm import GroupNorm, LayerNorm
+from dreamllm_jax.ops.scan import scan_layers
 from dreamllm_jax.sharding import constrain
 
 
-class GroupNorm(nn.Module):
-    """Normalizes groups of neighbouring channels over all pixels, in float32 (arXiv 1803.08494).
-
-    With `silu`, that activation of it: in one piece, so that what lies between is never in memory.
-
-    Raises:
-      ValueError: the groups do not divide the channels.
-    """
-
-    groups: int
-    epsilon: float = 1e-6
-    dtype: Any = jnp.float32
-    silu: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B *pixels c"]) -> Float[Array, "B *pixels c"]:
-        channels = x.shape[-1]
-        if channels % self.groups:
-            raise ValueError(
-                f"norm_num_groups={self.groups} does not divide {channels} channels; choose widths "
-                "(block_out_channels) that are multiples of it."
-            )
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return _normalized(x, scale, bias, self.groups, self.epsilon, self.silu).astype(self.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _normalized(
-    x: Float[Array, "B *pixels c"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
-    groups: int,
-    epsilon: float,
-    activated: bool,
-) -> Float[Array, "B *pixels c"]:
-    """Group normalization (and SiLU) in float32; reverse-mode differentiation only.
-
-    For the backward pass x is kept as it came, not in float32, with the means and inverse deviations. Its
-    closed form reads x and the gradient twice: half the traffic of what autodiff derives.
-    """
-    return _normalized_forward(x, scale, bias, groups, epsilon, activated)[0]
-
-
-def _normalized_forward(
-    x: Array, scale: Array, bias: Array, groups: int, epsilon: float, activated: bool
-) -> tuple[Array, tuple[Array, ...]]:
-    centered = x.astype(jnp.float32)
-    mean = _group_means(centered, groups)
-    centered -= mean
-    inverse = jax.lax.rsqrt(_group_means(centered * centered, groups) + epsilon)
-    out = centered * (inverse * scale) + bias
-    return silu(out) if activated else out, (x, mean, inverse, scale, bias)
-
-
-def _normalized_backward(
-    groups: int, epsilon: float, activated: bool, saved: tuple[Array, ...], d_out: Array
-) -> tuple[Array, Array, Array]:
-    x, mean, inverse, scale, bias = saved
-    whole = tuple(range(x.ndim - 1))
-    normal = (x.astype(jnp.float32) - mean) * inverse
-    if activated:
-        (d_out,) = jax.vjp(silu, normal * scale + bias)[1](d_out)
-    d_normal = d_out * scale
-    along = _group_means(d_normal * normal, groups)
-    d_x = inverse * (d_normal - _group_means(d_normal, groups) - normal * along)
-    return d_x.astype(x.dtype), (d_out * normal).sum(whole), d_out.sum(whole)
-
-
-_normalized.defvjp(_normalized_forward, _normalized_backward)
-
-
-def _group_means(x: Float[Array, "B *pixels c"], groups: int) -> Float[Array, "B *ones c"]:
-    """Each channel's group mean; first over pixels alone, which is 3 times as fast on CPU."""
-    means = x.mean(range(1, x.ndim - 1)).reshape(len(x), groups, -1).mean(-1)
-    means = jnp.repeat(means, x.shape[-1] // groups, axis=1)
-    return means.reshape(len(x), *(1,) * (x.ndim - 2), -1)
-
-
 class ResnetBlock(nn.Module):
-    """Two normed 3x3 convolutions beside a shortcut, the time embedding added between them."""
+    """Two normalized 3x3 convolutions with a shortcut; the time embedding is added between them."""
 
     width: int
     groups: int
@@ -125,7 +48,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width (rounded up where padded on both sides) by a strided convolution."""
+    """Halves height and width by a strided convolution; with padding on both sides they are rounded up."""
 
     padding: tuple[int, int]
     dtype: Any = jnp.float32
@@ -136,7 +59,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating pixels, cropped to `size` if given; then a convolution."""
+    """Doubles height and width by repeating pixels, crops to `size` if given, then applies a convolution."""
 
     dtype: Any = jnp.float32
 
@@ -154,9 +77,9 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x to the context (to x itself without one), after an optional group norm.
+    """Multi-head attention from x to the context, or to x itself without one, after an optional group norm.
 
-    The softmax is in float32 always, which is what diffusers' `upcast_attention` asks for.
+    The softmax is always in float32, which is what `upcast_attention` requests in diffusers.
     """
 
     heads: int
@@ -182,12 +105,12 @@ class Attention(nn.Module):
             return constrain(y, "pictures", None, "heads", "head_dim")
 
         q, k, v = split(x, "to_q"), split(context, "to_k"), split(context, "to_v")
-        out = attention(q, k, v, implementation=self.attention, rows="pictures")
+        out = attention(q, k, v, implementation=self.attention, batch_axis="pictures")
         return Dense(width, dtype=self.dtype, name="to_out_0")(out.reshape(x.shape))
 
 
 class Geglu(nn.Module):
-    """`a * gelu(b)` for the two halves a, b of a linear map (arXiv 2002.05202)."""
+    """`a * gelu(b)` for the two halves a and b of a linear map's output (arXiv 2002.05202)."""
 
     features: int
     dtype: Any = jnp.float32
@@ -199,7 +122,7 @@ class Geglu(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A gated MLP four times as wide as its input."""
+    """A gated MLP whose hidden width is four times that of its input."""
 
     dtype: Any = jnp.float32
 
@@ -210,7 +133,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the context, MLP; pre-norm; shaped as the body of a scan."""
+    """A pre-norm block of self-attention, cross-attention and MLP, as the body of a scan."""
 
     heads: int
     dtype: Any = jnp.float32
@@ -233,9 +156,9 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """diffusers' `Transformer2DModel`: `depth` transformer blocks over the pixels, beside a shortcut.
+    """diffusers' `Transformer2DModel`: `depth` transformer blocks over the pixels, with a shortcut.
 
-    The linear maps into and out of it are stored as 1x1 convolutions unless `use_linear_projection`.
+    The input and output projections are stored as 1x1 convolutions, unless `use_linear_projection` is set.
     """
 
     depth: int
@@ -254,8 +177,8 @@ class SpatialTransformer(nn.Module):
         y = project(channels, dtype=self.dtype, name="proj_in")(y)
         stack = scan_layers(TransformerBlock, self.depth, self.remat, inputs=1)
         stack = stack(self.heads, self.dtype, self.attention, name="transformer_blocks")
-        # Pinned where the scan begins, and so are the gradients that come out of it: left free, XLA's
-        # partitioner is wrong when this scan runs within another one (JAX 0.10).
+        # Constrained at the start of the scan, as are the gradients that leave it. Otherwise XLA's
+        # partitioner computes wrong values when this scan runs inside another one (JAX 0.10).
         y = constrain(y.reshape(rows, height * width, channels), "pictures", None, "embed")
         y, _ = stack(y, constrain(context, "pictures", None, "embed"))
         y = project(channels, dtype=self.dtype, name="proj_out")(y.reshape(x.shape))

@@ -1,6 +1,6 @@
 """The variational autoencoder between pixels and latents (arXiv 1312.6114, 2112.10752).
 
-Layout and names are those of diffusers' `AutoencoderKL`.
+Its structure and parameter names are those of diffusers' `AutoencoderKL`.
 """
 
 from __future__ import annotations
@@ -13,36 +13,37 @@ from jaxtyping import Array, Float, UInt8
 
 from dreamllm_jax.config.model import AttentionKernel as AttentionName
 from dreamllm_jax.config.towers import VaeConfig
-from dreamllm_jax.models.conv import Conv
-from dreamllm_jax.models.unet_blocks import Attention, Downsample, GroupNorm, ResnetBlock, Upsample
+from dreamllm_jax.models.unet_blocks import Attention, Downsample, ResnetBlock, Upsample
+from dreamllm_jax.ops.conv import Conv
+from dreamllm_jax.ops.norm import GroupNorm
 
 EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 def diffusion_pixels(images: UInt8[Array, "*rows h w c"]) -> Float[Array, "*rows h w c"]:
-    """Bytes to float32 pixels in [-1, 1], on the device."""
+    """Returns uint8 images as float32 pixels in [-1, 1], computed on the device."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
 def to_uint8(pixels: Float[Array, "*rows h w c"]) -> UInt8[Array, "*rows h w c"]:
-    """Pixels in [-1, 1] to bytes, rounded; what lies outside is clipped."""
+    """Returns pixels in [-1, 1] as rounded uint8; values outside the range are clipped."""
     return jnp.round(jnp.clip(pixels.astype(jnp.float32) * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def sample_latents(
     moments: Float[Array, "*rows h w c_2"], noise: Float[Array, "*rows h w c"], scaling_factor: float
 ) -> Float[Array, "*rows h w c"]:
-    """Scaled latents drawn from the posterior: `(mean + std * noise) * scaling_factor`.
+    """Returns scaled latents sampled from the posterior: `(mean + std * noise) * scaling_factor`.
 
-    `moments` are mean and log-variance on the channels, as `Vae.encode` returns them.
+    `moments` are mean and log-variance, concatenated along channels as `Vae.encode` returns them.
     """
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return (mean + jnp.exp(0.5 * log_variance) * noise) * scaling_factor
 
 
 class VaeBlock(nn.Module):
-    """Resnets at one resolution, then a step to the next."""
+    """Resnet blocks at one resolution, then the change to the next."""
 
     config: VaeConfig
     width: int
@@ -62,7 +63,7 @@ class VaeBlock(nn.Module):
 
 
 class VaeMidBlock(nn.Module):
-    """Resnet, one-headed self-attention over the pixels, resnet."""
+    """A resnet block, single-head self-attention over the pixels, a resnet block."""
 
     config: VaeConfig
     dtype: Any = jnp.float32
@@ -78,7 +79,7 @@ class VaeMidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to the moments, before the last 1x1 convolution."""
+    """Maps pixels to moments, up to the final 1x1 convolution."""
 
     config: VaeConfig
     dtype: Any = jnp.float32
@@ -97,7 +98,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pixels, after the first 1x1 convolution."""
+    """Maps latents to pixels, from after the first 1x1 convolution."""
 
     config: VaeConfig
     dtype: Any = jnp.float32
@@ -130,15 +131,15 @@ class Vae(nn.Module):
         self.decoder = Decoder(self.config, self.dtype, self.attention)
 
     def __call__(self, pixels: Float[Array, "B h w c"]) -> Float[Array, "B h w c2"]:
-        """The reconstruction from the posterior's mean."""
+        """Returns the reconstruction of pixels from the mean of their posterior."""
         return self.decode(jnp.split(self.encode(pixels), 2, axis=-1)[0])
 
     def encode(self, pixels: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 c2"]:
-        """The posterior's mean and log-variance, joined on the channels, in float32, not scaled.
+        """Returns the posterior's mean and log-variance in float32, concatenated along channels, unscaled.
 
         Raises:
-          ValueError: another number of channels than the config's, or a height or width that is no
-            multiple of `config.downscale`.
+          ValueError: the number of channels is not the config's, or height or width is not a multiple of
+            `config.downscale`.
         """
         config = self.config
         _, height, width, channels = pixels.shape
@@ -152,10 +153,10 @@ class Vae(nn.Module):
         return jnp.concatenate([mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)], axis=-1)
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 c2"]:
-        """Pixels (about [-1, 1]) of latents that the caller has divided by the scaling factor.
+        """Returns pixels (about [-1, 1]) of latents that the caller has divided by the scaling factor.
 
         Raises:
-          ValueError: another number of channels than the config's.
+          ValueError: the number of channels is not the config's.
         """
         if latents.shape[-1] != self.config.latent_channels:
             raise ValueError(
@@ -170,6 +171,6 @@ def _resnet(config: VaeConfig, width: int, dtype: Any, name: str) -> ResnetBlock
 
 
 def _head(config: VaeConfig, features: int, dtype: Any, x: Float[Array, "B h w c"]) -> Array:
-    """Norm, SiLU and convolution that end both ways; called inside a compact method."""
+    """Applies the final norm, SiLU and convolution of encoder and decoder; called in a compact method."""
     x = GroupNorm(config.norm_num_groups, EPSILON, dtype, silu=True, name="conv_norm_out")(x)
     return Conv(features, dtype=dtype, name="conv_out")(x)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamllm_jax.config.train import LossConfig
-from dreamllm_jax.models.layers import linear
+from dreamllm_jax.ops.linear import linear
 from dreamllm_jax.sharding import activation_spec, mesh_axes
 
 

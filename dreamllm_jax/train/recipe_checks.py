@@ -13,8 +13,8 @@ from dreamllm_jax.data.chat import template_of
 from dreamllm_jax.data.pipeline import check_source, row_layout
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
-from dreamllm_jax.models.attention.choice import LONG, chosen
 from dreamllm_jax.models.parameters import Flat, abstract_params
+from dreamllm_jax.ops.attention.selection import MIN_KERNEL_LENGTH, select_implementation
 from dreamllm_jax.sharding import parameter_shardings
 from dreamllm_jax.train.state import partition
 
@@ -70,7 +70,8 @@ def check_attention_kernels(model: DreamLLMConfig, mesh: Mesh) -> None:
             )
     for field in dataclasses.fields(model.attention):
         wanted = getattr(model.attention, field.name)
-        chosen(wanted, LONG, LONG, 64, model.dtype, None, mesh.devices.flat[0].platform)
+        length, platform = MIN_KERNEL_LENGTH, mesh.devices.flat[0].platform
+        select_implementation(wanted, length, length, 64, model.dtype, None, platform)
 
 
 def _check_stage(

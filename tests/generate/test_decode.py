@@ -10,7 +10,6 @@ from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.data.pieces import Picture, Text
 from dreamllm_jax.data.sequences import encode_pieces
 from dreamllm_jax.document import Document
-from dreamllm_jax.generate import decode
 from dreamllm_jax.generate.decode import append_image, decode_text, dream, sample_tokens
 from dreamllm_jax.generate.engine import prompt_keys
 from dreamllm_jax.generate.prompts import prompt_batch
@@ -156,7 +155,7 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(model, picture):
 
 
 def test_decoding_on_a_cpu_copies_no_weights_for_every_token(model):
-    """XLA's CPU backend copies what it slices out of a stack: layers are taken apart before the loop."""
+    """XLA's CPU backend copies what it slices out of a stack, so layers are unstacked before the loop."""
     engine = model._engine
     control = engine.control([], np.zeros(1, bool), 0, model._settings(max_new_tokens=6))
     state = engine.read(prompt_batch(["one"], model.tokenizer, model.config, None), CAPACITY)
@@ -172,15 +171,6 @@ def test_decoding_on_a_cpu_copies_no_weights_for_every_token(model):
     assert slices  # of the cache
     for shape in kernels:
         assert not [line for line in slices if f"f32[1,{shape[1]},{shape[2]}]" in line]
-
-
-def test_layers_are_held_twice_only_where_memory_has_room(model, monkeypatch):
-    layers = model.params["llama"]["layers"]
-    size = sum(x.nbytes for x in jax.tree.leaves(layers))
-    for pages, worth in ((4 * size, True), (4 * size - 1, False)):
-        memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}
-        monkeypatch.setattr(decode.os, "sysconf", memory.__getitem__)
-        assert decode._room_for_a_copy(layers) == worth
 
 
 def test_a_full_cache_ends_a_row(model):

@@ -9,11 +9,11 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.config.model import AttentionConfig
-from dreamllm_jax.models.attention import choice
 from dreamllm_jax.models.clip import normalize_pixels
 from dreamllm_jax.models.dreamllm import DreamLLMModule, fill_slots, query_states
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.models.vae import diffusion_pixels
+from dreamllm_jax.ops.attention import selection
 from tests.train import tiny
 
 
@@ -61,7 +61,7 @@ def test_every_slot_holds_what_it_should(apply, params, batch, embeds):
 @pytest.mark.parametrize("tower", ["llama", "vision", "unet", "vae"])
 def test_each_tower_attends_as_chosen_for_it(params, batch, tower, monkeypatch):
     """Told by who refuses, on a CPU, a kernel of TPUs."""
-    monkeypatch.setattr(choice, "LONG", 1)
+    monkeypatch.setattr(selection, "MIN_KERNEL_LENGTH", 1)
     model, pictures = tiny.config(), batch.dream_images[:, 0]
     latents = jnp.zeros((1, model.latent_size, model.latent_size, model.vae.latent_channels))
     context = jnp.zeros((1, 2, model.unet.cross_attention_dim))

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.towers import LlamaConfig, RopeScaling
-from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.models.llama import Llama, embedding_lookup, init_cache, unstack_layers
-from dreamllm_jax.sharding import make_mesh, parameter_shardings
+from dreamllm_jax.models.llama import Llama, init_cache
+from dreamllm_jax.ops.scan import unstack_for_loop
 
 MHA = LlamaConfig(
     vocab_size=50,
@@ -31,28 +30,6 @@ VARIANTS = {
     "dynamic": dataclasses.replace(MHA, rope_scaling=RopeScaling("dynamic", 2.0)),
     "tied, biased": dataclasses.replace(GQA, tie_word_embeddings=True, attention_bias=True),
 }
-
-
-@pytest.mark.parametrize("rows", [1, 4, 8])
-@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 4, 1, 1), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
-def test_looking_up_on_a_mesh(sizes, rows, devices):
-    """Values and the table's gradient, also where the rows do not divide among the devices."""
-    mesh = make_mesh(MeshConfig(*sizes), devices)
-    rng = np.random.default_rng(rows)
-    table = rng.normal(size=(48, 16)).astype(np.float32)
-    tokens = jnp.asarray(rng.integers(0, 48, (rows, 6)), jnp.int32)
-    weights = rng.normal(size=(rows, 6, 16)).astype(np.float32)
-    place = parameter_shardings({"llama/embed_tokens/embedding": table}, mesh)
-    table = jax.device_put(table, place["llama/embed_tokens/embedding"])
-    with jax.set_mesh(mesh):
-        found = jax.jit(embedding_lookup)(table, tokens)
-        gradient = jax.jit(jax.grad(lambda t: (embedding_lookup(t, tokens) * weights).sum()))(table)
-        outside = jax.jit(embedding_lookup)(table, jnp.full((rows, 6), 48))
-    np.testing.assert_array_equal(found, np.asarray(table)[tokens])
-    expected = np.zeros((48, 16), np.float32)
-    np.add.at(expected, np.asarray(tokens), weights)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
-    assert np.isnan(outside).all()
 
 
 def tokens_of(config, *shape, seed=0):
@@ -88,9 +65,9 @@ def _run(model, params, tokens, positions, segment_ids):
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def extend(model, params, tokens, valid, cache, apart=False):
+def extend(model, params, tokens, valid, cache, unstacked=False):
     def forward(m):
-        layers = unstack_layers(params) if apart else None
+        layers = unstack_for_loop(params["layers"]) if unstacked else None
         hidden, new = m.extend(m.embed(tokens), valid, cache, layers)
         return m.logits(hidden), new
 
@@ -224,10 +201,10 @@ def test_padding_and_other_rows_change_nothing(name):
     assert np.isfinite(first).all() and np.isfinite(second).all()
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("unstacked", [False, True])
 @pytest.mark.parametrize("chunks", [[14], [1] * 14, [6, 1, 1, 6]])
 @pytest.mark.parametrize("name", ["gqa", "linear", "dynamic", "tied, biased"])
-def test_cached_equals_whole(name, chunks, apart):
+def test_cached_equals_whole(name, chunks, unstacked):
     config = VARIANTS[name]
     model, params = make(config)
     tokens = tokens_of(config, 2, 14)
@@ -235,7 +212,7 @@ def test_cached_equals_whole(name, chunks, apart):
     store, start = init_cache(config, 2, 15), 0
     for n in chunks:
         part = tokens[:, start : start + n]
-        logits, store = extend(model, params, part, jnp.ones_like(part, bool), store, apart)
+        logits, store = extend(model, params, part, jnp.ones_like(part, bool), store, unstacked)
         np.testing.assert_allclose(logits, whole[:, start : start + n], atol=2e-5)
         start += n
     np.testing.assert_array_equal(store.lengths, [14, 14])

@@ -8,7 +8,8 @@ import pytest
 
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import ClipVisionConfig, LlamaConfig
-from dreamllm_jax.models.conv import canonical, plain
+from dreamllm_jax.ops import cpu
+from dreamllm_jax.ops.conv import xla_convolution
 from dreamllm_jax.train.flops import flops, forward_flops, passes, step_flops
 from tests.train import tiny
 
@@ -26,7 +27,7 @@ def test_single_operations():
     assert flops(lambda a: jnp.einsum("bij,bjk->bik", a, a), jnp.zeros((2, 3, 3))) == 2 * 2 * 27
 
 
-@pytest.mark.parametrize("form", [plain, canonical])
+@pytest.mark.parametrize("form", [xla_convolution, cpu.convolution])
 def test_convolutions(form):
     pixels, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
     assert flops(lambda x, k: form(x, k, 1, (1, 1)), pixels, kernel) == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)

@@ -1,4 +1,4 @@
-"""The convolution's own gradients against autodiff's, on one device and on a mesh, and against torch."""
+"""The convolution for CPUs: gradients against autodiff, on one device and a mesh; values against torch."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dreamllm_jax.models.conv import Conv, canonical, plain
+from dreamllm_jax.ops import cpu
+from dreamllm_jax.ops.conv import Conv, xla_convolution
 
 # (height, width), kernel size, stride, padding
 SHAPES = [
@@ -25,7 +26,7 @@ def example(sides, size, stride, padding, rows=4):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(rows, *sides, 6)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(size, size, 6, 5)), jnp.float32)
-    out = jax.eval_shape(lambda x, k: plain(x, k, stride, padding), x, kernel)
+    out = jax.eval_shape(lambda x, k: xla_convolution(x, k, stride, padding), x, kernel)
     return x, kernel, jnp.asarray(rng.normal(size=out.shape), jnp.float32)
 
 
@@ -38,33 +39,33 @@ def gradients(form, stride, padding):
 
 
 def close(actual, expected):
-    """To float32 rounding of the largest values."""
+    """Asserts equality up to float32 rounding of the largest values."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-6 * np.abs(e).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_written_gradients_equal_autodiffs(shape):
+def test_gradients_equal_autodiff(shape):
     arrays = example(*shape)
-    close(gradients(canonical, *shape[2:])(*arrays), gradients(plain, *shape[2:])(*arrays))
+    close(gradients(cpu.convolution, *shape[2:])(*arrays), gradients(xla_convolution, *shape[2:])(*arrays))
 
 
-def test_in_a_scan_they_equal_those_outside():
+def test_gradients_in_a_scan_equal_those_outside():
     x, kernel, d_out = example(*SHAPES[2])
 
     def loss(kernel):
-        outs = jax.lax.map(lambda row: canonical(row[None], kernel, 2, (1, 1))[0], x)
+        outs = jax.lax.map(lambda row: cpu.convolution(row[None], kernel, 2, (1, 1))[0], x)
         return (outs * d_out).sum()
 
-    close(jax.jit(jax.grad(loss))(kernel), gradients(plain, 2, (1, 1))(x, kernel, d_out)[2])
+    close(jax.jit(jax.grad(loss))(kernel), gradients(xla_convolution, 2, (1, 1))(x, kernel, d_out)[2])
 
 
 def test_rows_split_over_devices_change_nothing(devices):
     arrays = example(*SHAPES[0], rows=8)
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    split = jax.device_put(arrays, (rows, whole, rows))
-    close(gradients(canonical, 1, (1, 1))(*split), gradients(plain, 1, (1, 1))(*arrays))
+    rows, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    split = jax.device_put(arrays, (rows, replicated, rows))
+    close(gradients(cpu.convolution, 1, (1, 1))(*split), gradients(xla_convolution, 1, (1, 1))(*arrays))
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
@@ -87,4 +88,4 @@ def test_parity_with_torch(stride):
         stride=stride,
         padding=1,
     )
-    close(canonical(x, kernel, stride, (1, 1)), expected.permute(0, 2, 3, 1).numpy())
+    close(cpu.convolution(x, kernel, stride, (1, 1)), expected.permute(0, 2, 3, 1).numpy())

@@ -1,4 +1,4 @@
-"""Group normalization with SiLU through the real TPU compiler: why they have no kernel of their own."""
+"""Group normalization with SiLU compiled by the real TPU compiler: why it has no kernel of its own."""
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +8,28 @@ from jax.sharding import SingleDeviceSharding
 from dreamllm_jax.aot.census import take_census
 from dreamllm_jax.aot.hlo import parse
 from dreamllm_jax.aot.topology import topology_devices
-from dreamllm_jax.models.unet_blocks import GroupNorm
+from dreamllm_jax.ops.norm import GroupNorm
 
-# Programs that are kept cannot be loaded without their devices, and are compiled again.
+# Cached programs cannot be loaded without their devices, so they are compiled again.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
-SHAPE = (64, 64, 64, 320)  # Stable Diffusion's finest level; more than fits into a chip's own memory
+SHAPE = (64, 64, 64, 320)  # Stable Diffusion's finest level; more than fits into a chip's VMEM
 BYTES = 64 * 64 * 64 * 320 * 2  # in bfloat16
 
 
 def traffic(function, number):
-    """Bytes that the compiled program moves from and to HBM on one chip."""
-    place = SingleDeviceSharding(topology_devices("v5e:2x2")[0])
-    inputs = [jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16, sharding=place)] * number
+    """Returns the bytes that the compiled program moves to and from HBM on one chip."""
+    sharding = SingleDeviceSharding(topology_devices("v5e:2x2")[0])
+    inputs = [jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16, sharding=sharding)] * number
     return take_census(parse(jax.jit(function).lower(*inputs).compile().as_text()), {"data": 1}).hbm
 
 
 def test_xla_moves_no_more_than_a_kernel_would():
-    """Forward x is read for the mean, for the variance and to be normalized, and the result is written.
-    Backward x and the gradient are read for their two sums, and again for the result, which is written."""
+    """The forward pass reads x three times (mean, variance, normalization) and writes the result.
+
+    The program of the gradient reads x twice for the statistics, x and the incoming gradient for two sums,
+    both again for the result, and writes it: 7 arrays.
+    """
     pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed (pip install libtpu)")
     norm = GroupNorm(32, 1e-5, dtype=jnp.bfloat16, silu=True)
     params = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 320), jnp.bfloat16))

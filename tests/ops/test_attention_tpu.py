@@ -1,4 +1,4 @@
-"""Attention through the real TPU compiler, at published shapes, without a TPU."""
+"""Attention compiled by the real TPU compiler at published shapes, without a TPU."""
 
 import math
 import re
@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.config.towers import LlamaConfig
 from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.models.attention import AXES, attention, masks
 from dreamllm_jax.models.llama import Llama
+from dreamllm_jax.ops.attention import AXES, attention, masks
 from dreamllm_jax.sharding import activation_spec, make_mesh
 
 
@@ -23,22 +23,22 @@ def chips():
     return topology_devices("v5p:2x2x1")
 
 
-def place(mesh, shape, dtype, *axes):
-    """An array that is not there, in its place."""
+def abstract_array(mesh, shape, dtype, *axes):
+    """An abstract array with the sharding of these logical axes."""
     spec = activation_spec(axes, shape, mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
 def kernels(text, phase):
-    """How often a compiled program calls the splash kernel of this phase."""
+    """Returns how often a compiled program calls the splash kernel of this phase."""
     return len(re.findall(rf"%splash_mha_{phase}\S* = .*custom-call\(", text))
 
 
 @pytest.mark.parametrize(
     ("rows", "shape", "sizes", "held"),
     [
-        # LLaMA-7B, the length in two parts; Stable Diffusion 2.1's finest level; the VAE's single head. Of
-        # the first, libtpu 0.0.42 and 0.0.50 hold 42 and 77 MiB with splash, 103 and 131 in chunks.
+        # LLaMA-7B with its length in two parts; Stable Diffusion 2.1's finest level; the VAE's single head.
+        # For the first, libtpu 0.0.42 and 0.0.50 need 42 and 77 MiB with splash, 103 and 131 MiB in chunks.
         ("batch", (2, 2048, 32, 128), MeshConfig(1, 1, 2, 2), 96),
         ("pictures", (8, 4096, 5, 64), MeshConfig(1, 4, 1, 1), 128),
         ("pictures", (4, 4096, 1, 512), MeshConfig(1, 4, 1, 1), 64),
@@ -46,18 +46,18 @@ def kernels(text, phase):
     ids=["llama", "unet", "vae"],
 )
 def test_splash_compiles_for_tpus(chips, rows, shape, sizes, held):
-    """Forward and backward; nothing in float32 is as large as the scores, and `held` MiB more suffice."""
+    """Forward and backward: no float32 array is as large as the scores, and `held` MiB of memory suffice."""
     mesh = make_mesh(sizes, chips)
 
     def loss(q, k, v, ids):
         mask = masks.packed(ids) if rows == "batch" else None
-        out = attention(q, k, v, mask, implementation="splash", rows=rows)
+        out = attention(q, k, v, mask, implementation="splash", batch_axis=rows)
         return out.astype(jnp.float32).sum()
 
-    x = place(mesh, shape, jnp.bfloat16, *AXES[rows], "heads", "head_dim")
+    x = abstract_array(mesh, shape, jnp.bfloat16, *AXES[rows], "heads", "head_dim")
     with jax.set_mesh(mesh):
         run = jax.jit(jax.grad(loss, (0, 1, 2)))
-        compiled = run.lower(x, x, x, place(mesh, shape[:2], jnp.int32, *AXES[rows])).compile()
+        compiled = run.lower(x, x, x, abstract_array(mesh, shape[:2], jnp.int32, *AXES[rows])).compile()
     text = compiled.as_text()
     assert [kernels(text, phase) for phase in ("fwd", "dq", "dkv")] == [1, 1, 1]
     scores = math.prod(shape[:3]) * shape[1] // mesh.size
@@ -67,9 +67,11 @@ def test_splash_compiles_for_tpus(chips, rows, shape, sizes, held):
 
 
 @pytest.mark.parametrize(("remat", "times"), [("minimal", 1), ("full", 2)])
-def test_llama_with_splash_and_a_split_length(chips, remat, times):
-    """Under `minimal` the backward pass does not run the kernel again. What is gathered along the length
-    are keys and values alone: the states, from which they are made, stay where they are."""
+def test_llama_with_splash_and_a_sharded_length(chips, remat, times):
+    """Under "minimal" the backward pass does not run the forward kernel again.
+
+    Only keys and values are gathered along the length, not the states that they are computed from.
+    """
     mesh = make_mesh(MeshConfig(1, 1, 2, 2), chips)
     config = LlamaConfig(
         vocab_size=64, hidden_size=512, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
@@ -80,8 +82,8 @@ def test_llama_with_splash_and_a_split_length(chips, remat, times):
     def loss(params, x, positions, segment_ids):
         return model.apply(params, x, positions, segment_ids).astype(jnp.float32).sum()
 
-    x = place(mesh, (2, 512, 512), jnp.bfloat16, "batch", "length", None)
-    ids = place(mesh, (2, 512), jnp.int32, "batch", "length")
+    x = abstract_array(mesh, (2, 512, 512), jnp.bfloat16, "batch", "length", None)
+    ids = abstract_array(mesh, (2, 512), jnp.int32, "batch", "length")
     with jax.set_mesh(mesh):
         text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, ids, ids).compile().as_text()
     assert kernels(text, "fwd") == times

@@ -1,4 +1,4 @@
-"""What each remat policy computes twice, counted in the traced gradient."""
+"""What each remat policy recomputes, counted in the traced gradient."""
 
 import math
 
@@ -9,13 +9,13 @@ import pytest
 
 from dreamllm_jax.config.towers import ClipVisionConfig, LlamaConfig, UNetConfig
 from dreamllm_jax.models.clip import ClipVision
-from dreamllm_jax.models.layers import POLICIES
 from dreamllm_jax.models.llama import Llama
 from dreamllm_jax.models.unet import UNet
+from dreamllm_jax.ops.scan import POLICIES
 
 
 def product_flops(jaxpr) -> int:
-    """Of all matrix products and convolutions, those in loops as often as they run."""
+    """Returns the FLOPs of all matrix products and convolutions, multiplied by the lengths of their loops."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -78,12 +78,12 @@ def gradient_flops(make, policy) -> int:
 
 
 @pytest.mark.parametrize("make", [llama, vision, unet])
-def test_policies_compute_again_what_they_say(make):
+def test_policies_recompute_what_they_say(make):
     flops = {policy: gradient_flops(make, policy) for policy in ("none", *POLICIES)}
     assert flops["none"] < flops["dots"] < flops["full"]
     assert flops["none"] < flops["minimal"] < flops["full"]
     assert flops["offload"] == flops["full"]
-    # A gradient is three passes; "full" adds a fourth of what lies in its layers.
+    # A gradient takes three passes. "full" adds a fourth through the layers.
     assert 1.15 < flops["full"] / flops["none"] <= 4 / 3
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.models.attention import AXES, masks
-from dreamllm_jax.models.attention.chunked import chunked
-from dreamllm_jax.models.attention.cudnn import cudnn
-from dreamllm_jax.models.attention.masks import Mask
-from dreamllm_jax.models.attention.reference import reference
-from dreamllm_jax.models.attention.splash import splash
+from dreamllm_jax.ops.attention import AXES, masks
+from dreamllm_jax.ops.attention.chunked import chunked_attention
+from dreamllm_jax.ops.attention.cudnn import cudnn_attention
+from dreamllm_jax.ops.attention.masks import Mask
+from dreamllm_jax.ops.attention.reference import reference_attention
+from dreamllm_jax.ops.attention.splash import splash_attention
 from dreamllm_jax.sharding import make_mesh
 
 
@@ -24,7 +24,7 @@ def random_qkv(batch, length, keys, heads=4, kv_heads=2, width=64, dtype=jnp.flo
 
 
 def segments(batch, length, seed=0):
-    """Documents of many lengths in a row, then padding; the last row is padding alone."""
+    """Documents of different lengths in each row, then padding; the last row is padding alone."""
     rng = np.random.default_rng(seed)
     ends = np.sort(rng.integers(1, length, (batch, 4)), axis=1)
     ids = (np.arange(length)[None, :, None] >= ends[:, None]).sum(-1) + 1
@@ -34,7 +34,7 @@ def segments(batch, length, seed=0):
 
 
 def results(function, q, k, v, mask):
-    """The result, and the gradients of a function of it in which every entry counts."""
+    """Returns the result and the gradients of a loss to which every entry contributes differently."""
 
     @jax.jit
     def both(q, k, v, mask):
@@ -49,14 +49,14 @@ def results(function, q, k, v, mask):
 
 
 def assert_equals_reference(function, q, k, v, mask, tolerance=2e-5):
-    expected = results(reference, q, k, v, mask)
+    expected = results(reference_attention, q, k, v, mask)
     for name, a, b in zip("out dq dk dv".split(), results(function, q, k, v, mask), expected, strict=True):
         scale = float(jnp.abs(b).max()) or 1.0
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=name)
 
 
-SMALL = partial(chunked, queries=16)
-INTERPRETED = partial(splash, interpret=True)
+SMALL = partial(chunked_attention, queries=16)
+INTERPRETED = partial(splash_attention, interpret=True)
 MASKS = {
     "none": lambda length: None,
     "causal": lambda length: Mask(causal=True),
@@ -71,18 +71,19 @@ def test_chunked(mask, length):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_what_cudnn_is_given(mask, monkeypatch):
-    """The kernel's masks, with XLA's attention in the kernel's place."""
-    attend, asked = jax.nn.dot_product_attention, []
+def test_arguments_of_cudnn(mask, monkeypatch):
+    """The masks that the kernel gets, with XLA's attention in place of the kernel."""
+    attend, requested = jax.nn.dot_product_attention, []
 
-    def in_its_place(*args, implementation, **options):
-        asked.append(implementation)
+    def xla_instead(*args, implementation, **options):
+        requested.append(implementation)
         return attend(*args, implementation="xla", **options)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", xla_instead)
     qkv = random_qkv(2, 64, 64)
-    ours, expected = (results(function, *qkv, MASKS[mask](64)) for function in (cudnn, reference))
-    assert asked == ["cudnn"]
+    functions = (cudnn_attention, reference_attention)
+    ours, expected = (results(function, *qkv, MASKS[mask](64)) for function in functions)
+    assert requested == ["cudnn"]
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -94,20 +95,20 @@ def test_chunked_on_a_cache():
     assert_equals_reference(SMALL, *random_qkv(2, 40, 64), Mask(key_lengths=jnp.array([[64], [9]])))
 
 
-def test_chunked_adds_gradients_of_keys_in_float32():
+def test_chunked_sums_gradients_of_keys_in_float32():
     q, k, v = random_qkv(1, 256, 256, dtype=jnp.bfloat16)
-    wanted = results(reference, *(x.astype(jnp.float32) for x in (q, k, v)), None)
-    far = [
-        [float(jnp.linalg.norm(a.astype(jnp.float32) - b)) for a, b in zip(got[2:], wanted[2:], strict=True)]
-        for got in (results(SMALL, q, k, v, None), results(reference, q, k, v, None))
+    exact = results(reference_attention, *(x.astype(jnp.float32) for x in (q, k, v)), None)
+    errors = [
+        [float(jnp.linalg.norm(a.astype(jnp.float32) - b)) for a, b in zip(got[2:], exact[2:], strict=True)]
+        for got in (results(SMALL, q, k, v, None), results(reference_attention, q, k, v, None))
     ]
-    assert all(a < 1.1 * b for a, b in zip(*far, strict=True)), far
+    assert all(a < 1.1 * b for a, b in zip(*errors, strict=True)), errors
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("length, width", [(256, 64), (200, 80)])
 def test_splash(mask, length, width):
-    """200 is padded to 256; a row of padding alone yields zeros, as the reference does."""
+    """A length of 200 is padded to 256. A row of padding alone gives zeros, as in the reference."""
     assert_equals_reference(INTERPRETED, *random_qkv(2, length, length, width=width), MASKS[mask](length))
 
 
@@ -130,8 +131,8 @@ def test_packed_rows_on_a_mesh(devices, function, sizes, kv_heads):
 
 @pytest.mark.parametrize("function", [SMALL, INTERPRETED], ids=["chunked", "splash"])
 @pytest.mark.parametrize("mask", [None, Mask(segments(2, 384))], ids=["none", "segments"])
-def test_a_split_length_without_causality(devices, function, mask):
-    """384 queries in four parts: padded, to 512 by the kernel."""
+def test_a_sharded_length_without_causality(devices, function, mask):
+    """The length of 384 is split into four parts, for which the kernel pads it to 512."""
     with jax.set_mesh(make_mesh(MeshConfig(1, 2, 1, 4), devices)):
         assert_equals_reference(function, *random_qkv(2, 384, 384), mask)
 
@@ -139,7 +140,7 @@ def test_a_split_length_without_causality(devices, function, mask):
 @pytest.mark.parametrize("function", [SMALL, INTERPRETED], ids=["chunked", "splash"])
 @pytest.mark.parametrize("pictures", [8, 4])
 def test_pictures_on_a_mesh(devices, function, pictures):
-    """Eight pictures take all axes; of four, `tensor` is left to the heads."""
+    """Eight pictures are split over all axes. Four leave the axis `tensor` to the heads."""
     mesh = make_mesh(MeshConfig(1, 2, 2, 2), devices)
     with jax.set_mesh(mesh):
         arrays = random_qkv(pictures, 128, 128, kv_heads=4)

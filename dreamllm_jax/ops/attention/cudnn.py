@@ -1,0 +1,36 @@
+"""cuDNN's fused attention for GPUs, on a mesh of devices.
+
+It was written without a GPU. On one, `python -m benchmarks.kernels --size=full` shows whether it is correct.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dreamllm_jax.ops.attention.masks import Mask, boolean_mask
+from dreamllm_jax.sharding import constrain
+
+
+def cudnn_attention(
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask | None = None,
+    batch_axis: str = "batch",
+) -> Float[Array, "B L N H"]:
+    """Returns what `reference_attention` returns, to rounding, and so are its gradients.
+
+    The kernel applies causality itself. Segments reach it as an array [B, 1, L, S] without heads, in the
+    dtype of q. JAX lets XLA partition the kernel by rows (of the logical axis `batch_axis`) and by heads; a
+    sharded length is gathered.
+    """
+    q = constrain(q, batch_axis, None, "heads", "head_dim")
+    causal = mask is not None and mask.causal
+    rest = None if mask is None else boolean_mask(mask.replace(causal=False), q.shape[1], k.shape[1])
+    out = jax.nn.dot_product_attention(q, k, v, mask=rest, is_causal=causal, implementation="cudnn")
+    if mask is None or mask.segment_ids is None:
+        return out
+    # In the kernel, a query whose keys are all masked attends to all of them.
+    return jnp.where((mask.segment_ids > 0)[:, :, None, None], out, 0)

@@ -1,0 +1,86 @@
+"""Layers that repeat: rematerialization by named policies, and the scan over stacked parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+
+from dreamllm_jax.ops import cpu
+
+M = TypeVar("M", bound=type[nn.Module])
+
+
+def _save_weight_products(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
+    """A checkpoint policy that saves the results of products with weights and of convolutions."""
+    if primitive is jax.lax.conv_general_dilated_p:
+        return True
+    if primitive.name == "custom_vjp_call":  # `cpu.matmul` and `cpu.convolution` contain one such operation
+        inside = parameters["call_jaxpr"].eqns
+        return len(inside) == 1 and _save_weight_products(inside[0].primitive, **inside[0].params)
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **parameters)
+
+
+POLICIES = {
+    "dots": _save_weight_products,
+    "minimal": jax.checkpoint_policies.save_only_these_names("attention_output"),
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def remat(module: M, policy: str, scanned: bool = True) -> M:
+    """Returns the layer's class with a backward pass that recomputes what `policy` does not save.
+
+        none     saves everything and recomputes nothing
+        dots     saves the layer's input, the products with weights and the convolutions
+        minimal  saves the input and the result of attention, which is not recomputed
+        full     saves the input alone
+        offload  saves the input alone, in the host's memory
+
+    The layer marks values by `jax.ad_checkpoint.checkpoint_name`: "layer_input" and "attention_output".
+    `scanned` says that the layer is the body of a scan. There XLA cannot merge the recomputation with the
+    forward pass, and no barrier against that is needed.
+
+    Raises:
+      ValueError: the policy is unknown.
+    """
+    if policy == "none":
+        return module
+    if policy not in POLICIES:
+        raise ValueError(f"remat policy {policy!r} is unknown; choose none, {', '.join(POLICIES)}.")
+    return nn.remat(module, prevent_cse=not scanned, policy=POLICIES[policy])
+
+
+def scan_layers(module: M, length: int, policy: str, inputs: int) -> M:
+    """Returns the class of `length` equal layers as a scan: one compiled body, parameters stacked on axis 0.
+
+    A layer is called as `(carry, *inputs) -> (carry, output | None)`, where the `inputs` further arguments
+    are the same for every layer. Each layer is rematerialized under `policy` (see `remat`).
+    """
+    return nn.scan(
+        remat(module, policy),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * inputs,
+        length=length,
+    )
+
+
+def unstack_for_loop(stacked: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """Returns the parameters of each layer by itself, if a loop that runs the layers many times gains by it.
+
+    `stacked` are parameters as `scan_layers` stores them. None means that the loop should scan them as they
+    are:
+    on TPUs and GPUs, and on CPUs where a second copy would take more than a quarter of the memory.
+    """
+    if cpu.is_target() and cpu.has_memory_for_copy(stacked):
+        return cpu.unstack_layers(stacked)
+    return None
