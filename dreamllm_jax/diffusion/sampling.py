@@ -195,7 +195,7 @@ def _noise_levels(config: ScheduleConfig, method: str, num_steps: int) -> tuple[
 
 
 def _initial_scale(config: ScheduleConfig, method: str, plan: Plan) -> float:
-    """Returns the factor of the initial noise: Euler treats its first latents as noise alone.
+    """Returns the factor of the initial noise: Euler treats its first latents as pure noise.
 
     With "leading" spacing, which stops short of the last training step, its factor is 1 as elsewhere.
     """

@@ -96,7 +96,7 @@ class Projector(nn.Module):
 
 
 class GlobalProjector(nn.Module):
-    """A stand-in for SDXL's pooled text embedding: a linear map of the mean over the Q query states."""
+    """The substitute for SDXL's pooled text embedding: a linear map of the mean over the Q query states."""
 
     features: int
     bias: bool = False

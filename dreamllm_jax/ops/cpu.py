@@ -1,4 +1,4 @@
-"""Forms of operations that are written for XLA's CPU backend alone, and the rule for their use.
+"""Forms of operations that exist only for XLA's CPU backend, and the rule for their use.
 
 Each form computes what its definition elsewhere in `ops` computes. It differs in the order of the arithmetic,
 in layout, or in which values are stored, because the CPU backend compiles that into faster code. Programs for
@@ -16,7 +16,7 @@ two cores:
     unstack_layers        layers unstacked before a loop over tokens
                           (otherwise every token copies all weights: `benchmarks.beside_torch decode`)
 
-The first four are differentiable in reverse mode only.
+`matmul`, `convolution` and `head_major_attention` are differentiable in reverse mode only.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def head_major_attention(
 
     Heads are moved before the length first, so that no product transposes its operands. Arrays of the size of
     the scores are read and written as seldom as possible: the sum of the weights divides the result instead
-    of the weights, and of these arrays the backward pass keeps the weights alone.
+    of the weights, and of these arrays the backward pass keeps only the weights.
 
     `causal` promises that `mask` hides key j from query i < j, and that L = S. Queries are then processed in
     at most 8 blocks, each with only the keys up to its end. 150 causal queries, for example, are three

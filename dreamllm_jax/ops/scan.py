@@ -42,8 +42,8 @@ def remat(module: M, policy: str, scanned: bool = True) -> M:
         none     saves everything and recomputes nothing
         dots     saves the layer's input, the products with weights and the convolutions
         minimal  saves the input and the result of attention, which is not recomputed
-        full     saves the input alone
-        offload  saves the input alone, in the host's memory
+        full     saves the input
+        offload  saves the input, in the host's memory
 
     The layer marks values by `jax.ad_checkpoint.checkpoint_name`: "layer_input" and "attention_output".
     `scanned` says that the layer is the body of a scan. There XLA cannot merge the recomputation with the

@@ -1,4 +1,4 @@
-"""What the tests of the U-Net and the VAE share: random weights, and diffusers' as Flax parameters."""
+"""Fixtures for the tests of the U-Net and the VAE: random weights, and diffusers' weights for Flax."""
 
 import re
 
@@ -10,11 +10,11 @@ import pytest
 
 
 def convert(state):
-    """Flax parameters (or gradients) of a diffusers state dict; transformer blocks are stacked."""
+    """Returns a diffusers state dict (or its gradients) as Flax parameters, transformer blocks stacked."""
     flat, stacks = {}, {}
     for name, tensor in state.items():
         array = tensor.detach().cpu().numpy()
-        # Copies: torch reuses the memory of parameters and gradients.
+        # Copy, because torch reuses the memory of parameters and gradients.
         array = np.array(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T)
         name = re.sub(r"\.(\d+)", r"_\1", name)
         *path, last = name.split(".")
@@ -37,9 +37,9 @@ def from_diffusers():
 
 @pytest.fixture(scope="session")
 def randomize():
-    """Redraws all weights so that every bias and norm counts."""
+    """Replaces all weights of a torch module by random ones, such that every bias and norm matters."""
 
-    def redraw(module):
+    def replace_weights(module):
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -51,12 +51,12 @@ def randomize():
                 parameter.data = 0.2 * noise + ("norm" in name and name.endswith("weight"))
         return module.eval()
 
-    return redraw
+    return replace_weights
 
 
 @pytest.fixture(scope="session")
 def draw_params():
-    """Random parameters of a module in which every bias and norm counts, without compiling its `init`."""
+    """Returns random parameters for a module, such that every bias and norm matters, without its `init`."""
 
     def draw(module, *inputs):
         rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""CLIP's towers against transformers; hidden states that are not the last; masks; the contrastive head."""
+"""CLIP's towers against transformers: last and earlier hidden states, masks, the contrastive head."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def text():
 
 
 def params_from(state):
-    """Flax parameters of a transformers CLIP state dict, its layers stacked."""
+    """Returns a transformers CLIP state dict as Flax parameters with stacked layers."""
     flat, layers = {}, {}
     for name, tensor in state.items():
         *path, last = name.split(".")
@@ -74,7 +74,7 @@ def params_from(state):
 
 
 def randomize(module):
-    """Weights large enough that every bias, norm and position counts."""
+    """Returns weights so large that every bias, norm and position matters."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -192,7 +192,7 @@ def test_vision_gradients_match_transformers(remat):
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["dreamllm-a", "dreamllm-b"])
 def test_vision_features_of_the_reference(golden, name):
-    """The reference's own CLIP tower and projector, from its checkpoint to its projected features."""
+    """The reference's CLIP tower and projector: from its checkpoint to its projected features."""
     torch = pytest.importorskip("torch")
     import json
 
@@ -241,7 +241,7 @@ def test_vision_parameter_names(vision):
 
 
 def test_unselected_layers_are_not_computed(vision):
-    """Broken weights in the last layer cannot reach the state before it, nor its gradient."""
+    """NaN weights in the last layer reach neither the state before it nor the gradient."""
     model, params = vision
     broken = jax.tree.map(lambda w: w, params)
     broken["params"]["encoder"] = jax.tree.map(lambda w: w.at[-1].set(jnp.nan), params["params"]["encoder"])

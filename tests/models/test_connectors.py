@@ -1,4 +1,4 @@
-"""Projectors against plain torch modules, their shapes and their bad settings; the dream queries."""
+"""Projectors against torch modules, their shapes, and invalid settings; the dream queries."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 6)), jnp.float32)
 
 
 def torch_modules(config):
-    """(name here, torch module) in the order of use, as REFERENCE describes each projector."""
+    """Returns (our name, torch module) pairs in the order of use, as the reference builds each projector."""
     from torch import nn
 
     if config.kind == "conv":
@@ -123,7 +123,7 @@ def test_dream_queries():
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_projector_begins_as_small_as_it_is_told(kind):
-    """Beside a language model's embeddings, outputs of unit variance would drown what its layers add."""
+    """Outputs start at the scale of the embeddings, or they would dominate what the layers add to them."""
     init = nn.initializers.normal(0.02)
     model = Projector(ProjectorConfig(kind), 64, kernel_init=init)
     out, _ = model.init_with_output(jax.random.key(0), jax.random.normal(jax.random.key(1), (8, 16, 64)))

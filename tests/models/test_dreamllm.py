@@ -1,4 +1,4 @@
-"""The composition: what stands in which slot, what each tower adds, and towers that are absent."""
+"""The composition: the contents of slots, the contribution of each tower, and absent towers."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def test_every_slot_holds_what_it_should(apply, params, batch, embeds):
 
 @pytest.mark.parametrize("tower", ["llama", "vision", "unet", "vae"])
 def test_each_tower_attends_as_chosen_for_it(params, batch, tower, monkeypatch):
-    """Told by who refuses, on a CPU, a kernel of TPUs."""
+    """Shown by the tower that refuses, on a CPU, a kernel for TPUs."""
     monkeypatch.setattr(selection, "MIN_KERNEL_LENGTH", 1)
     model, pictures = tiny.config(), batch.dream_images[:, 0]
     latents = jnp.zeros((1, model.latent_size, model.latent_size, model.vae.latent_channels))

@@ -1,4 +1,4 @@
-"""LLaMA against transformers, packed against separate, cached against whole."""
+"""LLaMA against transformers; packed rows against separate documents; the cache against full forwards."""
 
 import dataclasses
 from functools import cache, partial
@@ -48,7 +48,7 @@ def make(config, **fields):
 
 
 def run(model, params, tokens, positions=None, segment_ids=None):
-    """Logits of whole rows; by default one document in each."""
+    """Returns the logits of full rows, by default with one document in each."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
@@ -75,7 +75,7 @@ def extend(model, params, tokens, valid, cache, unstacked=False):
 
 
 def from_torch(config, state):
-    """Our parameters from a transformers state dict."""
+    """Returns a transformers state dict as our parameters."""
 
     def array(name):
         return np.asarray(state[name].detach().numpy())
@@ -176,7 +176,7 @@ def test_padded_batch_equals_transformers():
 def test_packed_row_equals_its_documents(name):
     config = VARIANTS[name]
     model, params = make(config)
-    lengths = [5, 20, 5]  # the second outgrows max_position_embeddings
+    lengths = [5, 20, 5]  # the second exceeds max_position_embeddings
     tokens = tokens_of(config, 1, 32)
     segments = jnp.asarray([np.repeat([1, 2, 3, 0], [*lengths, 2])])
     positions = jnp.asarray([np.concatenate([np.arange(n) for n in (*lengths, 2)])])
@@ -204,16 +204,16 @@ def test_padding_and_other_rows_change_nothing(name):
 @pytest.mark.parametrize("unstacked", [False, True])
 @pytest.mark.parametrize("chunks", [[14], [1] * 14, [6, 1, 1, 6]])
 @pytest.mark.parametrize("name", ["gqa", "linear", "dynamic", "tied, biased"])
-def test_cached_equals_whole(name, chunks, unstacked):
+def test_cached_equals_full_forward(name, chunks, unstacked):
     config = VARIANTS[name]
     model, params = make(config)
     tokens = tokens_of(config, 2, 14)
-    whole = run(model, params, tokens)
+    full = run(model, params, tokens)
     store, start = init_cache(config, 2, 15), 0
     for n in chunks:
         part = tokens[:, start : start + n]
         logits, store = extend(model, params, part, jnp.ones_like(part, bool), store, unstacked)
-        np.testing.assert_allclose(logits, whole[:, start : start + n], atol=2e-5)
+        np.testing.assert_allclose(logits, full[:, start : start + n], atol=2e-5)
         start += n
     np.testing.assert_array_equal(store.lengths, [14, 14])
 
@@ -222,21 +222,21 @@ def test_ragged_rows_equal_each_alone():
     model, params = make(GQA)
     tokens = tokens_of(GQA, 3, 12)
     counts = np.array([[4, 1, 0, 3], [0, 1, 1, 5], [2, 0, 4, 1]])  # tokens of row, of chunk
-    whole, store, done = run(model, params, tokens), init_cache(GQA, 3, 12), np.zeros(3, int)
+    full, store, done = run(model, params, tokens), init_cache(GQA, 3, 12), np.zeros(3, int)
     for chunk in counts.T:
         valid = np.arange(6) < chunk[:, None]
         index = np.minimum(done[:, None] + np.arange(6), 11)
-        # What stands at invalid places is arbitrary, and must not matter.
+        # The embeddings of invalid tokens are arbitrary and must not matter.
         logits, store = extend(model, params, tokens[np.arange(3)[:, None], index], jnp.asarray(valid), store)
         for b, n in enumerate(chunk):
-            np.testing.assert_allclose(logits[b, :n], whole[b, done[b] : done[b] + n], atol=2e-5)
+            np.testing.assert_allclose(logits[b, :n], full[b, done[b] : done[b] + n], atol=2e-5)
         assert np.isfinite(logits).all()
         done += chunk
         np.testing.assert_array_equal(store.lengths, done)
 
 
 def test_dynamic_cache_uses_the_present_length():
-    """Past max_position_embeddings one layer's keys, stored unrotated, follow the growing base."""
+    """Beyond max_position_embeddings, the unrotated keys of a layer are rotated with the growing base."""
     config = dataclasses.replace(VARIANTS["dynamic"], num_hidden_layers=1)
     model, params = make(config)
     tokens, store = tokens_of(config, 2, 30), init_cache(config, 2, 32)
@@ -286,7 +286,7 @@ def test_parameters_are_stacked_and_named_as_hugging_face():
         "lm_head/kernel": (32, 50),
     }
     q = params["layers"]["self_attn"]["q_proj"]["kernel"]
-    assert not jnp.allclose(q[0], q[1])  # every layer has its own draw
+    assert not jnp.allclose(q[0], q[1])  # every layer has its own random values
 
 
 def test_unknown_remat_policy_is_refused():

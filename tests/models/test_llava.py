@@ -1,4 +1,4 @@
-"""LLaVA-1.5 against transformers in small: its folder, read by us, gives the same logits and gradients."""
+"""A small LLaVA-1.5 against transformers: our reading of its folder gives the same logits and gradients."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_atten
 
 
 def batch_of(config, tokens, pixels):
-    """Rows whose image tokens are slots of their pictures, in order."""
+    """Returns rows whose image tokens are the slots of their pictures, in order."""
     base, here = example_batch(config, *tokens.shape), tokens == IMAGE
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     slots = np.where(here, np.cumsum(here, axis=1) - 1, -1).astype(np.int32)
@@ -44,7 +44,7 @@ def test_logits_and_gradients(pictures, tmp_path):
         image_token_index=IMAGE,
     )
     theirs = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():  # larger than they are drawn, so that every operation counts
+    with torch.no_grad():  # larger than their initial values, so that every operation matters
         for parameter in theirs.parameters():
             parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)
     theirs.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The U-Net against diffusers (forward, gradients), its published sizes, remat, rows, bad input."""
+"""The U-Net against diffusers (forward, gradients); published sizes, remat, independent rows, bad input."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import pytest
 from dreamllm_jax.config.towers import UNetConfig
 from dreamllm_jax.models.unet import UNet, sinusoids
 
-# Most of these tests' time is compilation.
+# Most of the time of these tests is compilation.
 QUICK = {"xla_backend_optimization_level": 0}
 
 SMALL = {
@@ -34,7 +34,7 @@ SDXL_SMALL = {
     "addition_time_embed_dim": 6,
     "projection_class_embeddings_input_dim": 6 * 6 + 10,
 }
-# The families of Stable Diffusion in small: each with what sets it apart.
+# Small versions of the families of Stable Diffusion, each with its distinguishing options.
 FAMILIES = {
     "sd15": {**SMALL, "layers_per_block": 2},
     "sd21": {**SMALL, "attention_head_dim": (1, 4), "use_linear_projection": True, "upcast_attention": True},
@@ -67,7 +67,7 @@ SD21 = UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), 
 
 
 def example(config, sides=(8, 8), rows=2):
-    """Latents, time steps (the last one among them), context, added conditions."""
+    """Returns latents, time steps (including the last), context and added conditions."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -88,7 +88,7 @@ def small(draw_params):
 
 
 def assert_close(actual, expected, tolerance):
-    """Largest deviation of each array, relative to its own largest value."""
+    """Asserts a bound on the largest deviation of each array relative to its own largest value."""
     deviations = jax.tree.map(
         lambda a, e: float(jnp.abs(a - e).max() / jnp.maximum(jnp.abs(e).max(), 1e-3)), actual, expected
     )
@@ -140,7 +140,7 @@ def test_sinusoids_parity(width, flip, shift):
 
     steps = np.array([0, 1, 7.25, 499.5, 999], np.float32)
     expected = get_timestep_embedding(torch.tensor(steps), width, flip, shift).numpy()
-    # The last bit of a frequency, times 999, is 6e-5.
+    # An error in the last bit of a frequency becomes 6e-5 at t = 999.
     np.testing.assert_allclose(sinusoids(jnp.asarray(steps), width, flip, shift), expected, atol=6e-5)
 
 

@@ -1,4 +1,4 @@
-"""The VAE against diffusers (both ways, gradients), its published size, sampling, pixels, bad input."""
+"""The VAE against diffusers (encoder, decoder, gradients); published size, sampling, pixels, bad input."""
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def test_parity_with_diffusers(from_diffusers, randomize):
     assert deviation(out, decoded.detach().numpy()) < 1e-5
     assert deviation(grads[1], leaf.grad.numpy()) < 3e-5
     wanted = from_diffusers({n: p.grad for n, p in module.named_parameters()})
-    # Softmax does not see the bias of the keys: its gradient is rounding noise.
+    # The softmax does not depend on the bias of the keys, so the gradient of that is rounding noise.
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted))
     worst = jax.tree.map(lambda a, e: float(jnp.abs(a - e).max()) / largest, grads[0], wanted)
     assert max(jax.tree.leaves(worst)) < 3e-5

@@ -32,12 +32,12 @@ def select_implementation(
 ) -> AttentionKernel:
     """Returns the implementation for attention of this shape and mask on a platform ("cpu", "gpu" or "tpu").
 
-    The first line that applies decides:
+    "auto" stands for the platform's default (`DEFAULTS`). "lean" stands for the implementation that holds the
+    fewest scores: splash on TPUs, chunked elsewhere. Of these rows, the first that applies decides:
 
-        auto          becomes the platform's default (`DEFAULTS`), then as below lean          becomes the one
-        that holds the fewest scores: splash on TPUs, chunked elsewhere short         xla, whatever is wanted,
-        for fewer than 512 queries or keys key lengths   chunked in place of splash or cudnn, neither of which
-        takes them (a long prompt on a cache) otherwise     what is wanted
+        fewer than 512 queries or keys      xla, whatever is wanted
+        splash or cudnn with key lengths    chunked: neither kernel takes them (a long prompt on a cache)
+        everything else                     what is wanted
 
     Raises:
       ValueError: the wanted kernel does not exist on the platform, or does not take the dtype or the head
