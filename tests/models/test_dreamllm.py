@@ -155,3 +155,12 @@ def test_computation_is_in_the_dtype_of_the_config(params, batch, kind):
     )
     assert hidden.shape == (*batch.tokens.shape, 64) and hidden.dtype == kind
     assert {v.dtype for v in abstract_params(tiny.config(dtype=kind)).values()} == {jnp.dtype("float32")}
+
+
+def test_the_slots_in_the_docstrings():
+    embeds, features = jnp.arange(6.0)[None, :, None], 10 + jnp.arange(4.0)[None, :, None]
+    filled = fill_slots(embeds, features, jnp.array([[-1, 0, 1, 2, 3, -1]]))
+    np.testing.assert_array_equal(filled[0, :, 0], [0, 10, 11, 12, 13, 5])
+    hidden = 1 + jnp.arange(5.0)[None, :, None]
+    states = query_states(hidden, jnp.array([[-1, -1, 0, 1, -1]]), dreams=2, queries=2)
+    np.testing.assert_array_equal(states[0, :, :, 0], [[3, 4], [0, 0]])
