@@ -1,9 +1,9 @@
 """DreamLLM in JAX: a language model that reads and writes documents of text and images."""
 
 from dreamllm_jax.document import Document
+from dreamllm_jax.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["Document", "DreamLLM"]
+__all__ = ["Document", "DreamLLM", "__version__"]
 
 
 def __getattr__(name: str):

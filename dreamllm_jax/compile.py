@@ -1,6 +1,7 @@
-"""`python -m dreamllm_jax.compile`: compiles a recipe's programs for chips that are not there (see `aot`)."""
+"""`python -m dreamllm_jax.compile`: the command `dreamllm compile`."""
 
-from dreamllm_jax.aot.__main__ import run
+from dreamllm_jax.commands.command import end, make_parser, run_command
+from dreamllm_jax.commands.compile import COMMAND
 
 if __name__ == "__main__":
-    run()
+    end(run_command(make_parser(COMMAND, "python -m dreamllm_jax.compile")))

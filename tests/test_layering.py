@@ -15,7 +15,7 @@ PACKAGE = "dreamllm_jax"
 
 # A room imports from the rooms of earlier rows and from itself. Rooms of one row do not know each other.
 ORDER = (
-    ("atomic", "config", "batch", "document", "distributed"),
+    ("atomic", "config", "batch", "document", "distributed", "version"),
     ("sharding",),
     ("ops",),
     ("models", "diffusion"),
@@ -30,8 +30,8 @@ BESIDE = "data"
 BESIDE_STANDS_ON = ("atomic", "config", "batch", "document")
 BESIDE_USED_FROM = "checkpoint"
 # The package's front door shows a few names of these rooms; nobody inside enters by it.
-FRONT_DOOR = ("document", "generate")
-# Every `__main__` is a command, whatever folder it is in, and so is what `python -m dreamllm_jax.X` runs.
+FRONT_DOOR = ("document", "generate", "version")
+# Besides the folder commands: every `__main__`, and every file that `python -m dreamllm_jax.X` runs.
 COMMANDS = ("compile",)
 
 OUTSIDE = ("configs", "launch", "tools", "benchmarks", "tests")
@@ -190,6 +190,7 @@ BROKEN = (
         "may not import from command",
     ),
     (layering_violations, "evaluate/a.py", "from dreamllm_jax.parity import f", "may not import from parity"),
+    (layering_violations, "aot/a.py", "from dreamllm_jax.commands import f", "may not import from commands"),
     (layering_violations, "models/a.py", "import dreamllm_jax.generate.text", "may not import from generate"),
     (
         layering_violations,
@@ -263,7 +264,12 @@ SOUND = (
     ),
     (layering_violations, "models/__init__.py", "from .llama import Llama"),
     (layering_violations, "train/__main__.py", "from dreamllm_jax.convert.opening import open_model"),
-    (layering_violations, "compile.py", "from dreamllm_jax.aot.__main__ import run"),
+    (layering_violations, "compile.py", "from dreamllm_jax.commands.compile import COMMAND"),
+    (
+        layering_violations,
+        "commands/a.py",
+        "from dreamllm_jax.aot import f\nfrom dreamllm_jax.train import g",
+    ),
     (layering_violations, "evaluate/a.py", "from dreamllm_jax.generate import f\nfrom ..data import images"),
     (layering_violations, "diffusion/sampling.py", "from dreamllm_jax.diffusion.schedule import f"),
     (layering_violations, "__init__.py", "from dreamllm_jax.document import Document"),

@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
-import sys
 
 import jax
 import pytest
 from PIL import Image
 
-from dreamllm_jax.aot import __main__ as command
+from dreamllm_jax.aot import chips, compilation
+from dreamllm_jax.aot.compilation import compile_and_report
 from dreamllm_jax.aot.memory import bytes_held, too_large
 from dreamllm_jax.aot.program import generation_program, train_program
 from dreamllm_jax.aot.report import by_kind, to_json
 from dreamllm_jax.aot.topology import topology_devices
+from dreamllm_jax.commands.main import main
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import MeshConfig, Recipe
@@ -55,17 +56,18 @@ def recipe(mesh, towers=("llama", "vision"), **stage):
 
 def compiled_step(recipe, devices, effort="low"):
     program = train_program(recipe, recipe.stages[0], devices)
-    return command.compile_and_report(recipe, program, TOPOLOGY, effort)
+    return compile_and_report(recipe, program, TOPOLOGY, effort)
 
 
-def run(monkeypatch, *arguments):
-    """The exit code of the command line; None where it ends by itself."""
-    monkeypatch.setattr(sys, "argv", ["compile", *arguments])
-    try:
-        command.main()
-    except SystemExit as end:
-        return end.code
-    return None
+def run(*arguments) -> int:
+    """The exit code of `dreamllm compile`."""
+    return main(["compile", *arguments])
+
+
+def use_chip(monkeypatch, chip):
+    """Every device is this chip."""
+    for module in (chips, compilation):
+        monkeypatch.setattr(module, "chip_of", lambda kind: chip)
 
 
 @pytest.fixture
@@ -75,9 +77,9 @@ def file(tmp_path):
     return f"--config={path}"
 
 
-def test_the_command_and_a_frozen_language_model(devices, file, tmp_path, monkeypatch, capsys):
+def test_the_command_and_a_frozen_language_model(devices, file, tmp_path, capsys):
     """Nothing is kept for frozen weights, no gradient of them is made or sent."""
-    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", f"--out={tmp_path}") is None
+    assert run(file, f"--topology={TOPOLOGY}", f"--out={tmp_path}") == 0
     found = json.loads((tmp_path / "compile.json").read_text())
     costs = found["memory"]["bytes"]
     assert found["memory"]["fits"] and "small, seeing on v5e:2x2" in capsys.readouterr().out
@@ -95,9 +97,9 @@ def test_the_command_and_a_frozen_language_model(devices, file, tmp_path, monkey
     assert moved["all-reduce"] < 8 * costs["parameters"]  # float32 gradients of what learns, and the loss
 
 
-def test_the_command_says_what_is_impossible(devices, file, monkeypatch, capsys):
+def test_the_command_says_what_is_impossible(devices, file, capsys):
     def message(*arguments):
-        assert run(monkeypatch, file, *arguments) == 1
+        assert run(file, *arguments) == 2
         return capsys.readouterr().err
 
     assert "--topology=v9:2x2 is unknown" in message("--topology=v9:2x2")
@@ -110,9 +112,8 @@ def test_the_command_says_what_is_impossible(devices, file, monkeypatch, capsys)
 
 
 def test_what_does_not_fit(devices, file, monkeypatch, capsys):
-    small = dataclasses.replace(command.chip_of("TPU v5 lite"), hbm=1e6)
-    monkeypatch.setattr(command, "chip_of", lambda kind: small)
-    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--config.mesh.fsdp=4") == 1
+    use_chip(monkeypatch, dataclasses.replace(chips.chip_of("TPU v5 lite"), hbm=1e6))
+    assert run(file, f"--topology={TOPOLOGY}", "--config.mesh.fsdp=4") == 1
     assert "does not fit on v5e:2x2" in capsys.readouterr().err
     said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used "
     assert too_large(RuntimeError(said + "107.13G of 95.74G hbm.")) == (
@@ -123,19 +124,18 @@ def test_what_does_not_fit(devices, file, monkeypatch, capsys):
 
 def test_the_search_by_command(devices, file, tmp_path, monkeypatch, capsys):
     """What it prints are overrides that the command itself takes; where nothing fits it says so."""
-    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=1", f"--out={tmp_path}") is None
+    assert run(file, f"--topology={TOPOLOGY}", "--search=1", f"--out={tmp_path}") == 0
     found, said = json.loads((tmp_path / "search.json").read_text()), capsys.readouterr().out
     (trials,) = found["trials"]
     assert trials["fits"] and found["candidates"] == found["fit_by_estimate"] > 50
     assert trials["compiled"]["mesh"]["fsdp"] == trials["mesh"]["fsdp"]
     assert "--config.mesh.replicated=" in said and all(o.split("=")[0] in said for o in found["best"])
-    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", *found["best"]) is None
+    assert run(file, f"--topology={TOPOLOGY}", *found["best"]) == 0
 
-    small = dataclasses.replace(command.chip_of("TPU v5 lite"), hbm=2e6)
-    monkeypatch.setattr(command, "chip_of", lambda kind: small)
-    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=1") == 1
+    use_chip(monkeypatch, dataclasses.replace(chips.chip_of("TPU v5 lite"), hbm=2e6))
+    assert run(file, f"--topology={TOPOLOGY}", "--search=1") == 1
     assert "none of the 1 compiled candidates fits" in capsys.readouterr().err
-    assert run(monkeypatch, file, f"--topology={TOPOLOGY}", "--search=0") == 1
+    assert run(file, f"--topology={TOPOLOGY}", "--search=0") == 2
 
 
 def test_collectives_of_a_step_on_a_tensor_axis(devices):
@@ -220,8 +220,6 @@ def test_micro_batches_compile_with_full_effort(devices):
 def test_generation_compiles(devices, name):
     towers = ("llama", "unet", "vae") if name == "denoise" else ("llama",)
     wanted = recipe(MeshConfig(1, 2, 2), towers, trainable=("llama",))
-    found, _ = command.compile_and_report(
-        wanted, generation_program(wanted, name, 4, devices), TOPOLOGY, "low"
-    )
+    found, _ = compile_and_report(wanted, generation_program(wanted, name, 4, devices), TOPOLOGY, "low")
     assert found.memory.fits and found.roofline.bound > 0
     assert bool(found.census.data_dependent_loops) == (name == "decode")

@@ -141,7 +141,7 @@ def test_what_does_not_go_together(sources, tmp_path, capsys):
         ((tmp_path / "x", f"--llm={sources['vision']}"), "has no llama; give a checkpoint that has one"),
         ((tmp_path / "x", f"--llm={sources['llm']}", f"--vision={sources['diffusion']}"), "has no vision"),
     ):
-        assert command("to-jax", *arguments, "--quiet") == 1
+        assert command("to-jax", *arguments, "--quiet") == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
@@ -164,7 +164,7 @@ def test_a_tokenizer_of_another_model(sources, tmp_path, capsys):
     (folder / "tokenizer.model").unlink()
     pieces = [f"{a}{b}" for a in "bcdfghjklmnpqrstvwxyz" for b in "aeiou"]
     train_tokenizer([" ".join(f"{x}{y}" for x in pieces for y in pieces)], 600).save(folder)
-    assert command("to-jax", folder, tmp_path / "out", "--quiet") == 1
+    assert command("to-jax", folder, tmp_path / "out", "--quiet") == 2
     words = f"{folder}: its tokenizer has 600 tokens and its weights embed 512; they do not belong together"
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="its tokenizer has 600 tokens and its weights embed 512"):

@@ -120,7 +120,7 @@ def test_a_full_disk_is_named_before_anything_is_written(direction, golden, tmp_
         convert_to_jax(open_checkpoint(source), tmp_path / "jax")
         source = tmp_path / "jax"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
-    assert command(direction, source, tmp_path / "out", "--quiet") == 1
+    assert command(direction, source, tmp_path / "out", "--quiet") == 2
     assert re.search(
         r"needs 0.0 GiB of disk space, and 0.0 GiB are free; make room or choose another place",
         capsys.readouterr().err,
@@ -175,24 +175,24 @@ def test_bad_sources_are_one_sentence_and_leave_nothing(tmp_path, golden, capsys
     data = (source / "stable_diffusion_head.bin").read_bytes()
     (source / "stable_diffusion_head.bin").write_bytes(data[: len(data) // 2])
     target = tmp_path / "target"
-    assert command("to-jax", source, target, "--quiet") == 1
+    assert command("to-jax", source, target, "--quiet") == 2
     assert "stable_diffusion_head.bin" in capsys.readouterr().err
     broken = bytearray(data)
     broken[len(data) // 2] ^= 1
     (source / "stable_diffusion_head.bin").write_bytes(broken)
-    assert command("to-jax", source, target, "--quiet") == 1
+    assert command("to-jax", source, target, "--quiet") == 2
     assert "stable_diffusion_head.bin is damaged" in capsys.readouterr().err
     (source / "dream_embedding.bin").unlink()
-    assert command("to-jax", source, target, "--quiet") == 1
+    assert command("to-jax", source, target, "--quiet") == 2
     assert "dream_queries/dream_queries (8, 64)" in capsys.readouterr().err
     for wrong, words in [
         (tmp_path / "nowhere", "does not exist"),
         (golden, "neither config.json nor unet/config.json"),
         (source / "config.json", "is a file"),
     ]:
-        assert command("inspect", wrong) == 1
+        assert command("inspect", wrong) == 2
         assert words in capsys.readouterr().err
-    assert command("to-torch", source, target, "--quiet") == 1
+    assert command("to-torch", source, target, "--quiet") == 2
     assert "is not a converted model" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "source"]
 

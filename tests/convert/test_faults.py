@@ -134,7 +134,7 @@ def edited(source, edit):
 )
 def test_configs_that_cannot_be_used(edit, words, source, tmp_path, capsys):
     edited(source, edit)
-    assert command("to-jax", source, tmp_path / "out", "--quiet") == 1
+    assert command("to-jax", source, tmp_path / "out", "--quiet") == 2
     said = capsys.readouterr().err
     assert str(source) in said and "Traceback" not in said
     with pytest.raises(ValueError, match=words):
@@ -158,11 +158,11 @@ def test_overwriting_destroys_no_source_and_nothing_else_than_a_model(source, co
         ("to-torch", converted, converted, "contains the source of the conversion"),
         ("to-torch", converted, tmp_path / "precious", "contains something other than a model"),
     ):
-        assert command(direction, given, target, "--quiet", "--overwrite") == 1
+        assert command(direction, given, target, "--quiet", "--overwrite") == 2
         assert words in capsys.readouterr().err
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years" and open_params(converted)
     assert command("to-jax", source, tmp_path / "out", "--quiet") == 0
-    assert command("to-jax", source, tmp_path / "out", "--quiet") == 1
+    assert command("to-jax", source, tmp_path / "out", "--quiet") == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert command("to-jax", source, tmp_path / "out", "--quiet", "--overwrite") == 0
 
@@ -207,10 +207,10 @@ def test_shards_of_a_source(suffix, golden, source, tmp_path, capsys):
         (source / first).unlink()
         if content is not None:
             (source / first).write_bytes(content)
-        assert command("to-jax", source, tmp_path / "out", "--quiet") == 1
+        assert command("to-jax", source, tmp_path / "out", "--quiet") == 2
         assert words in capsys.readouterr().err
     shutil.copy(source / second, source / first)
-    assert command("to-jax", source, tmp_path / "out", "--quiet") == 1
+    assert command("to-jax", source, tmp_path / "out", "--quiet") == 2
     assert "in two shards" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -74,7 +74,7 @@ def test_without_pytorch(golden, tmp_path, monkeypatch, capsys):
     take_towers(tmp_path / "jax", tmp_path / "clip", "vision")
     monkeypatch.setitem(sys.modules, "torch", None)  # what importing it then raises is an ImportError
     before = sorted(tmp_path.iterdir())
-    assert command("to-torch", tmp_path / "jax", tmp_path / "out", "--quiet") == 1
+    assert command("to-torch", tmp_path / "jax", tmp_path / "out", "--quiet") == 2
     assert "run pip install 'dreamllm-jax[torch]'" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
     convert_to_torch(tmp_path / "clip", tmp_path / "out")

@@ -79,7 +79,12 @@ def test_packages_are_installed_before_the_code_is_copied(image):
     """A change of the code keeps the layer of the packages; only what describes them comes before it."""
     _, found = image
     install = position(found, "RUN", "pip install")
-    assert copied(found[:install]) == ["setup.py", "pyproject.toml", "launch/constraints"]
+    assert copied(found[:install]) == [
+        "setup.py",
+        "pyproject.toml",
+        "dreamllm_jax/version.py",
+        "launch/constraints",
+    ]
     assert not [name for name, _ in found[install + 1 :] if name == "RUN"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name in (project["readme"], *project["license-files"]):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dreamllm_jax.parity.__main__ import main
+from dreamllm_jax.commands.main import main
 from dreamllm_jax.parity.case import open_case
 from dreamllm_jax.parity.errors import exceeding
 from dreamllm_jax.parity.folder import BOUNDS, compare_folder
@@ -112,12 +112,12 @@ def test_a_wrong_row_is_found_out(golden, tmp_path):
 
 def test_the_command(golden, tmp_path, capsys):
     tokenizer = f"--tokenizer={golden / 'dreamllm-a' / 'checkpoint'}"
-    assert main([str(golden / "sequences.json"), tokenizer]) == 0
+    assert main(["parity", str(golden / "sequences.json"), tokenizer]) == 0
     assert set(json.loads(capsys.readouterr().out).values()) == {0.0}
     content = json.loads((golden / "sequences.json").read_text())
     content["tokenizer"][0]["ids"] = [1]
     (tmp_path / "wrong.json").write_text(json.dumps(content))
-    assert main([str(tmp_path / "wrong.json"), tokenizer]) == 1
+    assert main(["parity", str(tmp_path / "wrong.json"), tokenizer]) == 1
     said = capsys.readouterr()
     assert json.loads(said.out)["tokenizer (legacy)"] == 1 and "tokenizer (legacy) is off by 1" in said.err
     for arguments, words in (
@@ -125,7 +125,7 @@ def test_the_command(golden, tmp_path, capsys):
         ([str(tmp_path)], "has no checkpoint; give a folder laid out as tests/golden/dreamllm-a"),
         ([str(tmp_path / "none.json"), tokenizer], "is not a file of sequences"),
     ):
-        assert main(arguments) == 1
+        assert main(["parity", *arguments]) == 2
         assert words in capsys.readouterr().err
 
 

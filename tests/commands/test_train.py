@@ -1,45 +1,42 @@
-"""The training command: recipes by file and variant, and one sentence for what is wrong."""
+"""`dreamllm train`: recipes by file and variant, and one sentence for a wrong request."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from dreamllm_jax.train import __main__ as command
+from dreamllm_jax.commands.main import main
+from dreamllm_jax.config.recipe_files import load_recipe
 
 HANDWRITING = str(Path(__file__).resolve().parents[2] / "configs" / "handwriting.py")
 
 
 @pytest.fixture
-def complaint(monkeypatch, capsys):
-    """What the command says where what it was asked for is wrong: one sentence and exit code 2."""
+def complaint(capsys):
+    """What the command prints about a wrong request: one sentence, with exit code 2."""
 
     def run(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            command.main()
-        assert end.value.code == 2
-        said = capsys.readouterr().err.strip()
-        assert said.startswith("error: ") and "\n" not in said
-        return said
+        assert main(["train", *map(str, arguments)]) == 2
+        sentence = capsys.readouterr().err.strip()
+        assert sentence.startswith("error: ") and "\n" not in sentence
+        return sentence
 
     return run
 
 
 def test_a_recipe_and_its_variant():
-    whole, tiny = command.load_recipe(HANDWRITING), command.load_recipe(f"{HANDWRITING}:tiny")
+    whole, tiny = load_recipe(HANDWRITING), load_recipe(f"{HANDWRITING}:tiny")
     assert [s.name for s in whole.stages] == [s.name for s in tiny.stages]
     assert {s.steps for s in tiny.stages} == {4} and min(s.steps for s in whole.stages) > 100
 
 
 def test_what_is_no_recipe(tmp_path):
     with pytest.raises(ValueError, match="there is no such file; give a recipe"):
-        command.load_recipe(str(tmp_path / "none.py"))
+        load_recipe(str(tmp_path / "none.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="has no function get_config"):
-        command.load_recipe(str(tmp_path / "empty.py"))
+        load_recipe(str(tmp_path / "empty.py"))
     with pytest.raises(ValueError, match="has no variant 'huge'"):
-        command.load_recipe(f"{HANDWRITING}:huge")
+        load_recipe(f"{HANDWRITING}:huge")
 
 
 def test_the_command_ends_in_a_sentence(complaint, tmp_path):
