@@ -17,7 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("launch/quickstart.sh", "launch/test.sh", ".ci/run")
 ENTRY_POINTS = ("launch/quickstart.sh", "launch/test.sh")
 CONSTRAINTS = {"py311": "0.10", "py312": "0.12", "py313": "0.12"}
-DESCRIPTIONS = ("setup.py", "pyproject.toml", "launch/python.sh", *SCRIPTS, ".pre-commit-config.yaml")
+DESCRIPTIONS = (
+    "setup.py",
+    "pyproject.toml",
+    "CITATION.cff",
+    ".github/workflows/ci.yml",
+    "launch/python.sh",
+    *SCRIPTS,
+    ".pre-commit-config.yaml",
+)
 
 BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="the scripts need bash")
