@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# What the scripts for clusters share: --dry-run, --env FILE, and sentences for what is missing.
+# Shared by the scripts for clusters: --dry-run, --env FILE, and the errors for missing arguments.
 #
-# Sourced after python.sh, whose say and fail it uses. `run` prints each command before it runs it; with dry=1 it
-# prints only. `load_env FILE` prints and keeps the settings of a file of launch/env in env_settings.
+# Source it after python.sh; it uses say and fail. `run` prints a command and runs it; with dry=1 it only prints.
+# `load_env FILE` prints the settings of a file of launch/env and keeps them in env_settings.
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
-  fail "bash is $BASH_VERSION, and 4.4 or later is needed; macOS brings 3.2: brew install bash."
+  fail "bash is $BASH_VERSION, but 4.4 or later is needed; on macOS, which has 3.2, run brew install bash."
 
 dry=0
 env_settings=() # NAME=VALUE, one per variable
 
-# quoted WORD... : the words as a shell would read them.
+# quoted WORD... : prints the words, quoted for a shell.
 quoted() {
   local word line=
   for word; do
@@ -20,8 +20,7 @@ quoted() {
   printf '%s' "$line"
 }
 
-# run COMMAND...: prints the command on standard error, and runs it unless this is a dry run (then: on standard
-# output, so that it can be kept).
+# run COMMAND...: prints the command on standard error and runs it. A dry run only prints it, on standard output.
 run() {
   if [ "$dry" = 1 ]; then
     say "$(quoted "$@")"
@@ -31,24 +30,24 @@ run() {
   fi
 }
 
-# need TOOL HOW: the tool is on the PATH, or the script ends with how to get it. A dry run needs no tool.
+# need TOOL HOW: fails with instructions if the tool is not on the PATH. A dry run needs no tool.
 need() {
   [ "$dry" = 1 ] || command -v "$1" >/dev/null ||
     fail "$1 is not installed: $2; --dry-run shows the commands without it."
 }
 
-# given NAME VALUE: an argument that must be there.
+# given NAME VALUE: fails if a required argument is missing.
 given() {
   [ -n "$2" ] || fail "$1 is missing; give it, or see ${0##*/} --help."
 }
 
-# with_value NAME WORDS...: NAME is an option that is followed by its value.
+# with_value NAME WORDS...: fails if the option NAME is not followed by a value.
 with_value() {
   case ${2---} in --*) ;; *) return 0 ;; esac
   fail "$1 has no value; give one after it, or see ${0##*/} --help."
 }
 
-# usage FILE: the comment at a script's head, which is its --help.
+# usage FILE: prints the comment at the head of a script, its --help.
 usage() {
   local line
   while IFS= read -r line; do
@@ -63,7 +62,7 @@ usage() {
   done <"$1"
 }
 
-# add_setting NAME VALUE: joins the flags of XLA_FLAGS and LIBTPU_INIT_ARGS; others stand alone.
+# add_setting NAME VALUE: joins the values of XLA_FLAGS and of LIBTPU_INIT_ARGS; other names may occur once.
 add_setting() {
   local i
   for i in "${!env_settings[@]}"; do
@@ -71,7 +70,7 @@ add_setting() {
       "$1="*)
         case $1 in
           XLA_FLAGS | LIBTPU_INIT_ARGS) env_settings[i]="${env_settings[i]} $2" ;;
-          *) fail "--env sets $1 twice; only XLA_FLAGS and LIBTPU_INIT_ARGS may be given in several lines." ;;
+          *) fail "--env sets $1 twice; only XLA_FLAGS and LIBTPU_INIT_ARGS may have several lines." ;;
         esac
         return
         ;;
@@ -80,8 +79,8 @@ add_setting() {
   env_settings+=("$1=$2")
 }
 
-# load_env FILE: reads a file of launch/env and prints what will be set where the
-# command runs; variables of the machine that launches do not travel.
+# load_env FILE: reads a file of launch/env and prints what will be set where the command runs. The variables of
+# this machine are not passed on.
 load_env() {
   local line name number=0 setting
   [ -r "$1" ] || fail "--env $1 cannot be read; give a file such as launch/env/tpu_v5p.env."
@@ -92,28 +91,28 @@ load_env() {
       [A-Z]*=?*) name=${line%%=*} ;;
       *) fail "$1, line $number, is not NAME=VALUE: $line." ;;
     esac
-    case $name in *[!A-Z0-9_]*) fail "$1, line $number: $name is no name of a variable (A-Z, 0-9, _)." ;; esac
+    case $name in *[!A-Z0-9_]*) fail "$1, line $number: $name is not the name of a variable (A-Z, 0-9, _)." ;; esac
     add_setting "$name" "${line#*=}"
   done <"$1"
   say "Set by --env $1:" >&2
   for setting in "${env_settings[@]}"; do say "  $setting" >&2; done
 }
 
-# remote_command WORD...: one line for a remote shell: the settings, then the command.
+# remote_command WORD...: prints one line for a remote shell, the settings and then the command.
 remote_command() {
   local words=()
   if [ ${#env_settings[@]} -gt 0 ]; then words=(env "${env_settings[@]}"); fi
   quoted "${words[@]}" "$@"
 }
 
-# check_workdir WORD...: no --workdir of a training is the address of a bucket, which would be taken for a folder.
+# check_workdir WORD...: refuses the address of a bucket as a --workdir: training would take it for a folder.
 check_workdir() {
   local word previous=
   for word; do
     case $previous$word in
       --workdir=*://* | --workdir*://*)
-        fail "$word is the address of a bucket, but the training takes folders; mount the bucket on every host" \
-          "(gcsfuse), and give the folder."
+        fail "$word is the address of a bucket, but training needs a folder; mount the bucket on every host" \
+          "(gcsfuse) and give its folder."
         ;;
     esac
     previous=

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs the package with its pinned versions into .venv of the repository: launch/install.sh runtime|tpu|cuda [--dry-run]
+# Installs the package and its pinned dependencies into the repository's .venv:
+# launch/install.sh runtime|tpu|cuda [--dry-run]
 #
-# `tpu` adds libtpu, `cuda` adds CUDA 12's libraries. Run again, it does nothing unless a version has changed.
-# TPU VMs may bring a Python that is too old; `apt-get install python3.11-venv` adds one, and this script finds it.
+# `tpu` adds libtpu, `cuda` adds CUDA 12's libraries. Running it again does nothing unless a version has changed.
+# If the Python of a TPU VM is too old, `apt-get install python3.11-venv` adds one that this script finds.
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}
 [ "$here" != "${BASH_SOURCE[0]}" ] || here=.
@@ -15,7 +16,7 @@ case ${1:-} in
     say "Usage: launch/install.sh runtime|tpu|cuda [--dry-run]"
     exit 0
     ;;
-  *) fail "'${1:-}' is nothing that can be installed; give runtime, tpu or cuda." ;;
+  *) fail "'${1:-}' cannot be installed; give runtime, tpu or cuda." ;;
 esac
 case ${2:-} in
   '') prepare_python "$1" ;;
@@ -24,8 +25,8 @@ case ${2:-} in
     [ "$1" = runtime ] || extras="[$1]"
     find_python
     version=$(python_version "$base_python")
-    say "$base_python -m venv $venv # unless it is there, with Python ${version%??}.${version#?}"
+    say "$base_python -m venv $venv # unless it exists with Python ${version%??}.${version#?}"
     say "$venv/bin/python -m pip install --constraint launch/constraints/py$version.txt --editable '.$extras'"
     ;;
-  *) fail "'$2' is unknown; after $1 give nothing or --dry-run." ;;
+  *) fail "'$2' is unknown; give --dry-run or nothing after $1." ;;
 esac

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs a command on this host so that it outlives the connection, keeps its log, and tells how it ended:
+# Runs a command on this host that outlives the connection, keeps its log, and reports how it ended:
 # launch/job.sh start NAME [--env FILE] [--dry-run] -- COMMAND...
 # launch/job.sh logs|status|stop NAME
 #
-#   start   begins the command in the background; refused while a job of that name runs. Run again after it has
-#           ended, it starts anew and the log grows: a training goes on from its workdir
-#   logs    prints the log as it grows, until the job ends; the job's exit code is this script's
-#   status  one line: running, ended with an exit code, or lost (the host was restarted)
-#   stop    asks the job and all it started to end (SIGTERM), and after 5 minutes makes them
+#   start   starts the command in the background; refused while a job of that name runs. After the job has ended,
+#           start runs it again and appends to the log: training resumes from its workdir
+#   logs    prints the log as it grows, until the job ends; the exit code is the job's
+#   status  prints one line: running, ended with an exit code, or lost (the host was restarted)
+#   stop    sends SIGTERM to the job and its children, and SIGKILL after 5 minutes
 #
 # Jobs are kept in ~/.dreamllm_jax/NAME (log, pid, exit code). tpu_vm_run.sh calls this on every host.
 set -euo pipefail
@@ -22,16 +22,16 @@ action=${1:-}
 case $action in
   start | logs | status | stop) shift ;;
   -h | --help) usage "${BASH_SOURCE[0]}" && exit 0 ;;
-  *) fail "'$action' is no action; give start, logs, status or stop (see ${0##*/} --help)." ;;
+  *) fail "'$action' is not an action; give start, logs, status or stop (see ${0##*/} --help)." ;;
 esac
 name=${1:-}
 case $name in
-  '' | -* | *[!A-Za-z0-9_.-]* | .*) fail "'$name' is no name of a job; use letters, digits, - and _." ;;
+  '' | -* | *[!A-Za-z0-9_.-]* | .*) fail "'$name' is not a valid name of a job; use letters, digits, - and _." ;;
 esac
 shift
 folder=$HOME/.dreamllm_jax/$name
 
-# state: running, ended, lost or none; a process of another boot or another command is not this job's.
+# state: prints running, ended, lost or none. A process from before a reboot is not this job's.
 state() {
   local pid
   if [ -f "$folder/exit" ]; then
@@ -62,10 +62,11 @@ start() {
       *) break ;;
     esac
   done
-  [ "${1:-}" = -- ] || fail "Before the command -- is missing (see ${0##*/} --help)."
+  [ "${1:-}" = -- ] || fail "-- is missing before the command (see ${0##*/} --help)."
   shift
-  [ $# -gt 0 ] || fail "After -- the command is missing (see ${0##*/} --help)."
-  [ "$(state)" != running ] || fail "The job $name runs already on $(hostname); stop it first, or follow its logs."
+  [ $# -gt 0 ] || fail "The command is missing after -- (see ${0##*/} --help)."
+  [ "$(state)" != running ] ||
+    fail "The job $name is already running on $(hostname); stop it first, or follow its logs."
   check_workdir "$@"
   if [ "$dry" = 1 ]; then
     say "cd $(quoted "$root") && $(remote_command "$@") >>$(quoted "$folder/log") 2>&1 &"
@@ -75,12 +76,12 @@ start() {
   rm -f "$folder/exit" "$folder/pid"
   boot >"$folder/boot"
   printf '== %s: %s\n' "$(date -u +%FT%TZ)" "$(remote_command "$@")" >>"$folder/log"
-  # A session of its own: it outlives the connection, and its number names all that it starts.
+  # Its own session outlives the connection, and its number stands for the job and all its children.
   # shellcheck disable=SC2016
   PYTHONUNBUFFERED=1 setsid bash -c '
     folder=$1 root=$2; shift 2
     cd "$root"; status=0
-    trap : TERM # what it runs may save first; this shell stays to tell how it ended
+    trap : TERM # the command may save its state first; this shell stays to record the exit code
     echo $$ >"$folder/pid.new"; mv "$folder/pid.new" "$folder/pid"
     "$@" || status=$?
     echo "$status" >"$folder/exit.new"; mv "$folder/exit.new" "$folder/exit"
@@ -96,7 +97,7 @@ logs() {
   tail_pid=$!
   trap 'kill "$tail_pid" 2>/dev/null || true' EXIT
   while [ "$(state)" = running ]; do sleep 1; done
-  sleep 1.1 # what was written last
+  sleep 1.1 # for the last lines
   [ "$(state)" = ended ] || fail "The job $name on $(hostname) is lost: the host was restarted; start it again."
   exit "$(cat "$folder/exit")"
 }
@@ -110,14 +111,16 @@ stop() {
     kill -0 -- "-$pid" 2>/dev/null || break
     sleep 0.1
   done
-  if kill -KILL -- "-$pid" 2>/dev/null; then say "$(hostname): $name did not end within 5 minutes and was killed." >&2; fi
+  if kill -KILL -- "-$pid" 2>/dev/null; then
+    say "$(hostname): $name did not end within 5 minutes and was killed." >&2
+  fi
   [ -f "$folder/exit" ] || say 143 >"$folder/exit"
   status
 }
 
 status() {
   case $(state) in
-    running) say "$(hostname): $name runs (process $(cat "$folder/pid"))." ;;
+    running) say "$(hostname): $name is running (process $(cat "$folder/pid"))." ;;
     ended) say "$(hostname): $name ended with exit code $(cat "$folder/exit")." ;;
     lost) say "$(hostname): $name is lost: the host was restarted." ;;
     none) say "$(hostname): there is no job $name." ;;

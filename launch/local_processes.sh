@@ -2,10 +2,10 @@
 # Runs a command as several processes on this machine's CPU, as a cluster would run it on several hosts:
 # launch/local_processes.sh N [--devices D] -- COMMAND...
 #
-# N processes find each other on localhost, each with D emulated devices (1 unless given). Lines of their output
-# begin with the number of the process. When one fails the others are ended, and its exit code is this script's.
-# Ctrl-C ends all; a TERM is handed on, and a training has 5 minutes to save its state. For trying things out and
-# for tests: a host's one process uses its cores as well. Programs are compiled anew at every start.
+# N processes find each other on localhost, each with D emulated devices (default 1). Every line of their output
+# begins with the number of the process. If one fails, the others are ended and its exit code is this script's.
+# Ctrl-C ends all; a TERM is passed on, and a training run then has 5 minutes to save its state. This is for trials
+# and tests: one process makes as good a use of a machine's cores. Programs are recompiled at every start.
 # Example: launch/local_processes.sh 2 --devices 4 -- python -m dreamllm_jax.train --config=R.py --workdir=RUN
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}
@@ -35,21 +35,21 @@ case ${1:-} in
     ;;
 esac
 case $devices in '' | *[!0-9]* | 0*) fail "--devices is '$devices'; give 1 or more ($usage)." ;; esac
-[ "${1:-}" = -- ] || fail "Before the command -- is missing ($usage)."
+[ "${1:-}" = -- ] || fail "-- is missing before the command ($usage)."
 shift
-[ $# -gt 0 ] || fail "After -- the command is missing ($usage)."
+[ $# -gt 0 ] || fail "The command is missing after -- ($usage)."
 
-# Sets port to one on which nobody answers here.
+# Sets port to a free port of localhost.
 find_port() {
   local tries
   for tries in {1..50}; do
     port=$((20000 + (RANDOM + tries) % 12000))
     (exec 4<>"/dev/tcp/localhost/$port") 2>/dev/null || return 0
   done
-  fail "No free port was found on localhost in 50 tries; look what runs there, and try again."
+  fail "No free port was found on localhost in 50 tries; check what is running there, and try again."
 }
 
-# prefixed I: hands on lines, each with the number of its process before it; it outlives what writes them.
+# prefixed I: passes lines on, each after the number of its process; it outlives the process that writes them.
 prefixed() {
   local line
   trap '' INT TERM
@@ -58,7 +58,7 @@ prefixed() {
   done
 }
 
-# start I COMMAND...: process I in the background, in a process group of its own; it reports its end.
+# start I COMMAND...: starts process I in the background, in its own process group; it reports its exit code.
 start() {
   local index=$1
   shift
@@ -68,10 +68,10 @@ start() {
     printf '%s %s\n' "$index" "$status" >&3
   } | prefixed "$index" 3>&- &
   leaders+=("$(jobs -p %%)")
-  disown # bash would tell how each ended
+  disown # or bash would report how each ended
 }
 
-# signal NAME: to every process that was started, and to what it has started; false where all have ended.
+# signal NAME: signals all processes and their children; returns false if all have ended.
 signal() {
   local leader status=1
   for leader in "${leaders[@]}"; do
@@ -80,7 +80,7 @@ signal() {
   return "$status"
 }
 
-# stop SECONDS: ends what still runs: asks, waits so long, insists. A training that is asked saves its state first.
+# stop SECONDS: sends TERM to all processes, and KILL after so many seconds. A training run saves its state on TERM.
 stop() {
   local tenths=$((10 * $1)) i
   signal TERM || return 0
@@ -100,7 +100,7 @@ mkfifo "$folder/ends"
 exec 3<>"$folder/ends"
 
 export JAX_PLATFORMS=cpu JAX_COORDINATOR_ADDRESS=localhost:$port JAX_NUM_PROCESSES=$processes
-export NPROC="${NPROC:-64}" # XLA's threads: with fewer, devices that wait for each other may leave none to run
+export NPROC="${NPROC:-64}" # XLA's threads: with too few, all may wait for a device that no thread is left to run
 export PYTHONUNBUFFERED=1
 flags=
 for flag in ${XLA_FLAGS:-}; do
@@ -109,16 +109,16 @@ done
 export XLA_FLAGS="${flags# }${flags:+ }--xla_force_host_platform_device_count=$devices"
 
 leaders=()
-set -m # each process has a group of its own, by which all that it started can be ended
+set -m # each process gets its own group, so that it can be ended with all its children
 for ((i = 0; i < processes; i++)); do
   start "$i" "$@"
 done
 for ((ended = 0; ended < processes; ended++)); do
   read -r who status <&3
   if [ "$status" != 0 ]; then
-    stop 3 # without that one they can only wait
+    stop 3 # without it they would wait forever
     say "${0##*/}: process $who of $processes ended with exit code $status; the others were ended." >&2
     exit "$status"
   fi
 done
-while signal 0; do sleep 0.05; done # the last lines
+while signal 0; do sleep 0.05; done # let the last lines through

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Looks at this host before a run is paid for: launch/preflight.sh [options]
+# Checks this host before a paid run: launch/preflight.sh [options]
 #
-#   devices   JAX sees the devices that are expected. On a slice of several hosts run this on all at once
+#   devices   JAX sees the expected devices. On a slice of several hosts run this on all of them at once
 #             (launch/tpu_vm_run.sh preflight): the chips of a slice start together
 #   versions  Python and the packages are those of launch/constraints
-#   disk      there is space in the workdir
-#   bucket    a file can be written, read and deleted where all hosts read and write
-#   clock     this host's time is right: certificates and the order of checkpoints depend on it
+#   disk      the workdir has enough free space
+#   bucket    a file can be written, read and deleted in the storage that all hosts share
+#   clock     this host's clock is right: certificates and the order of checkpoints depend on it
 #
-#   --platform P   tpu, cuda or cpu (default: what JAX finds)
-#   --devices N    so many devices on this host (default: one or more)
-#   --workdir W    the training's folder (default: the current one)
-#   --need G       GiB that must be free there (default 200: two checkpoints of a 7B model with Adam in float32, of
+#   --platform P   tpu, cuda or cpu (default: whatever JAX finds)
+#   --devices N    the number of devices on this host (default: one or more)
+#   --workdir W    the folder of the training run (default: the current folder)
+#   --need G       GiB that must be free there (default 200, for two checkpoints of a 7B model with Adam in float32,
 #                  12 bytes a weight, and 30 GiB for weights and pictures; give 340 for 13B)
-#   --bucket B     a mounted or shared folder, or gs://BUCKET/FOLDER (by gcloud); default: not checked
-#   --clock URL    compare with the time of this web server (default: ask chrony or systemd)
+#   --bucket B     a mounted or shared folder, or gs://BUCKET/FOLDER (through gcloud); default: not checked
+#   --clock URL    compare with the clock of this web server (default: ask chrony or systemd)
 #   --timeout S    seconds that JAX may take to find its devices (default 300)
-#   --dry-run      say what would be looked at, look at nothing
+#   --dry-run      print what would be checked and check nothing
 #
-# One line for each check, and exit code 1 when one failed. PYTHON names the Python (default: .venv's).
+# Prints one line for each check; the exit code is 1 if any failed. PYTHON names the Python (default: that of .venv).
 # Example: launch/preflight.sh --platform tpu --devices 4 --workdir /mnt/runs/stage2 --bucket /mnt/runs
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}
@@ -72,11 +72,11 @@ bad() {
 
 has_python() {
   if command -v "$python" >/dev/null; then return 0; fi
-  bad "$1" "there is no $python; $install makes it, or name another with PYTHON."
+  bad "$1" "there is no $python; $install creates it, or name another with PYTHON."
   return 1
 }
 
-# SIGALRM ends it wherever it waits: libtpu waits for the other hosts of a slice without an end.
+# SIGALRM ends it wherever it waits: libtpu waits for the other hosts of a slice without a limit.
 devices_of_jax='
 import signal, sys
 signal.alarm(int(sys.argv[1]))
@@ -89,21 +89,21 @@ check_devices() {
   has_python devices || return 0
   found=$("$python" -c "$devices_of_jax" "$timeout" 2>"$scratch/jax") || status=$?
   if [ "$status" = 142 ]; then
-    bad devices "JAX found none within $timeout s; start this on all hosts of the slice at once, and look whether" \
+    bad devices "JAX found none within $timeout s; start this on all hosts of the slice at once, and check whether" \
       "another process holds the chips."
     return
   elif [ "$status" != 0 ]; then
-    bad devices "JAX does not start: $(tail -n 1 "$scratch/jax"); $install installs it, and another process may" \
-      "hold the chips."
+    bad devices "JAX does not start: $(tail -n 1 "$scratch/jax"); install it with $install, and check whether another" \
+      "process holds the chips."
     return
   fi
   read -r backend here all kind <<<"$(tail -n 1 <<<"$found")"
   wanted=${devices:-$here}
   if [ "$backend" != "${platform:-$backend}" ]; then
-    bad devices "JAX runs on $backend, not on $platform; $install adds what it needs, and JAX_PLATFORMS" \
-      "(now '${JAX_PLATFORMS-}') must not forbid it."
+    bad devices "JAX runs on $backend, not on $platform; $install installs the missing packages, and JAX_PLATFORMS" \
+      "(now '${JAX_PLATFORMS-}') must allow it."
   elif [ "$here" != "$wanted" ]; then
-    bad devices "JAX sees $here on this host, not $wanted; look which are visible to this process" \
+    bad devices "JAX sees $here on this host, not $wanted; check which are visible to this process" \
       "(CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS) and whether one is broken."
   else
     good devices "$here on this host, $all in all ($backend, $kind)."
@@ -150,9 +150,9 @@ check_disk() {
   if [ -n "$folder" ] && [ ! -e "$folder" ]; then folder=.; fi
   free=$(df -Pk "${folder:-/}" 2>"$scratch/disk" | awk 'NR == 2 { print int($4 / 1048576) }') || free=
   if [ -z "$free" ]; then
-    bad disk "df cannot look at $workdir: $(tail -n 1 "$scratch/disk"); give a folder of this host with --workdir."
+    bad disk "df fails for $workdir: $(tail -n 1 "$scratch/disk"); give a folder of this host with --workdir."
   elif [ "$free" -lt "$need" ]; then
-    bad disk "$free GiB are free at $workdir, and $need are needed; give another --workdir, or add a disk."
+    bad disk "$free GiB are free at $workdir, but $need are needed; give another --workdir, or add a disk."
   else
     good disk "$free GiB are free at $workdir ($need are needed)."
   fi
@@ -181,15 +181,15 @@ check_bucket() {
       ;;
   esac
   if ! put >/dev/null 2>"$scratch/said"; then
-    bad bucket "nothing can be written to $bucket: $(tail -n 1 "$scratch/said"); the account of this host needs the" \
-      "right to create, read and delete there."
+    bad bucket "$bucket is not writable: $(tail -n 1 "$scratch/said"); give this host's account permission to create," \
+      "read and delete there."
   elif [ "$(get 2>"$scratch/said")" != "$word" ]; then
-    bad bucket "what was written to $probe is not what is read; give the account of this host the right to read."
+    bad bucket "the content of $probe is not what was written; give this host's account permission to read."
   elif ! remove >/dev/null 2>"$scratch/said"; then
-    bad bucket "$probe cannot be deleted: $(tail -n 1 "$scratch/said"); old checkpoints could not be either: give" \
-      "the account that right."
+    bad bucket "$probe cannot be deleted: $(tail -n 1 "$scratch/said"); nor could old checkpoints. Give this" \
+      "host's account permission to delete."
   else
-    good bucket "$bucket can be written, read and deleted from."
+    good bucket "files in $bucket can be written, read and deleted."
   fi
 }
 
@@ -204,7 +204,7 @@ except OSError as error:
     sys.exit(str(error))
 date = answer.headers["Date"]
 if date is None:
-    sys.exit("it sends no Date")
+    sys.exit("its answer has no Date header")
 print(round((before + time.time()) / 2 - email.utils.parsedate_to_datetime(date).timestamp()))'
 
 check_clock() {
@@ -212,30 +212,30 @@ check_clock() {
   if [ -n "$clock" ]; then
     has_python clock || return 0
     if ! skew=$("$python" -c "$skew_to" "$clock" 2>"$scratch/clock"); then
-      bad clock "$clock did not tell the time: $(tail -n 1 "$scratch/clock"); give another --clock."
+      bad clock "$clock did not send the time: $(tail -n 1 "$scratch/clock"); give another --clock."
     elif [ "${skew#-}" -gt 5 ]; then # the header counts seconds, and the answer travels
-      bad clock "this host is $skew s from $clock; switch on chrony (apt-get install chrony), and look at its zone."
+      bad clock "this host is $skew s away from $clock; enable chrony (apt-get install chrony)."
     else
       good clock "within 5 s of $clock."
     fi
   elif command -v chronyc >/dev/null; then
     state=$(chronyc tracking 2>&1) || state="Leap status : ${state:-chronyc failed}"
     case $state in
-      *Leap*status*:*Normal*) good clock "chrony follows a server." ;;
+      *Leap*status*:*Normal*) good clock "chrony is synchronized with a server." ;;
       *)
-        bad clock "chrony follows no server: $(tail -n 1 <<<"$state"); systemctl restart chrony, or give" \
+        bad clock "chrony is not synchronized: $(tail -n 1 <<<"$state"); run systemctl restart chrony, or give" \
           "--clock URL."
         ;;
     esac
   elif command -v timedatectl >/dev/null; then
     case $(timedatectl show -p NTPSynchronized --value 2>&1) in
-      yes) good clock "systemd says that it is synchronized." ;;
+      yes) good clock "systemd reports that it is synchronized." ;;
       *)
-        bad clock "systemd does not say that it is synchronized; timedatectl set-ntp true, or give --clock URL."
+        bad clock "systemd does not report that it is synchronized; run timedatectl set-ntp true, or give --clock URL."
         ;;
     esac
   else
-    bad clock "neither chrony nor systemd is there to ask; give --clock URL."
+    bad clock "this host has neither chrony nor systemd; give --clock URL."
   fi
 }
 

@@ -1,10 +1,9 @@
 # shellcheck shell=bash
-# Finds a suitable Python and keeps the repository's .venv in order.
+# Finds a suitable Python and keeps the repository's .venv up to date.
 #
 # Sourced by quickstart.sh, test.sh, install.sh and .ci/run. After `prepare_python runtime` (or test, tpu, cuda),
 # $python is the interpreter of an up-to-date .venv. $PYTHON, if set, names the Python to use; otherwise
-# `python3` is preferred, so that a machine's own choice holds.
-# Until a Python is found, only the shell's own commands are used.
+# `python3` is preferred, the machine's own choice. Until a Python is found, only builtins of the shell are used.
 
 suitable="Python 3.11, 3.12 or 3.13"
 torch="torch==2.13.0" # as in launch/constraints/py311.txt
@@ -18,7 +17,8 @@ fail() {
   exit 1
 }
 
-# python_version COMMAND -> "311" and so on where the command runs and is suitable; else its reason, and false.
+# python_version COMMAND: prints "311" or the like if the command is a suitable Python; otherwise prints the reason
+# and returns false.
 python_version() {
   local found
   found=$("$1" -c 'import sys; print("%d%02d" % sys.version_info[:2])' 2>/dev/null) || {
@@ -39,7 +39,7 @@ python_version() {
   printf '%s' "$found"
 }
 
-# Sets base_python to a suitable Python, or ends with a sentence that says what was tried.
+# Sets base_python to a suitable Python, or fails and says what was tried.
 find_python() {
   local candidate answer tried=
   if [ -n "${PYTHON:-}" ]; then
@@ -60,7 +60,7 @@ find_python() {
     "install one, or name one with PYTHON=/path/to/python."
 }
 
-# What an installation depends on, as one line: when it changes, the packages are installed again.
+# Prints one line about all that an installation depends on; when it changes, the packages are installed again.
 fingerprint() {
   "$python" - "$root" "$1" 2>/dev/null <<'EOF'
 import hashlib, pathlib, sys
@@ -72,7 +72,7 @@ print(hashlib.sha256(content).hexdigest(), sys.version.split()[0], root)
 EOF
 }
 
-# pip_install WHAT... : quiet but not silent; the whole story is in .venv/install.log.
+# pip_install WHAT... : shows one line of progress; pip's full output is in .venv/install.log.
 pip_install() {
   local line status
   (cd "$root" && "$python" -m pip install --progress-bar off --disable-pip-version-check "$@" 2>&1) |
@@ -103,11 +103,11 @@ install_failed() {
     say "The last lines of pip's log:"
     tail -n 20 "$log" || true
   fi
-  fail "$reason; what pip said is in $log, and running this script again goes on from here."
+  fail "$reason; pip's output is in $log. Run this script again to continue."
 }
 
-# Whether the parity tests get the PyTorch they compare with: a CPU build is taken, gigabytes of CUDA are not.
-# DREAMLLM_TORCH=1 takes whatever there is, DREAMLLM_TORCH=0 nothing.
+# Returns whether to install PyTorch for the parity tests: yes for a CPU build, no for gigabytes of CUDA.
+# DREAMLLM_TORCH=1 installs whatever build there is, DREAMLLM_TORCH=0 none.
 torch_wanted() {
   local plan
   [ "${DREAMLLM_TORCH:-}" != 1 ] || return 0
@@ -116,7 +116,7 @@ torch_wanted() {
     case $plan in *"Collecting nvidia"* | *"Collecting cuda"*) false ;; esac
 }
 
-# Brings .venv up to what the repository asks for, for Python version $1 and the purpose $2.
+# Installs the packages for Python version $1 and purpose $2 into .venv.
 install_packages() {
   local extras=
   say "Installing the packages into $venv (some minutes the first time)."
@@ -127,14 +127,14 @@ install_packages() {
     if torch_wanted "$1"; then
       extras="test,torch"
     else
-      say "Leaving out PyTorch (a CPU build for this Python is not to be had here): the parity tests will be" \
-        "skipped; DREAMLLM_TORCH=1 installs it anyhow."
+      say "Leaving out PyTorch (no CPU build for this Python was found): the parity tests will be skipped;" \
+        "DREAMLLM_TORCH=1 installs it anyway."
     fi
   fi
   pip_install --constraint "launch/constraints/py$1.txt" --editable ".${extras:+[$extras]}" || install_failed
 }
 
-# prepare_python runtime|test|tpu|cuda : makes or updates .venv, and sets python to its interpreter.
+# prepare_python runtime|test|tpu|cuda : creates or updates .venv and sets python to its interpreter.
 prepare_python() {
   local purpose=$1 version stamp wanted
   python=$venv/bin/python
@@ -142,12 +142,13 @@ prepare_python() {
     find_python
     version=$(python_version "$base_python")
     if [ "$(python_version "$python")" != "$version" ]; then
-      say "Making $venv with $(command -v "$base_python") (Python ${version%??}.${version#?})."
+      say "Creating $venv with $(command -v "$base_python") (Python ${version%??}.${version#?})."
       "$base_python" -m venv --clear "$venv" >/dev/null 2>&1 ||
-        fail "$base_python could not make the virtual environment $venv: is the folder writable and the disk not full?"
+        fail "$base_python could not create the virtual environment $venv: is the folder writable, with free space?"
     fi
   fi
-  stamp=$(fingerprint "$version") || fail "Files that describe the installation are missing in $root: clone it again."
+  stamp=$(fingerprint "$version") ||
+    fail "Files that describe the installation are missing from $root; clone the repository again."
   wanted=$stamp
   if [ "$purpose" = test ]; then wanted="$stamp torch=${DREAMLLM_TORCH:-auto}"; fi
   if [ "$(cat "$venv/installed-$purpose" 2>/dev/null)" = "$wanted" ]; then

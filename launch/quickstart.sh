@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains a small DreamLLM on real handwriting and shows what it writes:
+# Trains a small DreamLLM on real handwriting and shows what the model writes:
 # launch/quickstart.sh [WORKDIR] [recipe overrides]
 #
-# Makes .venv in the repository if needed, trains configs/handwriting.py through all its stages, and leaves
+# Creates .venv in the repository if needed, trains configs/handwriting.py through all its stages, and leaves
 # WORKDIR/report.html, WORKDIR/metrics.json and WORKDIR/checkpoint/. WORKDIR is ./quickstart unless given.
-# Run again, it goes on where it stopped. An override is handed to the training, as --config.seed=1.
+# Running it again continues where it stopped. Overrides such as --config.seed=1 are passed to the training.
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}
 [ "$here" != "${BASH_SOURCE[0]}" ] || here=.
@@ -22,15 +22,15 @@ case ${1:-} in
     shift
     ;;
 esac
-[ "${1-unset}" != "" ] || shift # an empty WORKDIR is the usual one
+[ "${1-unset}" != "" ] || shift # an empty WORKDIR means the default
 for override; do
   case $override in
     --config.*=*) ;;
-    *) fail "$override is no override of the recipe; after WORKDIR give such as --config.seed=1 only." ;;
+    *) fail "$override is not an override of the recipe; after WORKDIR give only overrides, such as --config.seed=1." ;;
   esac
 done
 if [ -e "$workdir" ] && [ ! -d "$workdir" ]; then
-  fail "WORKDIR=$workdir is a file; give the path of a folder, which is made where it does not exist."
+  fail "WORKDIR=$workdir is a file; give the path of a folder. It is created if it does not exist."
 fi
 
 # run MESSAGE MODULE [ARGUMENTS]: what asks for something wrong (exit code 2) has said so itself.
@@ -41,7 +41,7 @@ run() {
   case $status in
     0) ;;
     2)
-      rmdir "$workdir" 2>/dev/null || true # where nothing was begun
+      rmdir "$workdir" 2>/dev/null || true # if nothing was written
       exit 1
       ;;
     *) fail "$message" ;;
@@ -49,17 +49,17 @@ run() {
 }
 
 prepare_python runtime
-mkdir -p "$workdir" 2>/dev/null || fail "The folder $workdir cannot be made; give a WORKDIR that can be written to."
+mkdir -p "$workdir" 2>/dev/null || fail "The folder $workdir cannot be created; give a WORKDIR in a writable place."
 workdir=$(CDPATH='' cd -- "$workdir" && pwd -P)
-[ -w "$workdir" ] || fail "The folder $workdir cannot be written to; give another WORKDIR."
+[ -w "$workdir" ] || fail "The folder $workdir is not writable; give another WORKDIR."
 cd "$root"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.cache/jax}"
 
 say "Training configs/handwriting.py; everything is written to $workdir."
-run "The training stopped early; what it had finished is in $workdir/stages (each stage's model is a folder \
-there), and the same command goes on from there." \
+run "The training stopped early. Finished stages are in $workdir/stages, each with its model; run the same \
+command again to continue." \
   train --config=configs/handwriting.py --workdir="$workdir" "$@"
-say "Evaluating what was trained."
-run "The evaluation stopped early; the trained model is in $workdir, and the same command tries again." \
+say "Evaluating the trained model."
+run "The evaluation stopped early. The trained model is in $workdir; run the same command again to retry." \
   evaluate --workdir="$workdir"
 say "Done: open $workdir/report.html to see what the model wrote."

@@ -1,15 +1,15 @@
-"""Runs a command on every host of a TPU slice that belongs to a Ray cluster, once on each:
+"""Runs a command once on every host of a TPU slice of a Ray cluster:
 
 python launch/ray_tpu.py --type v5p-128 [options] -- python -m dreamllm_jax.train --config=... --workdir=...
 
-Ray marks the first host of a slice with the resource TPU-v5p-128-head, and each of its hosts with the
-slice's name (ray._private.accelerators.tpu). An actor on the first takes the slice and tells its name and
-the number of its hosts; then each host gets one task that asks for the name and all chips. When a command
-fails the others are ended, and its exit code is this script's. Several slices as one program are for
+Ray gives the first host of a slice the resource TPU-v5p-128-head, and each of its hosts a resource with the
+slice's name (ray._private.accelerators.tpu). An actor on the first host reserves the slice and reports its
+name and its number of hosts. Each host then gets one task, which asks for the name and for all chips. If a
+command fails, the others are ended and its exit code is this script's. For several slices as one program use
 tpu_vm_run.sh, xpk.sh or GKE.
 
-Every host needs the repository, at the same place, and a `python` that has its packages (the image of
-launch/Dockerfile.tpu, with ray). ray is no dependency of this project: pip install ray, or be on a Ray node.
+Every host needs the repository in the same folder, and a `python` with its packages (the image of
+launch/Dockerfile.tpu, with ray). This project does not depend on ray: pip install ray, or run on a Ray node.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-JOINED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # may stand in several lines of a file of launch/env
+JOINED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # may have several lines in a file of launch/env
 SECONDS_TO_END = 300  # a checkpoint may be written
-PREEMPTED = 128 + signal.SIGTERM  # a training that was asked to end, and has saved its state
+PREEMPTED = 128 + signal.SIGTERM  # a training run that saved its state after a SIGTERM
 
 
 class SliceHead:
     """The actor that holds a slice's head; methods run on its first host."""
 
     def describe(self) -> tuple[str | None, int | None, int]:
-        """The slice's name, the number of its hosts, and the chips on each."""
+        """Returns the slice's name, the number of its hosts, and the chips on each."""
         from ray.util.accelerators import tpu
 
         chips = tpu.get_num_tpu_chips_on_node()
@@ -41,9 +41,9 @@ class SliceHead:
 
 
 def run_on_host(command: list[str], settings: dict[str, str], folder: str) -> int:
-    """Runs the command on this host, hands its output on, and returns its exit code.
+    """Runs the command on this host, passes its output on, and returns its exit code.
 
-    Ray's cancel comes as a KeyboardInterrupt: the command and what it started are asked to end, then made to.
+    Ray cancels a task by a KeyboardInterrupt: the command and its children get SIGTERM, and later SIGKILL.
     """
     try:
         process = subprocess.Popen(
@@ -75,10 +75,10 @@ def run_on_host(command: list[str], settings: dict[str, str], folder: str) -> in
 
 
 def read_settings(path: str) -> dict[str, str]:
-    """The settings of a file of launch/env, printed before anybody uses them.
+    """Returns the settings of a file of launch/env, and prints them.
 
     Raises:
-      ValueError: the file cannot be read, or a line is no NAME=VALUE, or sets what is set already.
+      ValueError: the file cannot be read, a line is not NAME=VALUE, or a setting is repeated.
     """
     try:
         lines = Path(path).read_text().splitlines()
@@ -93,17 +93,17 @@ def read_settings(path: str) -> dict[str, str]:
             raise ValueError(f"{path}, line {number}, is not NAME=VALUE: {line}.")
         name, value = found.groups()
         if name in settings and name not in JOINED:
-            raise ValueError(f"{path}, line {number}, sets {name} again; only {' and '.join(JOINED)} may be.")
+            raise ValueError(f"{path}, line {number}, sets {name} again; only {' and '.join(JOINED)} may be repeated.")
         settings[name] = f"{settings[name]} {value}" if name in settings else value
     print(f"Set by --env {path}:", *(f"  {name}={value}" for name, value in settings.items()), sep="\n")
     return settings
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The options, with `command` as a list of words.
+    """Returns the options, with `command` as a list of words.
 
     Raises:
-      ValueError: the command is missing, the type is none, or the workdir is a bucket's address.
+      ValueError: the command is missing, the type is unknown, or the workdir is a bucket's address.
     """
     own, command = (words, []) if "--" not in words else split_at(words, words.index("--"))
     parser = argparse.ArgumentParser(
@@ -122,7 +122,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--wait", type=int, default=600, help="seconds to wait for a free slice (default 600)"
     )
-    parser.add_argument("--restarts", type=int, default=0, help="so often, where a host was lost (default 0)")
+    parser.add_argument("--restarts", type=int, default=0, help="restarts after the loss of a host (default 0)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be asked of Ray")
     parser.error = complain  # type: ignore[method-assign]
     options = parser.parse_args(own)
@@ -136,7 +136,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         if word.startswith("--workdir=") or before == "--workdir":
             if "://" in word:
                 raise ValueError(
-                    f"{word} is a bucket's address; mount it on every host, and give the folder."
+                    f"{word} is a bucket's address; mount the bucket on every host and give its folder."
                 )
     options.command = command
     return options
@@ -147,15 +147,15 @@ def split_at(words: list[str], index: int) -> tuple[list[str], list[str]]:
 
 
 def complain(message: str) -> None:
-    """What argparse finds wrong, as our mistakes are told."""
+    """Reports argparse's errors as the script's own."""
     raise ValueError(f"{message[0].upper()}{message[1:]}; see launch/ray_tpu.py --help.")
 
 
 def take_slice(ray: Any, options: argparse.Namespace) -> tuple[Any, str, int, int]:
-    """The actor that holds a slice, its name, hosts, and chips a host.
+    """Returns the actor that holds a slice, the slice's name, its number of hosts, and the chips on each.
 
     Raises:
-      ValueError: no slice of the type is free in time, or Ray does not know what it is.
+      ValueError: no slice of the type becomes free in time, or Ray cannot describe it.
     """
     resource = f"TPU-{options.type}-head"
     head = ray.remote(SliceHead).options(num_cpus=0, resources={resource: 1}).remote()
@@ -172,13 +172,13 @@ def take_slice(ray: Any, options: argparse.Namespace) -> tuple[Any, str, int, in
     if not name or not hosts or not chips:
         ray.kill(head)
         raise ValueError(
-            f"Ray does not know the slice behind {resource} (name {name}, {hosts} hosts, {chips} chips)."
+            f"Ray cannot describe the slice of {resource} (name {name}, {hosts} hosts, {chips} chips)."
         )
     return head, name, hosts, chips
 
 
 def run_once(ray: Any, options: argparse.Namespace, settings: dict[str, str]) -> int:
-    """Runs the command on all hosts of a free slice; its exit code, the first that is not 0.
+    """Runs the command on all hosts of a free slice; returns the first exit code that is not 0, or 0.
 
     Raises:
       ray.exceptions.RayError: a host was lost.
@@ -186,7 +186,7 @@ def run_once(ray: Any, options: argparse.Namespace, settings: dict[str, str]) ->
     head, name, hosts, chips = take_slice(ray, options)
     print(f"{name}: {hosts} hosts of {chips} chips run {shlex.join(options.command)}", flush=True)
     try:
-        # Each host has the slice's name once and all its chips once: no host gets two tasks.
+        # Each host has one unit of the slice's name, so no host gets two tasks.
         on_host = ray.remote(run_on_host).options(
             num_cpus=0, max_retries=0, resources={"TPU": chips, name: 1}
         )
@@ -232,7 +232,7 @@ def main() -> int:
             except ray.exceptions.RayError as error:
                 why = str(error).splitlines()[0]
             print(f"A host was lost ({why}); restarts left: {left}.", file=sys.stderr)
-        raise ValueError("A host was lost; the same command goes on from the training's workdir.")
+        raise ValueError("A host was lost; run the same command again, and training resumes from its workdir.")
     except ValueError as error:
         print(f"ray_tpu.py: {error}", file=sys.stderr)
         return 1

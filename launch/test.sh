@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests: launch/test.sh [pytest arguments]
 #
-# Makes .venv in the repository if needed. Paths among the arguments are relative to the repository. Without arguments
-# two processes share the files of tests, which mostly compile, on about one core each; with any there is one process.
+# Creates .venv in the repository if needed. Paths among the arguments are relative to the repository. Without
+# arguments, two processes share the test files; each needs about one core, mostly for compiling. With arguments
+# there is one process.
 # Examples: launch/test.sh tests/models -k llama -x       launch/test.sh -m slow (before a release)
 set -euo pipefail
 here=${BASH_SOURCE[0]%/*}
@@ -14,7 +15,7 @@ prepare_python test
 cd "$root"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.cache/jax}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-say "Running the tests on JAX's ${JAX_PLATFORMS} (compiled programs are kept in $JAX_COMPILATION_CACHE_DIR)."
+say "Running the tests with JAX on ${JAX_PLATFORMS} (compiled programs are cached in $JAX_COMPILATION_CACHE_DIR)."
 if [ $# -eq 0 ]; then
   set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 fi

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Asks Google Cloud for TPU slices, waits for them, and gives them back:
+# Requests TPU slices from Google Cloud, waits for them, and deletes them:
 # launch/tpu_queued_resource.sh create|wait|describe|delete NAME --zone ZONE [options]
 #
-#   create    queues a request for slices. The slice is named NAME; several are NAME-0, NAME-1, ...
-#   wait      returns when the request is ACTIVE; ends with exit code 1 when it failed or was preempted
-#   describe  prints what Google Cloud knows about the request
-#   delete    deletes the request and its slices; they are paid for until then
+#   create    queues a request for slices. One slice is named NAME; several are NAME-0, NAME-1, ...
+#   wait      returns when the request is ACTIVE; the exit code is 1 if it failed or was preempted
+#   describe  prints Google Cloud's description of the request
+#   delete    deletes the request and its slices; you pay for them until then
 #
-#   --project P    the project (default: gcloud's own)
+#   --project P    the project (default: gcloud's)
 #   --type T       create: v5p-128 is v5p:4x4x4 (the number counts cores, two a chip), v5litepod-256 is v5e:16x16
-#   --runtime R    create: the TPU VM's image (default: the one for the type; needed where that is not known)
-#   --slices N     create: so many slices of the type, joined over the data centre's network (default 1)
-#   --spot         create: cheaper, and may be taken away; run create again afterwards (after delete)
+#   --runtime R    create: the TPU VM's image (default: the one for the type, if it is known)
+#   --slices N     create: the number of slices, joined over the data centre's network (default 1)
+#   --spot         create: cheaper, and may be preempted; then delete the request and create it again
 #   --reserved     create: from a reservation of the project
-#   --within D     create: give up when nothing was free within D, such as 6h
-#   --poll S       wait: seconds between two looks (default 30)
+#   --within D     create: give up if nothing is free within D, such as 6h
+#   --poll S       wait: seconds between two checks (default 30)
 #   --timeout S    wait: give up after S seconds (default: never)
-#   --yes          delete: do not ask
-#   --dry-run      print the commands, run none
+#   --yes          delete: do not ask for confirmation
+#   --dry-run      print the commands and run nothing
 #
 # Example: launch/tpu_queued_resource.sh create dream --zone us-east5-a --type v5p-128 --spot
 set -euo pipefail
@@ -32,7 +32,7 @@ action=${1:-}
 case $action in
   create | wait | describe | delete) shift ;;
   -h | --help) usage "${BASH_SOURCE[0]}" && exit 0 ;;
-  *) fail "'$action' is no action; give create, wait, describe or delete (see ${0##*/} --help)." ;;
+  *) fail "'$action' is not an action; give create, wait, describe or delete (see ${0##*/} --help)." ;;
 esac
 name='' zone='' project='' type='' runtime='' slices=1 within='' poll=30 timeout='' spot=0 reserved=0 yes=0
 while [ $# -gt 0 ]; do
@@ -72,7 +72,7 @@ runtime_for() {
     v5litepod-*) say v2-alpha-tpuv5-lite ;;
     v6e-*) say v2-alpha-tpuv6e ;;
     v4-*) say tpu-ubuntu2204-base ;;
-    *) fail "The image for the type $1 is not known here; name it with --runtime." ;;
+    *) fail "The image for the type $1 is unknown; name it with --runtime." ;;
   esac
 }
 
@@ -102,18 +102,18 @@ wait_active() {
   SECONDS=0
   while :; do
     state=$("${gcloud[@]}" describe "$name" "${where[@]}" '--format=value(state.state)') ||
-      fail "gcloud cannot describe the request $name in $zone; what it said stands above."
+      fail "gcloud cannot describe the request $name in $zone; see its message above."
     [ "$state" = "$last" ] || say "$name: $state"
     last=$state
     case $state in
       ACTIVE) return ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING)
-        fail "The request $name is $state: it failed or its slices were taken away; delete it, create it again, and" \
-          "the same training command goes on from its workdir."
+        fail "The request $name is $state: it failed or its slices were preempted; delete it, create it again, and" \
+          "run the same training command, which resumes from its workdir."
         ;;
     esac
     [ -z "$timeout" ] || [ $((SECONDS + poll)) -le "$timeout" ] ||
-      fail "The request $name is still $state after $SECONDS seconds; it stays queued (delete gives it up)."
+      fail "The request $name is still $state after $SECONDS seconds; it stays queued until you delete it."
     sleep "$poll"
   done
 }

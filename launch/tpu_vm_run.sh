@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Brings the repository to every host of TPU slices, and runs a command on all of them at once:
+# Copies the repository to every host of TPU slices, and runs a command on all of them at once:
 # launch/tpu_vm_run.sh run SLICE --zone ZONE [options] -- COMMAND...
 # launch/tpu_vm_run.sh preflight SLICE --zone ZONE [options] [-- OPTIONS OF preflight.sh]
 # launch/tpu_vm_run.sh setup|logs|status|stop SLICE --zone ZONE [options]
 #
-#   setup      copies the repository (what git would add) to ~/dreamllm_jax, installs it with its pinned versions
-#   preflight  after setup: launch/preflight.sh --platform tpu on every host at once, before anything is started
-#   start      begins the command on every host; it outlives the connection (launch/job.sh)
-#   logs       follows the log of one host until the job ends; its exit code is this script's
-#   run        setup, start, logs. After a preemption: recreate the slice, run the same command; training goes on
+#   setup      copies the repository (what git would add) to ~/dreamllm_jax and installs it with pinned versions
+#   preflight  after setup: runs launch/preflight.sh --platform tpu on every host at once
+#   start      starts the command on every host; it outlives the connection (launch/job.sh)
+#   logs       follows the log of one host until the job ends; the exit code is the job's
+#   run        setup, start, logs. After a preemption recreate the slice and run the same command; training resumes
 #              from its workdir, a folder that all hosts share (a mounted bucket or file system)
-#   status     one line from every host
-#   stop       ends the job on every host; the slice is paid for until it is deleted (tpu_queued_resource.sh)
+#   status     prints one line from every host
+#   stop       ends the job on every host; you pay for the slice until it is deleted (tpu_queued_resource.sh)
 #
-#   --project P   the project (default: gcloud's own)
-#   --slices N    the slices are SLICE-0 to SLICE-(N-1), of one request (default: one slice, named SLICE)
+#   --project P   the project (default: gcloud's)
+#   --slices N    the slices SLICE-0 to SLICE-(N-1) of one request (default: one slice, named SLICE)
 #   --name J      the job's name (default: train)
-#   --env FILE    settings for the command, such as launch/env/tpu_v5p.env; printed before they are used
-#   --worker W    logs: this host of the first slice (default 0)
-#   --dry-run     print the commands, run none
+#   --env FILE    settings for the command, such as launch/env/tpu_v5p.env; they are printed first
+#   --worker W    logs: the host of the first slice whose log is followed (default 0)
+#   --dry-run     print the commands and run nothing
 #
-# Words of COMMAND are handed on as they are, and `python` in its first place is the repository's.
+# The words of COMMAND are passed on unchanged, except that `python` as the first word is the repository's.
 # Example: launch/tpu_vm_run.sh run dream --zone us-east5-a --env launch/env/tpu_v5p.env -- \
 #            python -m dreamllm_jax.train --config=configs/stage2.py --workdir=/mnt/runs/stage2
 set -euo pipefail
@@ -35,7 +35,7 @@ action=${1:-}
 case $action in
   setup | preflight | start | logs | run | status | stop) shift ;;
   -h | --help) usage "${BASH_SOURCE[0]}" && exit 0 ;;
-  *) fail "'$action' is no action; give run, setup, preflight, start, logs, status or stop (see ${0##*/} --help)." ;;
+  *) fail "'$action' is not an action; give run, setup, preflight, start, logs, status or stop (see --help)." ;;
 esac
 slice='' zone='' project='' slices=1 name=train env='' worker=0 command=()
 while [ $# -gt 0 ]; do
@@ -52,9 +52,9 @@ while [ $# -gt 0 ]; do
       command=("$@")
       break
       ;;
-    -*) fail "$1 is unknown; see ${0##*/} --help (what the hosts shall run comes after --)." ;;
+    -*) fail "$1 is unknown; see ${0##*/} --help (the hosts' command comes after --)." ;;
     *)
-      [ -z "$slice" ] || fail "'$1' comes after the slice $slice; what the hosts shall run comes after --."
+      [ -z "$slice" ] || fail "'$1' comes after the slice $slice; the hosts' command comes after --."
       slice=$1
       ;;
   esac
@@ -69,7 +69,7 @@ case $action in
     check_workdir "${command[@]}"
     ;;
   preflight) ;;
-  *) [ ${#command[@]} = 0 ] || fail "$action takes no command; run and start do." ;;
+  *) [ ${#command[@]} = 0 ] || fail "$action does not take a command; run and start do." ;;
 esac
 [ -z "$env" ] || load_env "$env"
 need gcloud "see cloud.google.com/sdk/docs/install"
@@ -80,7 +80,7 @@ if [ "$slices" = 1 ]; then names=("$slice"); else
   for ((i = 0; i < slices; i++)); do names+=("$slice-$i"); done
 fi
 
-# on SLICE WORKER COMMAND: a line of shell on one host, or on all of them.
+# on SLICE WORKER COMMAND: runs a line of shell on one host, or on all of them.
 on() {
   run gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" "--worker=$2" "--command=$3"
 }
@@ -88,11 +88,11 @@ on() {
 everywhere() {
   local one
   for one in "${names[@]}"; do
-    on "$one" all "$1" || fail "$one: not every host did it; what they said stands above, and it can be run again."
+    on "$one" all "$1" || fail "$one: it failed on some hosts; see their messages above, and run it again."
   done
 }
 
-# What setup does on a host. It deletes nothing: a workdir may lie in the folder.
+# What setup does on a host. It deletes nothing, because a workdir may be in the folder.
 # shellcheck disable=SC2016
 unpack='set -e; mkdir -p ~/dreamllm_jax; tar -xzf ~/dreamllm_jax.tgz -C ~/dreamllm_jax;
 find_python() { for python in python3.12 python3.11 python3.13; do
@@ -118,16 +118,16 @@ setup() {
       cd "$root" && git ls-files -z -co --exclude-standard | while IFS= read -r -d '' file; do
         [ ! -f "$file" ] || printf '%s\0' "$file"
       done | tar --null -czf "$archive" -T -
-    ) || fail "The repository could not be packed: is $root a git clone, and the disk of ${TMPDIR:-/tmp} not full?"
+    ) || fail "The repository could not be packed: is $root a git clone, and does ${TMPDIR:-/tmp} have space?"
   fi
   for one in "${names[@]}"; do
     run gcloud compute tpus tpu-vm scp "$archive" "$one:dreamllm_jax.tgz" "${where[@]}" --worker=all ||
-      fail "The repository could not be copied to every host of $one; what gcloud said stands above."
+      fail "The repository could not be copied to every host of $one; see gcloud's message above."
   done
   everywhere "$unpack"
 }
 
-# job ACTION [WORD...]: launch/job.sh on the host, as a line of shell.
+# job ACTION [WORD...]: prints the line of shell that runs launch/job.sh on a host.
 job() {
   local action=$1
   shift
@@ -145,7 +145,7 @@ start() {
 logs() {
   local status=0
   on "${names[0]}" "$worker" "$(job logs)" || status=$?
-  [ "$status" != 255 ] || fail "The connection was lost; the job goes on, and logs follows it again."
+  [ "$status" != 255 ] || fail "The connection was lost, but the job is still running; follow it again with logs."
   return "$status"
 }
 

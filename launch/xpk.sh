@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
-# TPU slices on GKE through xpk (github.com/AI-Hypercomputer/xpk), which makes clusters and writes JobSets:
+# TPU slices on GKE through xpk (github.com/AI-Hypercomputer/xpk), which creates clusters and writes JobSets:
 # launch/xpk.sh create-cluster|delete-cluster|list --cluster C --zone Z [options]
 # launch/xpk.sh run NAME --cluster C --zone Z --type T --image I [options] -- COMMAND...
 # launch/xpk.sh wait|delete NAME --cluster C --zone Z [options]
 #
-#   create-cluster  a GKE cluster with a node pool for each slice; run again with other --slices, it is changed
-#   run             queues COMMAND for all hosts of the slices; restarted when a host was lost
-#   list, wait      what is queued and runs; the end of one (124: not within --timeout, 125: it failed)
-#   delete          ends the run NAME;   delete-cluster: nothing is paid for any more
+#   create-cluster  creates a GKE cluster with a node pool for each slice, or changes its number of slices
+#   run             queues COMMAND for all hosts of the slices; it is restarted when a host is lost
+#   list            shows what is queued and running
+#   wait            waits for the end of a run (exit code 124: not within --timeout, 125: it failed)
+#   delete          ends the run NAME
+#   delete-cluster  deletes the cluster, and ends its costs
 #
-#   --project P      the project (default: gcloud's own)
+#   --project P      the project (default: gcloud's)
 #   --type T         v5p-128 is v5p:4x4x4 (the number counts cores, two a chip), v5litepod-256 is v5e:16x16
-#   --slices N       so many slices of the type (default 1)
-#   --spot, --on-demand, --reservation R    create-cluster: one of them, for where the slices come from
-#   --image I        run: an image that was pushed, of launch/Dockerfile.tpu built with --build-arg RUN_AS=0
-#                    (xpk runs the image's own user, and libtpu wants root)
-#   --env FILE       run: settings for the command, such as launch/env/tpu_v5p.env; printed before they are used
-#   --restarts N     run: at most so often (default 50)
+#   --slices N       the number of slices (default 1)
+#   --spot, --on-demand, --reservation R    create-cluster: where the slices come from; give one
+#   --image I        run: a pushed image of launch/Dockerfile.tpu, built with --build-arg RUN_AS=0
+#                    (xpk runs the image's own user, and libtpu needs root)
+#   --env FILE       run: settings for the command, such as launch/env/tpu_v5p.env; they are printed first
+#   --restarts N     run: the largest number of restarts (default 50)
 #   --timeout S      wait: seconds (default: xpk's, a week)
-#   --yes            delete, delete-cluster: do not ask
-#   --dry-run        print the commands, run none
+#   --yes            delete, delete-cluster: do not ask for confirmation
+#   --dry-run        print the commands and run nothing
 #
-# Bucket or Filestore come from `xpk storage attach`, with --auto-mount. Words of COMMAND are handed on as they are.
+# Attach a bucket or Filestore with `xpk storage attach --auto-mount`. The words of COMMAND are passed on unchanged.
 # Example: launch/xpk.sh run dream --cluster pod --zone us-east5-a --type v5p-128 --image REGISTRY/dreamllm:1 -- \
 #            python -m dreamllm_jax.train --config=configs/stage2.py:/mnt/all --workdir=/mnt/all/stage2
 set -euo pipefail
@@ -36,7 +38,7 @@ action=${1:-}
 case $action in
   create-cluster | delete-cluster | list | run | wait | delete) shift ;;
   -h | --help) usage "${BASH_SOURCE[0]}" && exit 0 ;;
-  *) fail "'$action' is no action; give create-cluster, run, list, wait, delete or delete-cluster (see --help)." ;;
+  *) fail "'$action' is not an action; give create-cluster, run, list, wait, delete or delete-cluster (see --help)." ;;
 esac
 name='' cluster='' zone='' project='' type='' slices=1 image='' env='' restarts=50 timeout=''
 capacity=() yes=0 command=()
@@ -61,9 +63,9 @@ while [ $# -gt 0 ]; do
       command=("$@")
       break
       ;;
-    -*) fail "$1 is unknown; see ${0##*/} --help (what the hosts shall run comes after --)." ;;
+    -*) fail "$1 is unknown; see ${0##*/} --help (the hosts' command comes after --)." ;;
     *)
-      [ -z "$name" ] || fail "'$1' comes after the name $name; what the hosts shall run comes after --."
+      [ -z "$name" ] || fail "'$1' comes after the name $name; the hosts' command comes after --."
       name=$1
       ;;
   esac
@@ -79,21 +81,22 @@ done
 case $action in
   run | wait | delete) # xpk's rule for names (parser/validators.py)
     [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-      fail "'$name' is no name for a run; give up to 40 of a-z, 0-9 and -, with a letter first and no - at the end."
+      fail "'$name' is not a valid name of a run; give up to 40 of a-z, 0-9 and -, beginning with a letter and not" \
+        "ending with -."
     ;;
-  *) [ -z "$name" ] || fail "'$name' is unknown; $action takes no name of a run." ;;
+  *) [ -z "$name" ] || fail "'$name' is unknown; $action does not take the name of a run." ;;
 esac
 if [ "$action" = run ]; then
   given --image "$image"
   [ ${#command[@]} -gt 0 ] || fail "The command is missing; give it after -- (see ${0##*/} --help)."
   check_workdir "${command[@]}"
 else
-  [ ${#command[@]} = 0 ] || fail "$action takes no command; run does."
-  [ -z "$env" ] || fail "--env is for run, whose command gets the settings."
+  [ ${#command[@]} = 0 ] || fail "$action does not take a command; run does."
+  [ -z "$env" ] || fail "--env is only for run, whose command gets the settings."
 fi
 case $action in run | create-cluster) given --type "$type" ;; esac
 if [ "$action" = create-cluster ]; then
-  [ ${#capacity[@]} = 1 ] || fail "Give one of --spot, --on-demand and --reservation R: where the slices come from."
+  [ ${#capacity[@]} = 1 ] || fail "Give one of --spot, --on-demand and --reservation R, where the slices come from."
 else
   [ ${#capacity[@]} = 0 ] || fail "${capacity[0]} is for create-cluster; a run takes the slices of its cluster."
 fi
@@ -115,7 +118,7 @@ case $action in
   run)
     settings=()
     for setting in "${env_settings[@]}"; do settings+=("--env=$setting"); done
-    # What JAX ends with where another host was lost is, for xpk, a failure of the user's code.
+    # xpk takes the exit code of JAX after the loss of another host for a failure of the user's code.
     run xpk workload create "${where[@]}" "${slice[@]}" "--workload=$name" "--docker-image=$image" \
       "--max-restarts=$restarts" --restart-on-user-code-failure --termination-grace-period-seconds=300 \
       "${settings[@]}" "--command=cd /opt/dreamllm_jax && $(quoted "${command[@]}")"

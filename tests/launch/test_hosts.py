@@ -83,8 +83,8 @@ def test_stop_ends_what_runs_on_every_host_of_every_slice(pod, tmp_path):
     start = pod.launch("tpu_vm_run.sh", "start", *pair, "--", "bash", "-c", "echo awake; sleep 300 & wait")
     assert start.returncode == 0 and start.stdout.count("started nap") == 2, start
     again = pod.launch("tpu_vm_run.sh", "start", *pair, "--", "true")
-    assert again.returncode == 1 and "The job nap runs already" in again.stderr
-    assert pod.launch("tpu_vm_run.sh", "status", *pair).stdout.count("nap runs (process") == 2
+    assert again.returncode == 1 and "The job nap is already running" in again.stderr
+    assert pod.launch("tpu_vm_run.sh", "status", *pair).stdout.count("nap is running (process") == 2
     stop = pod.launch("tpu_vm_run.sh", "stop", *pair)
     assert stop.returncode == 0 and stop.stdout.count("nap ended with exit code 143.") == 2, stop
     logs = pod.launch("tpu_vm_run.sh", "logs", *pair)
@@ -102,7 +102,7 @@ def test_a_host_that_fails_is_reported(pod, tmp_path):
     """No python and no apt-get on one host: the installation fails, and nothing is started."""
     (tmp_path / "hosts" / "dream.1" / "dreamllm_jax").write_text("a file where the folder should be")
     result = pod.launch("tpu_vm_run.sh", "run", "dream", *ZONE, "--", "true")
-    assert result.returncode == 1 and "dream: not every host did it" in result.stderr
+    assert result.returncode == 1 and "dream: it failed on some hosts" in result.stderr
     assert not (tmp_path / "hosts" / "dream.0" / ".dreamllm_jax").exists()
 
 
@@ -126,8 +126,8 @@ def test_a_job_that_saves_when_asked_to_end(cluster):
     pid = int((cluster.home / ".dreamllm_jax" / "nap" / "pid").read_text())
     os.killpg(pid, signal.SIGTERM)
     time.sleep(0.5)
-    assert "nap runs" in cluster.launch("job.sh", "status", "nap").stdout
-    assert "runs already" in cluster.launch("job.sh", "start", "nap", "--", "true").stderr
+    assert "nap is running" in cluster.launch("job.sh", "status", "nap").stdout
+    assert "is already running" in cluster.launch("job.sh", "start", "nap", "--", "true").stderr
     assert "nap ended with exit code 9" in cluster.launch("job.sh", "stop", "nap").stdout
     assert "saved" in (cluster.home / ".dreamllm_jax" / "nap" / "log").read_text()
 
@@ -150,5 +150,5 @@ def test_install_dry_run(cluster):
     result = cluster.launch("install.sh", "cuda", "--dry-run")
     assert result.returncode == 0
     assert "install --constraint launch/constraints/py312.txt --editable '.[cuda]'" in result.stdout
-    assert "after tpu give nothing or --dry-run" in cluster.refused("install.sh", "tpu", "--now")
+    assert "give --dry-run or nothing after tpu" in cluster.refused("install.sh", "tpu", "--now")
     assert "give runtime, tpu or cuda" in cluster.refused("install.sh", "gpu")

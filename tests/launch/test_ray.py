@@ -169,7 +169,7 @@ def test_a_lost_host_and_restarts(ray, tmp_path):
     assert result.returncode == 0 and "(the command got a SIGTERM); restarts left: 1." in result.stderr
     (tmp_path / "lost").rmdir()
     result = ray.launch("--type", "v5p-24", "--", "bash", "-c", line)
-    assert result.returncode == 1 and "the same command goes on from the training's workdir" in result.stderr
+    assert result.returncode == 1 and "and training resumes from its workdir" in result.stderr
 
 
 def test_no_such_command(ray):
@@ -199,7 +199,7 @@ def test_dry_run_needs_no_ray(ray):
         ("--type v5p-24 --wait long -- true", "invalid int value: 'long'"),
         ("--type v5p-24 python x.py", "Unrecognized arguments: python x.py"),
         ("--type v5p-24 --env no.env -- true", "--env no.env cannot be read"),
-        ("--type v5p-24 -- true --workdir=gs://b", "mount it on every host"),
+        ("--type v5p-24 -- true --workdir=gs://b", "mount the bucket on every host"),
         ("--type v5p-24 --address far -- true", "no Ray cluster at --address far (nobody answers)"),
     ],
 )

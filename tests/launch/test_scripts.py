@@ -175,7 +175,7 @@ def test_quickstart_refuses_a_file_as_workdir(house, tmp_path):
 @pytest.mark.parametrize("argument", ["--until=stage2", "--workdir=elsewhere", "more"])
 def test_quickstart_takes_overrides_of_the_recipe_alone(house, argument):
     result = launch(house, "launch/quickstart.sh", "work", argument, path="/usr/bin:/bin")
-    assert f"{argument} is no override of the recipe" in one_sentence(result)
+    assert f"{argument} is not an override of the recipe" in one_sentence(result)
     assert not (house.parent / "work").exists()
 
 

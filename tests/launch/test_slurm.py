@@ -94,7 +94,7 @@ def test_dry_run_needs_no_slurm(slurm, tmp_path):
         ("python x.py", "'python' is unknown"),
         ("--grace long -- true", "--grace is 'long'"),
         ("--env no.env -- python", "--env no.env cannot be read"),
-        ("-- python", ".venv/bin/python; launch/install.sh cuda makes it"),
+        ("-- python", ".venv/bin/python; launch/install.sh cuda creates it"),
         ("-- true --workdir=gs://b/run", "mount the bucket"),
     ],
 )
@@ -104,7 +104,7 @@ def test_declines_with_a_sentence(slurm, job, words, sentence):
 
 def test_declines_outside_of_slurm(slurm, job, tmp_path):
     del job["SLURM_JOB_ID"]
-    assert "This is no job of SLURM" in slurm.refused("slurm.sbatch", "--", "true", **job)
+    assert "This is not a job of SLURM" in slurm.refused("slurm.sbatch", "--", "true", **job)
     elsewhere = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
     said = slurm.refused("slurm.sbatch", "--", "true", **elsewhere)
     assert f"There is no {tmp_path}/launch/cluster.sh; submit it from" in said

@@ -65,7 +65,7 @@ def test_waiting_ends_where_nothing_will_come(cluster):
 @pytest.mark.parametrize(
     ("script", "args", "sentence"),
     [
-        (QUEUED, "", "'' is no action"),
+        (QUEUED, "", "'' is not an action"),
         (QUEUED, "create --zone z --type v5p-8", "the NAME of the request is missing"),
         (QUEUED, "create a --type v5p-8", "--zone is missing"),
         (QUEUED, "create a --zone --type v5p-8", "--zone has no value"),
@@ -75,10 +75,10 @@ def test_waiting_ends_where_nothing_will_come(cluster):
         (QUEUED, "create a --zone z --type v5p-8 --slices 0", "--slices is '0'"),
         (QUEUED, "create a b --zone z", "'b' comes after the name a"),
         (QUEUED, "create a --zone z --spoot", "--spoot is unknown"),
-        (RUN, "fly a --zone z", "'fly' is no action"),
+        (RUN, "fly a --zone z", "'fly' is not an action"),
         (RUN, "run a --zone z", "The command is missing"),
         (RUN, "run a --zone z python x.py", "comes after --"),
-        (RUN, "stop a --zone z -- python", "stop takes no command"),
+        (RUN, "stop a --zone z -- python", "stop does not take a command"),
         (RUN, "run a --zone z --env nowhere.env -- python", "--env nowhere.env cannot be read"),
         (RUN, "run a --zone z -- python --workdir=gs://b/run", "mount the bucket"),
         (RUN, "run a --zone z -- python --workdir gs://b/run", "mount the bucket"),
