@@ -93,7 +93,9 @@ def read_settings(path: str) -> dict[str, str]:
             raise ValueError(f"{path}, line {number}, is not NAME=VALUE: {line}.")
         name, value = found.groups()
         if name in settings and name not in JOINED:
-            raise ValueError(f"{path}, line {number}, sets {name} again; only {' and '.join(JOINED)} may be repeated.")
+            raise ValueError(
+                f"{path}, line {number}, sets {name} again; only {' and '.join(JOINED)} may be repeated."
+            )
         settings[name] = f"{settings[name]} {value}" if name in settings else value
     print(f"Set by --env {path}:", *(f"  {name}={value}" for name, value in settings.items()), sep="\n")
     return settings
@@ -122,7 +124,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--wait", type=int, default=600, help="seconds to wait for a free slice (default 600)"
     )
-    parser.add_argument("--restarts", type=int, default=0, help="restarts after the loss of a host (default 0)")
+    parser.add_argument(
+        "--restarts", type=int, default=0, help="restarts after the loss of a host (default 0)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be asked of Ray")
     parser.error = complain  # type: ignore[method-assign]
     options = parser.parse_args(own)
@@ -136,7 +140,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         if word.startswith("--workdir=") or before == "--workdir":
             if "://" in word:
                 raise ValueError(
-                    f"{word} is a bucket's address; mount the bucket on every host and give its folder."
+                    f"{word} is a bucket's address; mount the bucket on every host, and give its folder."
                 )
     options.command = command
     return options
@@ -232,7 +236,9 @@ def main() -> int:
             except ray.exceptions.RayError as error:
                 why = str(error).splitlines()[0]
             print(f"A host was lost ({why}); restarts left: {left}.", file=sys.stderr)
-        raise ValueError("A host was lost; run the same command again, and training resumes from its workdir.")
+        raise ValueError(
+            "A host was lost; run the same command again, and training resumes from its workdir."
+        )
     except ValueError as error:
         print(f"ray_tpu.py: {error}", file=sys.stderr)
         return 1

@@ -116,7 +116,13 @@ def test_a_missing_pytorch_is_not_mentioned():
 
 
 @pytest.mark.parametrize(
-    "module", ["dreamllm_jax", "dreamllm_jax.train.__main__", "dreamllm_jax.convert.recognize"]
+    "module",
+    [
+        "dreamllm_jax",
+        "dreamllm_jax.commands.main",
+        "dreamllm_jax.train.loop",
+        "dreamllm_jax.convert.recognize",
+    ],
 )
 def test_importing_the_package_does_not_import_transformers(module):
     code = f"import sys, {module}; sys.exit('transformers' in sys.modules or 'torch' in sys.modules)"
