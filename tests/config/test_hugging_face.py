@@ -120,7 +120,7 @@ def test_a_missing_pytorch_is_not_mentioned():
     [
         "dreamllm_jax",
         "dreamllm_jax.commands.main",
-        "dreamllm_jax.train.loop",
+        "dreamllm_jax.train.__main__",
         "dreamllm_jax.convert.recognize",
     ],
 )
