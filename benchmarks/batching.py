@@ -1,8 +1,9 @@
-"""What a batch of prompts costs beside its members one by one, in one run, alternating.
+"""Times generation for a batch of prompts against generation for the same prompts one at a time.
 
     python -m benchmarks.batching --model=quickstart/checkpoint [--prompts=16] [--rounds=3]
 
-Prints, for text, images and documents, the median seconds of both ways and their ratio.
+The two are timed alternately in one run. For text, images and documents, prints the median seconds of each
+and the median of the ratios (below 1: the batch is faster).
 """
 
 from __future__ import annotations
@@ -17,24 +18,27 @@ from dreamllm_jax.data.numbers import TRAINING_COUNTS, WORDS, caption, count
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Returns the wall-clock seconds of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def compare(name: str, generate: Callable[[object, int], object], prompts: list[str], rounds: int) -> None:
-    """Times `generate` on all prompts at once and on each alone, in turns, after one call of each kind."""
+    """Times `generate` alternately on all prompts at once and on each prompt alone, and prints one line.
 
-    def together() -> None:
+    Both are called once before, to compile.
+    """
+
+    def as_batch() -> None:
         generate(prompts, 0)
 
-    def alone() -> None:
+    def one_by_one() -> None:
         for seed, prompt in enumerate(prompts):
             generate(prompt, seed)
 
-    together(), alone()
-    pairs = [(seconds(together), seconds(alone)) for _ in range(rounds)]
+    as_batch(), one_by_one()
+    pairs = [(seconds(as_batch), seconds(one_by_one)) for _ in range(rounds)]
     batch, single = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / s for b, s in pairs)
     print(f"{name:10} batch {batch:7.2f} s   one by one {single:7.2f} s   ratio {ratio:.2f}", flush=True)
@@ -45,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a folder that from_pretrained loads")
+    parser.add_argument("--model", required=True, help="a folder that DreamLLM.from_pretrained loads")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

@@ -1,14 +1,14 @@
-"""Times several forms of the small U-Net's convolutions: the measurement behind `ops.cpu.convolution`.
+"""Times several implementations of the small U-Net's convolutions, to justify `ops.cpu.convolution`.
 
     python -m benchmarks.conv
 
-Prints, for each shape and form, the milliseconds of the forward pass, of forward and backward pass, and of
-both inside a `lax.scan` of 4 steps, per step. The forms:
+For each shape and implementation, prints the milliseconds of the forward pass, of the forward and backward
+passes, and of one step of both in a `lax.scan` of 4 steps. The implementations:
 
     xla       XLA's convolution with the gradients that autodiff derives
-    conv      what the models use: on CPUs, with gradients in the layout of the forward pass
-    joined    nine shifted slices in one matrix product
-    summed    nine matrix products
+    conv      what the models use: on CPUs, gradients in the layout of the forward pass
+    joined    nine shifted slices, concatenated, in one matrix product
+    summed    the sum of nine matrix products
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 
 from dreamllm_jax.ops.conv import convolve, xla_convolution
 
-# (rows, height, width, channels in), channels out: the demonstration's U-Net.
+# (batch size, height, width, input channels), output channels: the layers of the quickstart's U-Net.
 SHAPES = [((64, 8, 8, 32), 32), ((64, 8, 8, 64), 64), ((64, 16, 16, 16), 16), ((64, 4, 4, 128), 64)]
 
 
 def slices(x: jax.Array) -> list[jax.Array]:
-    """Returns the nine shifts of x under a 3x3 kernel."""
+    """Returns x shifted to each of the nine positions of a 3x3 kernel."""
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -41,12 +41,12 @@ FORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 def looped(form: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Applies the form in each of 4 steps of a scan."""
+    """Applies a form in a scan of 4 steps, all on the same x."""
     return jax.lax.map(lambda part: form(part, kernel), jnp.stack([x] * 4))
 
 
 def milliseconds(run: Callable, *args: jax.Array) -> float:
-    """Returns the best time of 10 calls, without compilation."""
+    """Returns the best time of 10 calls; compilation is not timed."""
     jax.block_until_ready(run(*args))
     best = float("inf")
     for _ in range(10):
@@ -57,10 +57,12 @@ def milliseconds(run: Callable, *args: jax.Array) -> float:
 
 
 def backward(form: Callable) -> Callable:
+    """Returns the jitted gradients of a form's squared sum with respect to input and kernel."""
     return jax.jit(jax.grad(lambda x, k: (form(x, k) ** 2).sum(), (0, 1)))
 
 
 def main() -> None:
+    """Prints the table."""
     print(f"JAX {jax.__version__}, {jax.default_backend()}; milliseconds: forward, + backward, in a scan")
     for shape, features in SHAPES:
         x = jax.random.normal(jax.random.key(0), shape)

@@ -1,11 +1,14 @@
-"""Converts a language model of 7B shape in both directions, beside plain copies of its files.
+"""Times the conversion of a 7B language model in both directions against plain copies of its files.
 
     python -m benchmarks.conversion [--folder=FOLDER] [--layers=32]
 
-Writes random bfloat16 weights (13.5 GB with 32 layers; four times that is needed on the disk of FOLDER) and
-measures, each in a process of its own and from files that are not in memory: a copy, to-jax, to-torch, a
-copy. Prints one JSON object: seconds, MB/s and peak memory of each, the ratios to the copies, and whether the
-tensors that come back are the same bits. What it wrote is removed.
+Writes random bfloat16 weights: 13.5 GB with 32 layers. FOLDER needs four times that much free disk space.
+Then times four commands: a copy, `to-jax`, `to-torch` and a second copy. Each runs in its own process and
+reads files that are not in the page cache.
+
+Prints one JSON object: seconds, MB/s and peak memory of each command, the ratios of the conversions' speed to
+that of the copies, and whether the tensors after both conversions equal the original bit for bit. All files
+are removed at the end.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ from dreamllm_jax.convert.weights import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2])"
-# Runs a command and says its peak memory; the disk holds everything before the clock stops.
-TIMED = """
+# Runs a command and prints its time and peak memory. The time includes flushing what it wrote to the disk.
+TIMED_COMMAND = """
 import json, os, resource, subprocess, sys, time
 start = time.perf_counter()
 code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
@@ -45,8 +48,8 @@ print(json.dumps({"code": code, "seconds": time.perf_counter() - start, "peak": 
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """Normal random numbers, drawn piece by piece as they are written."""
+class RandomTensor:
+    """A lazy tensor of normally distributed random numbers, generated in pieces as they are written."""
 
     origin: str
     shape: Shape
@@ -61,7 +64,7 @@ class Drawn:
 
 
 def write_model(folder: Path, layers: int) -> int:
-    """A folder as transformers publishes LLaMA-7B; returns the bytes of its tensors."""
+    """Writes a LLaMA-7B folder in transformers' format and returns the size of its tensors in bytes."""
     config = LlamaConfig(num_hidden_layers=layers)
     width, inner = config.hidden_size, config.intermediate_size
     shapes = {"model.embed_tokens.weight": (config.vocab_size, width)}
@@ -73,12 +76,12 @@ def write_model(folder: Path, layers: int) -> int:
         shapes |= {f"{layer}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (width,), "lm_head.weight": (config.vocab_size, width)}
     folder.mkdir()
-    write_sharded(folder, "model", {name: Drawn(name, shape) for name, shape in shapes.items()})
+    write_sharded(folder, "model", {name: RandomTensor(name, shape) for name, shape in shapes.items()})
     write_json(folder / "config.json", llama_json(config, "bfloat16"))
     return sum(2 * int(np.prod(shape)) for shape in shapes.values())
 
 
-def forget(folder: Path) -> None:
+def drop_from_page_cache(folder: Path) -> None:
     """Drops the files of a folder from the page cache."""
     os.sync()
     for file in folder.iterdir():
@@ -87,13 +90,18 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def timed(command: list[str], source: Path, size: int) -> dict[str, float]:
-    """Seconds, MB/s and peak memory of a command that reads `source`."""
-    forget(source)
-    done = subprocess.run([sys.executable, "-c", TIMED, *command], capture_output=True, text=True, cwd=ROOT)
-    result = json.loads(done.stdout)
+def time_command(command: list[str], source: Path, size: int) -> dict[str, float]:
+    """Runs a command that reads `source` and returns its seconds, MB/s and peak memory in GiB.
+
+    Raises:
+      RuntimeError: the command failed.
+    """
+    drop_from_page_cache(source)
+    program = [sys.executable, "-c", TIMED_COMMAND]
+    completed = subprocess.run([*program, *command], capture_output=True, text=True, cwd=ROOT)
+    result = json.loads(completed.stdout)
     if result["code"]:
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} failed: {completed.stderr[-2000:]}")
     seconds = result["seconds"]
     return {
         "seconds": round(seconds, 1),
@@ -103,7 +111,7 @@ def timed(command: list[str], source: Path, size: int) -> dict[str, float]:
 
 
 def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    """Whether two folders hold the same tensors, to the bit."""
+    """Returns whether two checkpoints hold the same tensors, bit for bit."""
     return ours.keys() == theirs.keys() and all(
         a.shape == theirs[name].shape
         and a.dtype == theirs[name].dtype
@@ -116,7 +124,7 @@ def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 def measure(folder: Path, layers: int) -> dict[str, object]:
-    """The whole comparison inside `folder`."""
+    """Runs the comparison inside `folder` and returns the results by step."""
     start = time.perf_counter()
     size = write_model(folder / "model", layers)
     print(f"wrote {size / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
@@ -130,7 +138,8 @@ def measure(folder: Path, layers: int) -> dict[str, object]:
     results: dict[str, object] = {"bytes": size}
     for name, (command, source, target) in steps.items():
         shutil.rmtree(folder / target, ignore_errors=True)
-        results[name] = timed([*command, str(folder / source), str(folder / target)], folder / source, size)
+        command = [*command, str(folder / source), str(folder / target)]
+        results[name] = time_command(command, folder / source, size)
         print(name, results[name], file=sys.stderr, flush=True)
     copies = [results[name]["MB/s"] for name in ("copy", "copy again")]
     for name in ("to-jax", "to-torch"):
@@ -144,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: temporary)")
     parser.add_argument("--layers", type=int, default=32)
     arguments = parser.parse_args()
     if arguments.folder is not None:

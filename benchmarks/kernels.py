@@ -1,17 +1,22 @@
-"""Times every implementation of attention beside the reference, in turns, and sees that they agree.
+"""Times every implementation of attention against the reference and checks that they agree.
 
     python -m benchmarks.kernels [CASE ...] [--size=tiny|full] [--turns=N] [--topology=NAME] [--json=FILE]
 
-For each case and implementation: milliseconds forward and with the backward pass (medians), the reference's
-time by it (above 1: it is faster), the memory that the compiled backward pass needs beside its arguments and
-results, and how far results and gradients are from those in float32, by how far the reference's are (by 1e-6
-at least). CPUs compute in float32, GPUs and TPUs in bfloat16; the truth is `chunked` in float32, which the
-tests hold to the reference. Turns go A B C C B A ...; compilation is not timed. `full` are the shapes of
-LLaMA-7B, Stable Diffusion 2.1 and CLIP ViT-L/14; it is what an accelerator is measured with. The exit code
-is 1 where an implementation is more than twice as far from the truth as the reference is.
+For each case and implementation, prints:
 
-With `--topology=v5e:2x2` (any that libtpu knows) nothing runs: the TPU's compiler, which needs no TPU, says
-what memory each needs on one chip.
+- the median milliseconds of the forward pass, and of the forward and backward passes,
+- the speedup over the reference (above 1: faster than the reference),
+- the temporary memory of the compiled forward and backward passes (arguments and results are not counted),
+- the error ratio: the error of its outputs and gradients, divided by the error of the reference's, or by 1e-6
+  where that is smaller. The largest ratio is printed.
+
+Errors are relative to `chunked` in float32, which the tests compare with the reference. CPUs compute in
+float32, GPUs and TPUs in bfloat16. Implementations take turns in the order A B C C B A ...; compilation is
+not timed. `--size=full` has the shapes of LLaMA-7B, Stable Diffusion 2.1 and CLIP ViT-L/14; use it on an
+accelerator. The exit code is 1 if an error ratio is above 2.
+
+With `--topology=v5e:2x2`, or another topology that libtpu knows, nothing is run. Instead, the TPU compiler,
+which does not need a TPU, reports the memory that each implementation needs on one chip.
 """
 
 from __future__ import annotations
@@ -45,7 +50,11 @@ Arrays = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention: rows, queries, keys, heads of both, their width; packed rows or pictures."""
+    """The shape of one attention call.
+
+    `width` is the width of one head. `packed` rows hold several documents and have a causal mask; other rows
+    have no mask.
+    """
 
     rows: int
     queries: int
@@ -79,44 +88,48 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "gpu": {"xla": reference_attention, "chunked": chunked_attention, "cudnn": cudnn_attention},
     "tpu": {"xla": reference_attention, "chunked": chunked_attention, "splash": splash_attention},
 }
-# What a kernel or a compiler says of shapes that it does not take, or that do not fit.
-IMPOSSIBLE = (ValueError, NotImplementedError, RuntimeError)
+# What kernels and compilers raise for shapes that they do not support or that do not fit into memory.
+UNSUPPORTED = (ValueError, NotImplementedError, RuntimeError)
 
 
 def inputs(case: Case, dtype: Any) -> Arrays:
-    """Queries, keys, values, the gradient that comes back, and the segments of packed rows."""
+    """Returns random queries, keys, values and output gradient, and the segment ids of packed rows."""
     keys = jax.random.split(jax.random.key(0), 5)
-    of_keys = (case.rows, case.keys, case.kv_heads, case.width)
+    kv_shape = (case.rows, case.keys, case.kv_heads, case.width)
     shape = (case.rows, case.queries, case.heads, case.width)
-    shapes = (shape, of_keys, of_keys, shape)
+    shapes = (shape, kv_shape, kv_shape, shape)
     arrays = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=False)]
-    ends = jax.random.randint(keys[4], (case.rows, 1, 4), 1, case.queries)  # of four documents; then padding
+    # Each row has four documents, which end at random positions; padding follows.
+    ends = jax.random.randint(keys[4], (case.rows, 1, 4), 1, case.queries)
     ids = (jnp.arange(case.queries)[None, :, None] >= ends).sum(-1) + 1
     return *arrays, jnp.where(ids == 5, 0, ids).astype(jnp.int32)
 
 
-def compiled(function: Callable, case: Case, arrays: Arrays) -> tuple[Any, Any]:
-    """The forward pass, and the one with the gradients of queries, keys and values."""
+def compile_passes(function: Callable, case: Case, arrays: Arrays) -> tuple[Any, Any]:
+    """Returns two compiled functions: the forward pass, and the forward and backward passes.
+
+    The second returns the output and the gradients of queries, keys and values.
+    """
 
     def forward(q, k, v, _, ids):
         return function(q, k, v, masks.packed(ids) if case.packed else None)
 
-    def both(q, k, v, back, ids):
-        out, pull = jax.vjp(lambda *x: forward(*x, back, ids), q, k, v)
-        return out, *pull(back)
+    def forward_backward(q, k, v, output_gradient, ids):
+        out, vjp = jax.vjp(lambda *x: forward(*x, output_gradient, ids), q, k, v)
+        return out, *vjp(output_gradient)
 
-    forward, both = (jax.jit(f).lower(*arrays).compile() for f in (forward, both))
-    return forward, both
+    forward, forward_backward = (jax.jit(f).lower(*arrays).compile() for f in (forward, forward_backward))
+    return forward, forward_backward
 
 
-def distances(found: Arrays, truth: Arrays) -> list[float]:
-    """Of the result and each gradient: norm of the difference by the norm."""
+def relative_errors(found: Arrays, truth: Arrays) -> list[float]:
+    """Returns ||found - truth|| / ||truth|| for the output and for each gradient."""
     pairs = zip(found, truth, strict=True)
     return [float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) for a, b in pairs]
 
 
-def in_turns(runs: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, float]:
-    """Median milliseconds of each; the order is turned around every time."""
+def time_in_turns(runs: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, float]:
+    """Returns the median milliseconds of each function; every other turn runs them in reverse order."""
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         jax.block_until_ready(run())
@@ -129,56 +142,55 @@ def in_turns(runs: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, float]
 
 
 def measure(case: Case, turns: int, dtype: Any) -> dict[str, dict[str, Any]]:
-    """By implementation the figures, or {"impossible": why}."""
+    """Returns the figures of each implementation, or {"error": message} if it cannot compute the case."""
     arrays = inputs(case, dtype)
     found: dict[str, dict[str, Any]] = {}
     runs: dict[Any, Callable[[], Any]] = {}
-    wide = tuple(x.astype(jnp.float32) if x.dtype == dtype else x for x in arrays)
+    arrays_float32 = tuple(x.astype(jnp.float32) if x.dtype == dtype else x for x in arrays)
     with jax.default_matmul_precision("highest"):
-        truth = compiled(chunked_attention, case, wide)[1](*wide)
-    far: dict[str, list[float]] = {}
+        truth = compile_passes(chunked_attention, case, arrays_float32)[1](*arrays_float32)
+    errors: dict[str, list[float]] = {}
     for name, function in IMPLEMENTATIONS[jax.default_backend()].items():
         try:
-            forward, both = compiled(function, case, arrays)
-            far[name] = distances(both(*arrays), truth)
-        except IMPOSSIBLE as error:
-            found[name] = {"impossible": str(error).splitlines()[0]}
+            forward, forward_backward = compile_passes(function, case, arrays)
+            errors[name] = relative_errors(forward_backward(*arrays), truth)
+        except UNSUPPORTED as error:
+            found[name] = {"error": str(error).splitlines()[0]}
             continue
-        runs |= {(name, "forward"): lambda f=forward: f(*arrays), (name, "both"): lambda f=both: f(*arrays)}
-        memory = both.memory_analysis().temp_size_in_bytes
-        found[name] = {"memory_mib": memory / 2**20, "distances": far[name]}
-    times = in_turns(runs, turns)
-    for name in far:
-        found[name] |= {
-            "forward_ms": times[name, "forward"],
-            "both_ms": times[name, "both"],
-            "faster_forward": times["xla", "forward"] / times[name, "forward"],
-            "faster_both": times["xla", "both"] / times[name, "both"],
-            "relative_distance": max(a / max(b, 1e-6) for a, b in zip(far[name], far["xla"], strict=True)),
-        }
+        runs[name, "forward"] = lambda f=forward: f(*arrays)
+        runs[name, "forward_backward"] = lambda f=forward_backward: f(*arrays)
+        memory = forward_backward.memory_analysis().temp_size_in_bytes
+        found[name] = {"memory_mib": memory / 2**20, "errors": errors[name]}
+    times = time_in_turns(runs, turns)
+    for name in errors:
+        pairs = zip(errors[name], errors["xla"], strict=True)
+        found[name]["error_ratio"] = max(error / max(reference, 1e-6) for error, reference in pairs)
+        for passes in ("forward", "forward_backward"):
+            found[name][f"{passes}_ms"] = times[name, passes]
+            found[name][f"{passes}_speedup"] = times["xla", passes] / times[name, passes]
     return found
 
 
-def memory(case: Case, chip: Any) -> dict[str, dict[str, Any]]:
-    """By implementation what the compiler for a described TPU says of it."""
+def compiled_memory(case: Case, chip: Any) -> dict[str, dict[str, Any]]:
+    """Returns the memory that each implementation needs on a described TPU chip, or {"error": message}."""
     mesh = make_mesh(MeshConfig(data=1), [chip])
-    place = NamedSharding(mesh, PartitionSpec())
+    sharding = NamedSharding(mesh, PartitionSpec())
     arrays = jax.eval_shape(lambda: inputs(case, jnp.bfloat16))
-    arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arrays)
+    arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arrays)
     found: dict[str, dict[str, Any]] = {}
     with jax.set_mesh(mesh):
         for name, function in IMPLEMENTATIONS["tpu"].items():
             try:
-                both = compiled(function, case, arrays)[1]
-            except IMPOSSIBLE as error:
-                found[name] = {"impossible": str(error).splitlines()[0]}
+                forward_backward = compile_passes(function, case, arrays)[1]
+            except UNSUPPORTED as error:
+                found[name] = {"error": str(error).splitlines()[0]}
                 continue
-            found[name] = {"memory_mib": both.memory_analysis().temp_size_in_bytes / 2**20}
+            found[name] = {"memory_mib": forward_backward.memory_analysis().temp_size_in_bytes / 2**20}
     return found
 
 
-def described(topology: str) -> Any:
-    """One chip of a TPU that is not there."""
+def described_chip(topology: str) -> Any:
+    """Returns the description of one chip of a TPU topology; the TPU does not have to exist."""
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v5p-8")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -186,50 +198,53 @@ def described(topology: str) -> Any:
 
 
 def show(name: str, case: Case, found: dict[str, dict[str, Any]]) -> None:
-    """One table of text."""
+    """Prints the figures of one case, one line for each implementation."""
     print(f"{name}: {dataclasses.astuple(case)[:-1]}{', packed' if case.packed else ''}")
     for implementation, x in found.items():
-        if "impossible" in x:
-            print(f"  {implementation:8} impossible: {x['impossible']}")
+        if "error" in x:
+            print(f"  {implementation:8} error: {x['error']}")
             continue
-        if "both_ms" not in x:
+        if "forward_backward_ms" not in x:
             print(f"  {implementation:8} {x['memory_mib']:9.1f} MiB", flush=True)
             continue
         print(
-            f"  {implementation:8} {x['forward_ms']:9.2f} ms {x['faster_forward']:6.2f} x"
-            f"   with backward {x['both_ms']:9.2f} ms {x['faster_both']:6.2f} x"
-            f"   {x['memory_mib']:9.1f} MiB   distance {x['relative_distance']:.2f}",
+            f"  {implementation:8} {x['forward_ms']:9.2f} ms {x['forward_speedup']:6.2f} x"
+            f"   with backward {x['forward_backward_ms']:9.2f} ms {x['forward_backward_speedup']:6.2f} x"
+            f"   {x['memory_mib']:9.1f} MiB   error ratio {x['error_ratio']:.2f}",
             flush=True,
         )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses the command line, measures, prints."""
+    """Parses the command line, measures, prints the results and returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--size", choices=tuple(CASES), default="tiny")
     parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--topology", help="of TPUs; measure nothing, compile")
+    parser.add_argument("--topology", help="a TPU topology: compile for it, run nothing")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     cases = CASES[options.size]
     if unknown := [name for name in options.cases if name not in cases]:
-        parser.error(f"unknown: {', '.join(unknown)}; {options.size} has {', '.join(map(repr, cases))}")
-    device = described(options.topology) if options.topology else jax.devices()[0]
+        known = ", ".join(map(repr, cases))
+        parser.error(f"unknown cases: {', '.join(unknown)}; --size={options.size} has {known}")
+    device = described_chip(options.topology) if options.topology else jax.devices()[0]
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     print(f"JAX {jax.__version__}, {device.device_kind}, {jnp.dtype(dtype).name}")
     results = {}
     for name in options.cases or cases:
         case = cases[name]
-        results[name] = memory(case, device) if options.topology else measure(case, options.turns, dtype)
-        show(name, cases[name], results[name])
+        results[name] = (
+            compiled_memory(case, device) if options.topology else measure(case, options.turns, dtype)
+        )
+        show(name, case, results[name])
     if options.json is not None:
-        about = {"jax": jax.__version__, "device": device.device_kind, "dtype": jnp.dtype(dtype).name}
-        options.json.write_text(json.dumps({"surroundings": about, "results": results}, indent=1) + "\n")
-    measured = [x for found in results.values() for x in found.values() if "both_ms" in x]
-    return int(any(x["relative_distance"] > 2 for x in measured))
+        environment = {"jax": jax.__version__, "device": device.device_kind, "dtype": jnp.dtype(dtype).name}
+        options.json.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+    measured = [x for found in results.values() for x in found.values() if "error_ratio" in x]
+    return int(any(x["error_ratio"] > 2 for x in measured))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark beside PyTorch: its order, its arithmetic, and that both sides compute the same."""
+"""The benchmark against PyTorch: the order of timing, the arithmetic, and the agreement of the two sides."""
 
 import json
 import math
@@ -14,43 +14,43 @@ from benchmarks.beside_torch.sizes import make_size
 from dreamllm_jax.models.parameters import abstract_params
 
 
-def test_sides_take_turns():
-    said = []
+def test_sides_alternate():
+    calls = []
     works = {
-        name: timing.Work(lambda n=name: said.append(n), lambda n=name: said.append(f"prepare {n}"))
+        name: timing.Work(lambda n=name: calls.append(n), lambda n=name: calls.append(f"prepare {n}"))
         for name in ("ours", "theirs")
     }
-    found = timing.alternate(works["ours"], works["theirs"], pairs=3, rest=0.0)
-    first = [name for name in said if name in works]
-    assert first == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
-    assert said[::2] == [f"prepare {name}" for name in said[1::2]]
+    found = timing.alternate(works["ours"], works["theirs"], pairs=3, pause=0.0)
+    runs = [name for name in calls if name in works]
+    assert runs == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert calls[::2] == [f"prepare {name}" for name in calls[1::2]]
     assert len(found.ours) == len(found.theirs) == 3
 
 
-def test_sides_that_do_not_fit_together_take_turns_in_blocks():
+def test_sides_that_do_not_fit_together_alternate_in_blocks():
     made = []
 
     def make(name):
         made.append(name)
         return timing.Work(lambda: None)
 
-    found = timing.one_after_the_other(lambda: make("ours"), lambda: make("theirs"), pairs=3)
+    found = timing.time_in_blocks(lambda: make("ours"), lambda: make("theirs"), pairs=3)
     assert made == ["ours", "theirs", "theirs", "ours"]
     assert len(found.ours) == len(found.theirs) == 4
 
 
-def test_a_ratio_is_of_neighbours():
+def test_ratios_compare_neighbouring_repetitions():
     found = timing.Timing(ours=(1.0, 2.0, 4.0), theirs=(3.0, 2.0, 8.0)).summary()
     assert found == dict(ours_s=2.0, theirs_s=3.0, ratio=2.0, ratio_low=1.5, ratio_high=2.5, pairs=3)
     assert timing.Timing((1.0,), (2.0,)).summary()["ratio_low"] == 2.0
 
 
-def test_what_a_token_reads():
-    """Every weight but the table of embeddings and the norms; keys and values at the mean length."""
+def test_bytes_read_per_token():
+    """Counts all weights except the embedding table and the norms, and the cache at its mean length."""
     size = make_size("smallest", "float32")
     llama = {k: x for k, x in abstract_params(size.model).items() if k.startswith("llama/")}
     kernels = sum(math.prod(x.shape) for k, x in llama.items() if k.endswith("/kernel"))
-    lengths = [size.prompt + written for written in range(1, size.new_tokens + 1)]
+    lengths = [size.prompt + decoded for decoded in range(1, size.new_tokens + 1)]
     cache = 2 * 2 * 2 * 8 * np.mean(lengths)  # keys and values, layers, heads, width
     assert bounds.token_bytes(size, 1) == 4 * (kernels + cache)
     assert bounds.token_bytes(size, 3) == 4 * (kernels + 3 * cache)
@@ -65,17 +65,17 @@ def test_the_command_line():
             parse(wrong)
 
 
-def test_on_a_cpu_each_case_has_its_own_process(monkeypatch, tmp_path, capsys):
+def test_each_case_has_its_own_process_on_a_cpu(monkeypatch, tmp_path, capsys):
     commands = []
 
     def measure(command, **_):
         commands.append(command)
         name = command[3]
-        one = {
-            "surroundings": {"command": name, "load": len(commands)},
+        result = {
+            "environment": {"command": name, "load": len(commands)},
             "results": {f"{name}, 1": {"ratio": 2}},
         }
-        Path(command[4].removeprefix("--json=")).write_text(json.dumps(one))
+        Path(command[4].removeprefix("--json=")).write_text(json.dumps(result))
         return subprocess.CompletedProcess(command, int(name == "documents"))
 
     monkeypatch.setattr(subprocess, "run", measure)
@@ -85,11 +85,12 @@ def test_on_a_cpu_each_case_has_its_own_process(monkeypatch, tmp_path, capsys):
     assert main() == 0
     found = json.loads((tmp_path / "all.json").read_text())
     assert list(found["results"]) == ["decode, 1", "prefill, 1"]
-    about = found["surroundings"]
-    assert about["load"] == 1 and about["command"].endswith("beside_torch decode prefill --pairs=3")
+    environment = found["environment"]
+    assert environment["load"] == 1
+    assert environment["command"].endswith("beside_torch decode prefill --pairs=3")
     assert all({"--pairs=3", "--size=tiny", "--device=cpu"} <= set(command) for command in commands)
     monkeypatch.setattr("sys.argv", ["x", "decode", "documents", "--rows=2"])
-    assert main() == 1 and "documents was not measured." in capsys.readouterr().err
+    assert main() == 1 and "The case documents failed" in capsys.readouterr().err
     assert "--rows=2" in commands[-1]
 
 
@@ -109,8 +110,9 @@ def test_all_cases_agree_and_are_timed(found):
         assert name.startswith(kind)
         assert result["pairs"] == 2 and result["ours_s"] > 0 and result["theirs_s"] > 0
         assert result["errors"] and all(e >= 0 for e in result["errors"].values()), name
-    about = found["surroundings"]
-    assert about["threads"]["torch"] == about["threads"]["cores"] and about["versions"]["jax"]
+    environment = found["environment"]
+    assert environment["threads"]["torch"] == environment["threads"]["cores"]
+    assert environment["versions"]["jax"]
 
 
 @pytest.mark.parity
@@ -120,10 +122,10 @@ def test_sides_that_differ_are_not_timed():
     from benchmarks.beside_torch.inputs import Inputs
 
     session = cases.Session(Inputs(make_size("smallest", "float32")), None, 1)
-    assert session.agree("x", {"loss": 9e-5}) == {"loss": 9e-5}
+    assert session.check_agreement("x", {"loss": 9e-5}) == {"loss": 9e-5}
     for wrong in ({"loss": 2e-4}, {"loss": float("nan")}, {"tokens": 0.1}):
         with pytest.raises(timing.Disagreement, match="the two sides differ"):
-            session.agree("x", wrong)
+            session.check_agreement("x", wrong)
 
 
 @pytest.mark.parity
@@ -134,6 +136,6 @@ def test_the_table(found, tmp_path):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     assert all(f"| {name} | " in text for name in found["results"])
-    assert found["surroundings"]["device"] in text
+    assert found["environment"]["device"] in text
     with pytest.raises(ValueError, match="has no <!-- beside torch -->"):
         report.write_table(Path(__file__).with_name("conftest.py"), found)

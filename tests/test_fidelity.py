@@ -10,7 +10,7 @@ from benchmarks.fidelity.cases import BOUNDS, CASES
 from dreamllm_jax.parity.errors import exceeding
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-QUICK = ("clip",)  # half a minute; the others are run before a release
+QUICK = ("clip",)  # takes half a minute; the others run before a release
 MARKED = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES]
 EXPECTED = {
     "llama": {"output.logits", "gradient.embeds", "bfloat16.logits"},
@@ -28,10 +28,10 @@ def test_full_shapes(name, tmp_path):
     pytest.importorskip("torch")
     errors = measure(name, tmp_path)
     gradients = {n.removeprefix("gradient.") for n in errors if n.startswith("gradient.")}
-    wanted = EXPECTED[CASES[name].kind] | ({"gradient.text_embeds"} if name == "sdxl" else set())
-    assert errors.keys() == wanted | {f"bfloat16.gradient of {n}" for n in gradients}
+    expected = EXPECTED[CASES[name].kind] | ({"gradient.text_embeds"} if name == "sdxl" else set())
+    assert errors.keys() == expected | {f"bfloat16.gradient of {n}" for n in gradients}
     assert not exceeding(errors, BOUNDS)
-    assert not list(tmp_path.iterdir())  # gigabytes
+    assert not list(tmp_path.iterdir())  # the case removes its gigabytes
 
 
 def test_bounds():
@@ -45,11 +45,11 @@ def test_bounds():
 def test_the_readme_has_every_case_within_its_bounds():
     table = re.search(r"<!-- fidelity -->\n(.*?)<!-- /fidelity -->", README.read_text(), re.DOTALL)[1]
     lines = {cells[1].strip(): cells[2:5] for line in table.splitlines() if (cells := line.split("|"))}
-    for name, words in GOLDEN.items() | {(n, case.words) for n, case in CASES.items()}:
-        cells = lines[words][:2] if name in GOLDEN else lines[words]
-        output, gradient, half = (*map(float, cells), 0.0)[:3]
+    for name, description in GOLDEN.items() | {(n, case.description) for n, case in CASES.items()}:
+        cells = lines[description][:2] if name in GOLDEN else lines[description]
+        output, gradient, bfloat16 = (*map(float, cells), 0.0)[:3]
         assert output <= (1e-3 if name in GOLDEN else BOUNDS["output"]), name  # final latents and pictures
-        assert gradient <= BOUNDS["gradient"] and half <= BOUNDS["bfloat16"], name
+        assert gradient <= BOUNDS["gradient"] and bfloat16 <= BOUNDS["bfloat16"], name
 
 
 def test_the_table(tmp_path):

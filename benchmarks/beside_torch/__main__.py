@@ -1,15 +1,20 @@
-"""Times training and generation beside PyTorch (transformers, diffusers), in one run, in turns.
+"""Times training and generation against PyTorch (transformers, diffusers), alternating in one run.
 
     python -m benchmarks.beside_torch [joint|prefill|decode|text_to_image|documents|all ...]
         [--size=tiny|full] [--device=cpu|gpu] [--compile=auto|on|off] [--pairs=N] [--rows=N]
         [--json=FILE] [--readme=README.md]
 
-Both sides have the same random weights and are first seen to compute the same; warm-up and compilation are
-not timed; then repetitions go A B B A ..., and the ratio (PyTorch's seconds by ours: above 1 we are faster)
-is the median over neighbouring repetitions, with its quartiles. On CPU everything is float32, with as many
-threads on both sides; on a GPU bfloat16, and PyTorch compiles. Needs torch and diffusers; `full` is a 7B
-system and needs one GPU of 141 GB. On CPU each case has a process of its own: what another has left in the
-heap made drawings up to a third slower. Prints one JSON object; the exit code is 1 where the sides disagree.
+Both sides have the same random weights, and each case first checks that they compute the same result. Warm-up
+and compilation are not timed. Repetitions then alternate in the order A B B A ... The reported ratio is
+PyTorch's seconds divided by ours (above 1: ours is faster): the median over pairs of neighbouring
+repetitions, with its quartiles.
+
+On a CPU both sides compute in float32 with the same number of threads, and each case runs in its own process:
+in a shared process, the heap that an earlier case left behind slowed image generation by up to a third. On a
+GPU both sides compute in bfloat16, and PyTorch uses `torch.compile`.
+
+Needs torch and diffusers. `--size=full` is a 7B system and needs one GPU with 141 GB. Prints one JSON object;
+the exit code is 1 if a case fails or the two sides disagree.
 """
 
 from __future__ import annotations
@@ -24,10 +29,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs its part of a GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory for PyTorch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.beside_torch.report import command_line, surroundings, write_table  # noqa: E402
+from benchmarks.beside_torch.report import command_line, measurement_environment, write_table  # noqa: E402
 from benchmarks.beside_torch.sizes import make_size  # noqa: E402
 from benchmarks.beside_torch.timing import Disagreement  # noqa: E402
 
@@ -35,16 +40,18 @@ NAMES = ("joint", "prefill", "decode", "text_to_image", "documents")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(NAMES)}; or all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(NAMES)} or all (default: all)")
     parser.add_argument("--size", choices=("smallest", "tiny", "full"), default="tiny")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile")
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto", help="use torch.compile (auto: on a GPU)"
+    )
     parser.add_argument("--pairs", type=int, default=8, help="repetitions of each side")
-    parser.add_argument("--rows", type=int, help="rows of a joint step, in place of the size's")
+    parser.add_argument("--rows", type=int, help="rows of a train step (default: those of --size)")
     parser.add_argument("--json", type=Path, help="write the result into this file too")
     parser.add_argument("--readme", type=Path, help="write the table into this file; needs all cases")
     found = parser.parse_args(arguments)
@@ -59,22 +66,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures; {"surroundings": ..., "results": {name: measurement}}."""
+    """Measures in this process and returns {"environment": ..., "results": {name: measurement}}.
+
+    Raises:
+      ValueError: JAX does not run on the chosen device.
+      Disagreement: the two sides do not compute the same result.
+    """
     os.environ.setdefault("JAX_PLATFORMS", "cpu" if options.device == "cpu" else "cuda")
-    if options.size == "full":  # what one side has freed the other can have
+    if options.size == "full":  # memory that one side frees is available to the other
         os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     import jax
     import torch
 
-    from benchmarks.beside_torch.cases import CASES, Session, free
+    from benchmarks.beside_torch.cases import CASES, Session, free_memory
     from benchmarks.beside_torch.inputs import Inputs
-    from benchmarks.beside_torch.theirs import Place
+    from benchmarks.beside_torch.theirs import TorchSettings
 
     gpu = options.device == "gpu"
     if jax.default_backend() != options.device:
         raise ValueError(
-            f"JAX computes on {jax.default_backend()}, and --device is {options.device}; install JAX for "
-            "that, or take the other."
+            f"JAX runs on {jax.default_backend()}, but --device is {options.device}. Install JAX for "
+            f"{options.device}, or pass --device={jax.default_backend()}."
         )
     size = make_size(options.size, "bfloat16" if gpu else "float32")
     if options.rows is not None:
@@ -82,45 +94,45 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     compiled = gpu if options.compile == "auto" else options.compile == "on"
     if not gpu:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    place = Place("cuda" if gpu else "cpu", compiled)
-    session = Session(Inputs(size), place, options.pairs)
-    about, results = surroundings(options, compiled), {}
+    torch_settings = TorchSettings("cuda" if gpu else "cpu", compiled)
+    session = Session(Inputs(size), torch_settings, options.pairs)
+    environment, results = measurement_environment(options, compiled), {}
     for name in options.cases:
-        for what, found in CASES[name](session).items():
-            results[what] = found
-            print(f"{what}: {found['ratio']:.2f} x PyTorch", file=sys.stderr, flush=True)
-        free()
-    return {"surroundings": about, "results": results}
+        for title, measurement in CASES[name](session).items():
+            results[title] = measurement
+            print(f"{title}: {measurement['ratio']:.2f} x PyTorch", file=sys.stderr, flush=True)
+        free_memory()
+    return {"environment": environment, "results": results}
 
 
-def run_apart(options: argparse.Namespace) -> dict[str, Any]:
-    """What `run` returns, of cases that each had a process of its own.
+def run_in_processes(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures each case in its own process and returns the same as `run`.
 
     Raises:
-      ChildProcessError: one of them failed; it has said why.
+      ChildProcessError: a case failed. Its process has written the reason to stderr.
     """
     found: dict[str, Any] = {"results": {}}
-    given = {"size": options.size, "device": options.device, "compile": options.compile}
-    given |= {"pairs": options.pairs} | ({} if options.rows is None else {"rows": options.rows})
+    passed_on = {"size": options.size, "device": options.device, "compile": options.compile}
+    passed_on |= {"pairs": options.pairs} | ({} if options.rows is None else {"rows": options.rows})
     for name in options.cases:
         with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder) / "found.json"
-            command = [sys.executable, "-m", "benchmarks.beside_torch", name, f"--json={written}"]
-            command += [f"--{key}={value}" for key, value in given.items()]
+            output = Path(folder) / "case.json"
+            command = [sys.executable, "-m", "benchmarks.beside_torch", name, f"--json={output}"]
+            command += [f"--{key}={value}" for key, value in passed_on.items()]
             if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-                raise ChildProcessError(f"{name} was not measured.")
-            one = json.loads(written.read_text(encoding="utf-8"))
-        found["results"] |= one["results"]
-        found.setdefault("surroundings", one["surroundings"] | {"command": command_line()})
+                raise ChildProcessError(f"The case {name} failed and was not measured.")
+            case = json.loads(output.read_text(encoding="utf-8"))
+        found["results"] |= case["results"]
+        found.setdefault("environment", case["environment"] | {"command": command_line()})
     return found
 
 
 def main() -> int:
-    """Parses the command line, measures, prints."""
+    """Parses the command line, measures, prints the results and returns the exit code."""
     options = parse()
-    apart = options.device == "cpu" and len(options.cases) > 1
+    separate_processes = options.device == "cpu" and len(options.cases) > 1
     try:
-        found = run_apart(options) if apart else run(options)
+        found = run_in_processes(options) if separate_processes else run(options)
     except (Disagreement, ValueError, ChildProcessError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""What the hardware would allow: arithmetic and traffic of our side by what the device can do."""
+"""Compares the FLOPs and memory traffic of our side with the peaks of the device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ BANDWIDTHS = {chip.kind: chip.hbm_bandwidth for chip in CHIPS.values()}
 
 
 def token_bytes(size: Size, rows: int) -> float:
-    """What decoding one token (in each of `rows`) has to read: weights once, keys and values of each row.
+    """Returns the bytes that must be read to decode one token in each of `rows` rows.
 
-    The cache is counted at the mean length that it has while `size.new_tokens` are written.
+    These are the weights, once, and the cached keys and values of each row. The cache is counted at its mean
+    length while `size.new_tokens` are decoded.
     """
     c = size.model.llama
     assert c is not None and c.head_dim is not None and c.num_key_value_heads is not None
@@ -27,7 +28,7 @@ def token_bytes(size: Size, rows: int) -> float:
 
 
 def bandwidth_share(size: Size, rows: int, seconds: float) -> dict[str, float]:
-    """Of decoding `size.new_tokens` in `seconds`: byte/s, and their share of the device's where known."""
+    """Returns the bytes/s of decoding `size.new_tokens` in `seconds`, and the share of the peak if known."""
     rate = token_bytes(size, rows) * size.new_tokens / seconds
     kind = jax.devices()[0].device_kind
     found = {"bytes_per_token": token_bytes(size, rows), "bytes_per_second": rate}
@@ -35,22 +36,25 @@ def bandwidth_share(size: Size, rows: int, seconds: float) -> dict[str, float]:
 
 
 def joint_flops(size: Size, training: Training) -> float:
-    """Model FLOPs of a train step."""
+    """Returns the model FLOPs of a train step."""
     return sum(step_flops(size.model, size.stage(training)).values())
 
 
 def prefill_flops(size: Size, rows: int) -> float:
-    """Model FLOPs of reading prompts (with the scores of every position: a little too many)."""
+    """Returns the model FLOPs of prefilling prompts.
+
+    A slight overestimate: it counts the logits of every position, not only of the last.
+    """
     return forward_flops(size.model, rows, size.prompt, 0, 0)["llama"]
 
 
-def drawing_flops(size: Size) -> float:
-    """Model FLOPs of the U-Net's guided steps; the VAE's decoder is not counted."""
+def image_flops(size: Size) -> float:
+    """Returns the model FLOPs of the U-Net's steps with guidance; the VAE's decoder is not counted."""
     return 2 * size.steps * forward_flops(size.model, 1, 1, 0, size.pictures)["unet"]
 
 
 def flop_rate(flops: float, seconds: float) -> dict[str, float]:
-    """FLOP/s, and their share of the device's bfloat16 peak (MFU) where it is known."""
+    """Returns the FLOP/s, and the MFU (their share of the bfloat16 peak) if the device's peak is known."""
     kind = jax.devices()[0].device_kind
     found = {"flops": flops, "flops_per_second": flops / seconds}
     return found | ({"mfu": flops / seconds / PEAKS[kind]} if kind in PEAKS else {})

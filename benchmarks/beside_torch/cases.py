@@ -1,6 +1,6 @@
-"""The pairs that are timed: each is first seen to compute the same on both sides.
+"""The cases: each checks that both sides compute the same result, then times them.
 
-A pair's function returns its measurements by name; what it compares first is said beside `BOUNDS`.
+A case is a function that returns its measurements by name. `BOUNDS` lists what is compared.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ import numpy as np
 from benchmarks.beside_torch import bounds, ours
 from benchmarks.beside_torch.inputs import Inputs
 from benchmarks.beside_torch.sizes import Size
-from benchmarks.beside_torch.timing import Disagreement, Timing, Work, alternate, one_after_the_other
+from benchmarks.beside_torch.timing import Disagreement, Timing, Work, alternate, time_in_blocks
 
-# Largest errors allowed before anything is timed. loss: relative, of two steps. logits: norm of the
-# difference by the norm. tokens: share that differs. picture: mean absolute difference of bytes. In bfloat16
-# both sides round, and a token that falls otherwise takes all that follow it along: none are compared then.
+# The largest errors allowed; nothing is timed if one is exceeded.
+#   loss: relative difference, in each of two steps
+#   logits: norm of the difference, divided by the norm
+#   tokens: share of tokens that differ
+#   picture: mean absolute difference of the bytes
+# In bfloat16 the two sides round differently. One different token changes all tokens after it, so tokens are
+# not compared.
 BOUNDS = {
     "float32": {"loss": 1e-4, "logits": 1e-4, "tokens": 0.0, "picture": 0.1},
     "bfloat16": {"loss": 2e-2, "logits": 5e-2, "tokens": 1.0, "picture": 16.0},
@@ -29,10 +33,10 @@ STEPS_COMPARED = 2
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """One run of the benchmark: the inputs, where PyTorch computes, how many pairs are timed."""
+    """One run of the benchmark: the inputs, PyTorch's settings and the number of timed pairs."""
 
     inputs: Inputs
-    place: Any
+    torch_settings: Any
     pairs: int
 
     @property
@@ -40,23 +44,23 @@ class Session:
         return self.inputs.size
 
     def result(self, timing: Timing, errors: dict[str, float], **more: float) -> dict[str, Any]:
-        """A measurement: seconds, ratio, the errors that were found before, and `more`."""
+        """Returns a measurement: seconds and ratio, the errors between the two sides, and `more`."""
         return timing.summary() | {"errors": errors} | more
 
-    def agree(self, what: str, errors: dict[str, float]) -> dict[str, float]:
-        """The errors, where they lie within their bounds.
+    def check_agreement(self, name: str, errors: dict[str, float]) -> dict[str, float]:
+        """Returns the errors of a case if they are within their bounds.
 
         Raises:
-          Disagreement: one does not.
+          Disagreement: an error exceeds its bound.
         """
         allowed = BOUNDS[self.size.model.dtype]
         if wrong := {k: e for k, e in errors.items() if not e <= allowed[k]}:
-            raise Disagreement(f"{what}: the two sides differ: {wrong}; allowed are {allowed}.")
+            raise Disagreement(f"{name}: the two sides differ by {wrong}; the bounds are {allowed}.")
         return errors
 
 
 def joint(session: Session) -> dict[str, dict[str, Any]]:
-    """The train step of every stage that the size names."""
+    """Times a train step of each stage in `size.training`."""
     from benchmarks.beside_torch import theirs
 
     found = {}
@@ -66,10 +70,10 @@ def joint(session: Session) -> dict[str, dict[str, Any]]:
             return ours.Step(session.inputs, training)
 
         def make_theirs(training=training) -> theirs.Step:
-            return theirs.Step(session.inputs, training, session.place)
+            return theirs.Step(session.inputs, training, session.torch_settings)
 
         name = f"joint, {training}"
-        found[name] = _joint(session, name, make_ours, make_theirs, training in session.size.apart)
+        found[name] = _joint(session, name, make_ours, make_theirs, training in session.size.exclusive)
         flops = bounds.joint_flops(session.size, training)
         tokens = session.size.rows * session.size.length
         seconds = found[name]["ours_s"]
@@ -78,41 +82,45 @@ def joint(session: Session) -> dict[str, dict[str, Any]]:
 
 
 def _joint(
-    session: Session, name: str, make_ours: Callable, make_theirs: Callable, apart: bool
+    session: Session, name: str, make_ours: Callable, make_theirs: Callable, exclusive: bool
 ) -> dict[str, Any]:
-    step = make_ours()
-    step_noise, mine = [], []
+    """Compares two steps of both sides, then times them.
+
+    If `exclusive`, only one side is in memory at a time.
+    """
+    our_step = make_ours()
+    step_noise, our_losses = [], []
     for _ in range(STEPS_COMPARED):
-        step_noise.append(step.draws())
-        mine.append(step())
-    if apart:
-        del step
-        free()
-    other = make_theirs()
-    for drawn, loss in zip(step_noise, mine, strict=True):
-        other.set_noise(drawn)
-        error = abs(other() - loss) / abs(loss)
-        errors = session.agree(name, {"loss": error})
-    if not apart:
-        timing = alternate(Work(step), Work(other), session.pairs)
+        step_noise.append(our_step.next_noise())
+        our_losses.append(our_step())
+    if exclusive:
+        del our_step
+        free_memory()
+    their_step = make_theirs()
+    for noise, loss in zip(step_noise, our_losses, strict=True):
+        their_step.set_noise(noise)
+        error = abs(their_step() - loss) / abs(loss)
+        errors = session.check_agreement(name, {"loss": error})
+    if not exclusive:
+        timing = alternate(Work(our_step), Work(their_step), session.pairs)
     else:
-        del other
+        del their_step
 
-        def warm(make: Callable) -> Work:
-            free()
-            made = make()
-            if hasattr(made, "set_noise"):
-                made.set_noise(step_noise[0])
+        def make_warm(make: Callable) -> Work:
+            free_memory()
+            step = make()
+            if hasattr(step, "set_noise"):
+                step.set_noise(step_noise[0])
             for _ in range(2):
-                made()
-            return Work(made)
+                step()
+            return Work(step)
 
-        timing = one_after_the_other(lambda: warm(make_ours), lambda: warm(make_theirs), session.pairs)
-    return session.result(timing, errors, loss=mine[-1])
+        timing = time_in_blocks(lambda: make_warm(make_ours), lambda: make_warm(make_theirs), session.pairs)
+    return session.result(timing, errors, loss=our_losses[-1])
 
 
-def free() -> None:
-    """Gives the device's memory back to whoever comes next."""
+def free_memory() -> None:
+    """Frees device memory that is no longer in use, for the next case."""
     import torch
 
     gc.collect()
@@ -123,21 +131,21 @@ def free() -> None:
 def _generators(session: Session) -> tuple[Any, Any]:
     from benchmarks.beside_torch import theirs
 
-    return ours.Generator(session.inputs), theirs.Generator(session.inputs, session.place)
+    return ours.Generator(session.inputs), theirs.Generator(session.inputs, session.torch_settings)
 
 
 def prefill(session: Session) -> dict[str, dict[str, Any]]:
-    """DecodeState a prompt, alone and in a batch, up to the scores of its next token."""
-    mine, other = _generators(session)
+    """Times reading a prompt, up to the logits of its next token: one row, and a batch."""
+    our_side, their_side = _generators(session)
     found, size = {}, session.size
     for rows in (1, size.batch):
         name = f"prefill, {rows} x {size.prompt}"
-        scores = mine.logits(mine.read(rows, size.new_tokens))
-        wanted = other.read(rows, size.new_tokens).logits.cpu().numpy()
-        errors = session.agree(name, {"logits": _distance(scores, wanted)})
+        our_logits = our_side.logits(our_side.read(rows, size.new_tokens))
+        their_logits = their_side.read(rows, size.new_tokens).logits.cpu().numpy()
+        errors = session.check_agreement(name, {"logits": _relative_error(our_logits, their_logits)})
         works = (
-            Work(lambda r=rows: mine.logits(mine.read(r, size.new_tokens))),
-            Work(lambda r=rows: other.read(r, size.new_tokens)),
+            Work(lambda r=rows: our_side.logits(our_side.read(r, size.new_tokens))),
+            Work(lambda r=rows: their_side.read(r, size.new_tokens)),
         )
         timing = alternate(*works, session.pairs)
         seconds = timing.summary()["ours_s"]
@@ -147,33 +155,36 @@ def prefill(session: Session) -> dict[str, dict[str, Any]]:
 
 
 def decode(session: Session) -> dict[str, dict[str, Any]]:
-    """Writing text after a prompt that has been read, alone and in a batch."""
+    """Times decoding text after a prefilled prompt: one row, and a batch."""
     import torch
 
-    mine, other = _generators(session)
-    never = torch.tensor(ours.forbidden(session.size), device=session.place.device)
+    our_side, their_side = _generators(session)
+    forbidden = torch.tensor(ours.forbidden(session.size), device=session.torch_settings.device)
     found, size = {}, session.size
 
-    def once(rows: int) -> tuple[Work, Work]:
+    def make_works(rows: int) -> tuple[Work, Work]:
         state: dict[str, Any] = {}
 
-        def prepare(side: str, read: Callable) -> None:
-            state[side] = read(rows, size.new_tokens)
+        def prepare_ours() -> None:
+            state["ours"] = our_side.read(rows, size.new_tokens)
+
+        def prepare_theirs() -> None:
+            state["theirs"] = their_side.read(rows, size.new_tokens)
 
         return (
-            Work(lambda: mine.write(state["ours"], rows)[1], lambda: prepare("ours", mine.read)),
-            Work(lambda: other.write(state["theirs"], never), lambda: prepare("theirs", other.read)),
+            Work(lambda: our_side.write(state["ours"], rows)[1], prepare_ours),
+            Work(lambda: their_side.write(state["theirs"], forbidden), prepare_theirs),
         )
 
     for rows in (1, size.batch):
         name = f"decode, {rows} x {size.new_tokens}"
-        works = once(rows)
+        works = make_works(rows)
         texts = []
         for work in works:
             work.seconds()
             work.prepare()
             texts.append(work.run())
-        errors = session.agree(name, {"tokens": float((texts[0] != texts[1]).mean())})
+        errors = session.check_agreement(name, {"tokens": float((texts[0] != texts[1]).mean())})
         timing = alternate(*works, session.pairs)
         seconds = timing.summary()["ours_s"]
         found[name] = session.result(timing, errors, tokens_per_second=rows * size.new_tokens / seconds)
@@ -182,42 +193,43 @@ def decode(session: Session) -> dict[str, dict[str, Any]]:
 
 
 def text_to_image(session: Session) -> dict[str, dict[str, Any]]:
-    """Conditions to pictures: guided steps, then the VAE's decoder."""
+    """Times generating pictures from conditions: U-Net steps with guidance, then the VAE's decoder."""
     import torch
 
-    mine, other = _generators(session)
+    our_side, their_side = _generators(session)
     size = session.size
-    contexts, null = other.condition(size.pictures)
-    noise = torch.tensor(ours.first_noise(size, size.pictures), device=session.place.device)
+    contexts, null = their_side.condition(size.pictures)
+    noise = torch.tensor(ours.first_noise(size, size.pictures), device=session.torch_settings.device)
     works = (
-        Work(lambda: mine.draw(size.pictures)),
-        Work(lambda: other.draw(contexts, null, noise)),
+        Work(lambda: our_side.draw(size.pictures)),
+        Work(lambda: their_side.draw(contexts, null, noise)),
     )
     pictures = [work.run() for work in works]
     name = f"text to image, {size.pictures} x {size.model.image_size} px, {size.steps} steps"
-    errors = session.agree(name, {"picture": _bytes_apart(*pictures)})
+    errors = session.check_agreement(name, {"picture": _mean_byte_difference(*pictures)})
     for work in works:
         work.seconds()
     timing = alternate(*works, session.pairs)
     seconds = timing.summary()["ours_s"]
     result = session.result(timing, errors, pictures_per_second=size.pictures / seconds)
-    return {name: result | bounds.flop_rate(bounds.drawing_flops(size), seconds)}
+    return {name: result | bounds.flop_rate(bounds.image_flops(size), seconds)}
 
 
 def documents(session: Session) -> dict[str, dict[str, Any]]:
-    """Text, a picture drawn and seen, text again."""
+    """Times a document: text, a picture that is generated and read back, and more text."""
     import torch
 
-    mine, other = _generators(session)
-    size, device = session.size, session.place.device
-    never = torch.tensor(ours.forbidden(size), device=device)
+    our_side, their_side = _generators(session)
+    size, device = session.size, session.torch_settings.device
+    forbidden = torch.tensor(ours.forbidden(size), device=device)
     noise = torch.tensor(ours.first_noise(size, 1, size.prompt + size.new_tokens), device=device)
-    works = (Work(mine.document), Work(lambda: other.document(never, noise)))
-    (text, picture, after), (their_text, their_picture, their_after) = (work.run() for work in works)
-    different = float(np.mean(np.concatenate([text != their_text, after != their_after])))
+    works = (Work(our_side.document), Work(lambda: their_side.document(forbidden, noise)))
+    our_document, their_document = (work.run() for work in works)
+    (first, picture, second), (their_first, their_picture, their_second) = our_document, their_document
+    different = float(np.mean(np.concatenate([first != their_first, second != their_second])))
     name = f"document: {size.new_tokens} tokens, a picture, {size.new_tokens} tokens"
-    errors = {"tokens": different, "picture": _bytes_apart(picture, their_picture)}
-    errors = session.agree(name, errors)
+    errors = {"tokens": different, "picture": _mean_byte_difference(picture, their_picture)}
+    errors = session.check_agreement(name, errors)
     for work in works:
         work.seconds()
     return {name: session.result(alternate(*works, session.pairs), errors)}
@@ -232,9 +244,9 @@ CASES: dict[str, Callable[[Session], dict[str, dict[str, Any]]]] = {
 }
 
 
-def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+def _relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-def _bytes_apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+def _mean_byte_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours.astype(np.float64) - theirs).mean())

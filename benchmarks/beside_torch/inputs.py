@@ -1,4 +1,4 @@
-"""What both sides are given: random weights, a batch to train on, prompts, conditions. All numpy."""
+"""The inputs of both sides, as numpy arrays: random weights, a training batch, prompts and conditions."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SPECIAL = SpecialTokens(
     image=9,
     dream=10,
 )
-FIRST_WORD = 11
+FIRST_TEXT_TOKEN = 11
 
 
 def random_params(size: Size, seed: int = 0) -> dict[str, np.ndarray]:
-    """Float32 weights by path, scaled so that every layer keeps its input's variance."""
+    """Returns random float32 weights by path, scaled so that layers preserve the variance of their input."""
     rng = np.random.default_rng(seed)
 
     def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -48,7 +48,7 @@ def random_params(size: Size, seed: int = 0) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The numbers of one size, drawn from a fixed seed."""
+    """The inputs for one size, all from fixed seeds."""
 
     size: Size
 
@@ -56,27 +56,29 @@ class Inputs:
     def params(self) -> dict[str, np.ndarray]:
         return random_params(self.size)
 
-    def words(self, rows: int, length: int, seed: int) -> np.ndarray:
-        """Ordinary tokens, int32 [rows, length]."""
+    def text_tokens(self, rows: int, length: int, seed: int) -> np.ndarray:
+        """Returns random text tokens (no control tokens), int32 [rows, length]."""
         assert self.size.model.llama is not None
         rng = np.random.default_rng(seed)
-        return rng.integers(FIRST_WORD, self.size.model.llama.vocab_size, (rows, length)).astype(np.int32)
+        return rng.integers(FIRST_TEXT_TOKEN, self.size.model.llama.vocab_size, (rows, length)).astype(
+            np.int32
+        )
 
     def prompts(self, rows: int) -> Batch:
-        """Prompts of `size.prompt` tokens, one a row, without padding."""
-        tokens = self.words(rows, self.size.prompt, seed=1)
+        """Returns a batch of prompts of `size.prompt` tokens, without padding."""
+        tokens = self.text_tokens(rows, self.size.prompt, seed=1)
         return _rows(tokens, np.full_like(tokens, -1), np.full_like(tokens, -1))
 
     @functools.cached_property
     def training_batch(self) -> Batch:
-        """Documents that fill their rows: a picture that is seen, text, a picture that is drawn, the end."""
+        """A batch of full rows with one document each: a picture to read, text, a picture to generate."""
         size, model = self.size, self.size.model
         assert model.vision is not None
         rows, patches, queries = size.rows, model.num_patches, model.num_dream_queries
-        tokens = self.words(rows, size.length, seed=2)
+        tokens = self.text_tokens(rows, size.length, seed=2)
         images, dreams = np.full_like(tokens, -1), np.full_like(tokens, -1)
         first, last = 2, size.length - queries - 2
-        assert first + patches + 1 < last, "the row is too short for its two pictures"
+        assert first + patches + 1 < last, "size.length is too short for two pictures"
         tokens[:, 0], tokens[:, 1], tokens[:, first + patches] = SPECIAL.bos, SPECIAL.im_start, SPECIAL.im_end
         tokens[:, first : first + patches] = SPECIAL.im_patch
         images[:, first : first + patches] = np.arange(patches)
@@ -84,17 +86,17 @@ class Inputs:
         dreams[:, last : last + queries] = np.arange(queries)
         tokens[:, -2], tokens[:, -1] = SPECIAL.dream_end, SPECIAL.eos
         rng = np.random.default_rng(3)
-        seen, drawn = model.vision.image_size, model.image_size
+        image_size, dream_size = model.vision.image_size, model.image_size
         return dataclasses.replace(
             _rows(tokens, images, dreams),
-            images=rng.integers(0, 256, (rows, 1, seen, seen, 3)).astype(np.uint8),
-            dream_images=rng.integers(0, 256, (rows, 1, drawn, drawn, 3)).astype(np.uint8),
+            images=rng.integers(0, 256, (rows, 1, image_size, image_size, 3)).astype(np.uint8),
+            dream_images=rng.integers(0, 256, (rows, 1, dream_size, dream_size, 3)).astype(np.uint8),
             image_mask=np.ones((rows, 1), bool),
             dream_mask=np.ones((rows, 1), bool),
         )
 
     def conditions(self, pictures: int) -> tuple[np.ndarray, np.ndarray]:
-        """The U-Net's contexts [pictures, Q, X], and the empty prompt's [1, Q, X]."""
+        """Returns random U-Net contexts [pictures, Q, X], and that of the empty prompt [1, Q, X]."""
         model = self.size.model
         assert model.unet is not None
         shape = (model.num_dream_queries, model.unet.cross_attention_dim)
@@ -105,10 +107,10 @@ class Inputs:
 
 
 def _rows(tokens: np.ndarray, image_slots: np.ndarray, dream_slots: np.ndarray) -> Batch:
-    """One document a row; what is supervised is text."""
+    """Returns a batch with one document in each row; the loss is on text, <dream> and the end."""
     rows, length = tokens.shape
     targets = np.concatenate([tokens[:, 1:], np.full((rows, 1), -1, np.int32)], axis=1)
-    text = (targets >= FIRST_WORD) | (targets == SPECIAL.dream_start) | (targets == SPECIAL.eos)
+    text = (targets >= FIRST_TEXT_TOKEN) | (targets == SPECIAL.dream_start) | (targets == SPECIAL.eos)
     return Batch(
         tokens=tokens,
         targets=np.where(text, targets, 0),

@@ -1,4 +1,4 @@
-"""Our side: the library as its users run it."""
+"""Our side: calls this package as its users do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from benchmarks.beside_torch.inputs import FIRST_WORD, SPECIAL, Inputs
+from benchmarks.beside_torch.inputs import FIRST_TEXT_TOKEN, SPECIAL, Inputs
 from benchmarks.beside_torch.sizes import Size, Training
 from dreamllm_jax.config.train import MeshConfig, Recipe
 from dreamllm_jax.data.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from dreamllm_jax.train.step import row_prng_keys, train_step
 
 
 class Step:
-    """The train step of a joint stage."""
+    """The train step of a joint stage, with its state."""
 
     def __init__(self, inputs: Inputs, training: Training):
         size = inputs.size
@@ -42,15 +42,15 @@ class Step:
         self.batch = shard_batch(inputs.training_batch, self.mesh)
         self.rate = jnp.float32(self.stage.optim.learning_rate)
 
-    def draws(self) -> StepNoise:
-        """The noise and the time steps that the next step will draw."""
+    def next_noise(self) -> StepNoise:
+        """Returns the noise and the timesteps that the next step will sample."""
         keys = row_prng_keys(
             jax.random.wrap_key_data(self.state.key), self.state.step, len(self.batch.tokens)
         )
         return jax.device_get(sample_noise(keys, 1, self.model.config, self.stage.loss))
 
     def __call__(self) -> float:
-        """One step; its loss."""
+        """Runs one step and returns its loss."""
         with jax.set_mesh(self.mesh):
             self.state, metrics = train_step(
                 self.state, self.batch, self.rate, model=self.model, stage=self.stage.compile_key()
@@ -59,8 +59,8 @@ class Step:
         return float(metrics["loss"])
 
 
-class _Numbers(Tokenizer):
-    """What generation asks of a tokenizer where no text goes in or out."""
+class _TokenIdsOnly(Tokenizer):
+    """A tokenizer without text: prompts and outputs are token ids."""
 
     vocab_size = 0
 
@@ -69,7 +69,7 @@ class _Numbers(Tokenizer):
 
 
 class Generator:
-    """Text, pictures and documents out of `inputs`."""
+    """Generates text, pictures and documents from the prompts and conditions of `inputs`."""
 
     def __init__(self, inputs: Inputs):
         size = inputs.size
@@ -77,20 +77,20 @@ class Generator:
         self.size, self.inputs = size, inputs
         dtype = jnp.dtype(size.model.dtype)
         params = unflatten_dict({path: jnp.asarray(x, dtype) for path, x in inputs.params.items()}, sep="/")
-        self.engine = Engine(size.model, params, _Numbers(size.model.llama.vocab_size))
+        self.engine = Engine(size.model, params, _TokenIdsOnly(size.model.llama.vocab_size))
 
     def read(self, rows: int, tokens_after: int) -> DecodeState:
-        """Reads the prompts into caches with room for so many tokens more."""
+        """Reads `rows` prompts into a cache that has capacity for `tokens_after` more tokens."""
         limit = self.size.model.context_length
         capacity = bucket_length(self.size.prompt + tokens_after, limit)
         return jax.block_until_ready(self.engine.read(self.inputs.prompts(rows), capacity))
 
     def logits(self, state: DecodeState) -> np.ndarray:
-        """Scores of the next token, float32 [rows, V]."""
+        """Returns the logits of the next token, float32 [rows, V]."""
         return np.asarray(_logits(self.engine.params, state.last, model=self.engine.module))
 
     def write(self, state: DecodeState, rows: int) -> tuple[DecodeState, np.ndarray]:
-        """`size.new_tokens` tokens a row, greedily; nothing ends them sooner."""
+        """Decodes `size.new_tokens` tokens in each row, greedily; no token stops a row early."""
         count = self.size.new_tokens
         state, tokens, _ = decode_text(
             self.engine.params,
@@ -105,7 +105,7 @@ class Generator:
         return state, np.asarray(tokens)
 
     def draw(self, pictures: int) -> np.ndarray:
-        """Pictures of given conditions, uint8 [pictures, h, w, 3]."""
+        """Generates pictures from the conditions of `inputs`, uint8 [pictures, h, w, 3]."""
         contexts, null = self.inputs.conditions(pictures)
         dtype = jnp.dtype(self.size.model.dtype)
         condition = (jnp.asarray(contexts, dtype), None)
@@ -121,9 +121,9 @@ class Generator:
         return np.asarray(images)
 
     def document(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(text, picture, text) after one prompt; the picture is seen before the second text."""
-        room = 2 * self.size.new_tokens + image_block_length(self.engine)
-        state, first = self.write(self.read(1, room), 1)
+        """Continues one prompt with text, a picture and more text, which can attend to the picture."""
+        tokens_after = 2 * self.size.new_tokens + image_block_length(self.engine)
+        state, first = self.write(self.read(1, tokens_after), 1)
         null = (jnp.asarray(self.inputs.conditions(1)[1], self.size.model.dtype), None)
         state, pictures = draw_and_append(
             self.engine, state, np.ones(1, bool), prompt_keys(0, 1), self.size.generation, null
@@ -138,7 +138,11 @@ def _logits(params: dict, states: jax.Array, *, model: DreamLLMModule) -> jax.Ar
 
 
 def first_noise(size: Size, rows: int, lengths: int | None = None) -> np.ndarray:
-    """The latents that drawing begins with: a function of each row's key (and what it has read before)."""
+    """Returns the initial latents of each row's picture [rows, h, w, c].
+
+    They depend on the row's PRNG key and, in a document, on the number of tokens before the picture:
+    `lengths`.
+    """
     keys = prompt_keys(0, rows)
     fold = jax.vmap(jax.random.fold_in, (0, None))
     if lengths is not None:
@@ -149,8 +153,8 @@ def first_noise(size: Size, rows: int, lengths: int | None = None) -> np.ndarray
 
 
 def forbidden(size: Size) -> np.ndarray:
-    """Tokens that text never holds, bool [V]: the control tokens, but for the end of a document."""
+    """Returns the mask of tokens that are never decoded, bool [V]: all control tokens except <eos>."""
     assert size.model.llama is not None
-    never = np.arange(size.model.llama.vocab_size) < FIRST_WORD
-    never[SPECIAL.eos] = False
-    return never
+    mask = np.arange(size.model.llama.vocab_size) < FIRST_TEXT_TOKEN
+    mask[SPECIAL.eos] = False
+    return mask

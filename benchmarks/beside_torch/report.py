@@ -17,8 +17,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "diffusers")
 _TABLE = re.compile(r"(<!-- beside torch -->\n).*?(<!-- /beside torch -->)", re.DOTALL)
 
 
-def surroundings(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
-    """The command, the device, threads, load and versions that the figures were measured with."""
+def measurement_environment(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
+    """Returns the command, device, threads, load and package versions of a measurement."""
     import jax
     import torch
 
@@ -32,7 +32,7 @@ def surroundings(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
             "NPROC": os.environ["NPROC"] if "NPROC" in os.environ else None,
         },
         "load": os.getloadavg()[0],
-        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "environment_variables": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "torch_compile": compiled,
         "devices": len(jax.devices()),
         "python": platform.python_version(),
@@ -41,14 +41,14 @@ def surroundings(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What was typed that changes figures, and what of the environment does."""
+    """Returns the command with the options and environment variables that affect the figures."""
     typed = [word for word in sys.argv[1:] if not word.startswith(("--json", "--readme"))]
     command = shlex.join(["python", "-m", "benchmarks.beside_torch", *typed])
     return " ".join([*(f"{n}={shlex.quote(os.environ[n])}" for n in ENVIRONMENT if n in os.environ), command])
 
 
 def device_name() -> str:
-    """The accelerator's name, or the processor's with its cores."""
+    """Returns the name of the accelerator, or the name and the core count of the processor."""
     import jax
 
     device = jax.devices()[0]
@@ -64,18 +64,19 @@ def device_name() -> str:
 
 
 def rows(found: dict[str, Any]) -> list[str]:
-    """The table's lines."""
+    """Returns the lines of the Markdown table and of the sentence below it."""
     lines = ["| | ours, s | PyTorch, s | ratio | quartiles |", "|---|---|---|---|---|"]
     for name, r in found["results"].items():
         spread = f"{r['ratio_low']:.2f} to {r['ratio_high']:.2f}"
         lines.append(f"| {name} | {r['ours_s']:.3f} | {r['theirs_s']:.3f} | {r['ratio']:.2f} | {spread} |")
-    about = found["surroundings"]
-    versions = about["versions"]
+    environment = found["environment"]
+    versions = environment["versions"]
     lines += [
         "",
-        f"`{about['command']}`: {about['device']}, JAX {versions['jax']}, torch {versions['torch']}, "
+        f"`{environment['command']}`: {environment['device']}, "
+        f"JAX {versions['jax']}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, diffusers {versions['diffusers']}; "
-        f"load {about['load']:.1f} when it began.",
+        f"load {environment['load']:.1f} at the start.",
     ]
     return lines
 

@@ -1,4 +1,4 @@
-"""What is timed: the shapes of `tiny`, for two cores, and of `full`, the 7B system, for one GPU."""
+"""The sizes: `tiny` for two CPU cores, `full` (the 7B system) for one GPU, `smallest` for the tests."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ CONNECTORS = ("vision_projector", "dream_queries", "condition_projector")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and the work that is timed on it.
+    """A model and the sizes of the work that is timed on it.
 
-    A joint step reads `rows` documents of `length` tokens, each with one picture seen and one drawn. Prompts
-    have `prompt` tokens, `new_tokens` are written after them, alone and in a batch of `batch`; `pictures` are
-    drawn at once in `steps` steps. `training` names the joint steps that are timed; where the states of the
-    two sides do not fit the device together, it is named in `apart` too: one is made, timed and freed after
-    the other.
+    Attributes:
+      rows: The documents in a train step, one in each row.
+      length: The tokens in a row. Each document has one picture to read and one to generate.
+      prompt: The tokens in a prompt.
+      new_tokens: The tokens that are decoded after it.
+      batch: The batch size for prefill and decoding; they are also timed with one row.
+      pictures: The pictures that are generated in one batch.
+      steps: The denoising steps.
+      training: The stages whose train step is timed.
+      optim: The optimizer of the train step.
+      exclusive: The stages whose two train states do not fit on the device together. The sides are created,
+        timed and freed one after the other.
     """
 
     name: str
@@ -37,10 +44,10 @@ class Size:
     steps: int
     training: tuple[Training, ...] = ("stage2",)
     optim: OptimConfig = OptimConfig()
-    apart: tuple[Training, ...] = ()
+    exclusive: tuple[Training, ...] = ()
 
     def stage(self, training: Training) -> StageConfig:
-        """The joint stage: connectors alone are trained (I), or the language model with them (II)."""
+        """Returns a joint stage that trains the connectors (stage1), and the language model too (stage2)."""
         trainable = CONNECTORS if training == "stage1" else ("llama", *CONNECTORS)
         data: Any = dict(batch_size=self.rows, length=self.length, max_images=1, max_dreams=1)
         base = dict(name=training, trainable=trainable, steps=100, data=data, optim=self.optim)
@@ -48,7 +55,7 @@ class Size:
 
     @property
     def generation(self) -> GenerationConfig:
-        """Greedy text; DDIM with classifier-free guidance."""
+        """Returns greedy decoding, and DDIM with classifier-free guidance."""
         return GenerationConfig(
             max_new_tokens=self.new_tokens,
             num_inference_steps=self.steps,
@@ -95,7 +102,7 @@ def _tiny(dtype: Dtype) -> Size:
 
 
 def _full(dtype: Dtype) -> Size:
-    """The 7B system of the recipes: Vicuna-7B, CLIP ViT-L/14 and Stable Diffusion 2.1-base."""
+    """Returns the 7B system of the recipes: Vicuna-7B, CLIP ViT-L/14 and Stable Diffusion 2.1-base."""
     model = DreamLLMConfig(
         llama=dataclasses.replace(VICUNA_7B, vocab_size=32008),
         vision=CLIP_L14,
@@ -106,12 +113,12 @@ def _full(dtype: Dtype) -> Size:
         remat=RematConfig(llama="dots"),
     )
     optim = OptimConfig(mu_dtype="bfloat16", second_moment="factored")
-    stages = dict(training=("stage1", "stage2"), apart=("stage2",), optim=optim)
+    stages = dict(training=("stage1", "stage2"), exclusive=("stage2",), optim=optim)
     return Size("full", model, 4, 2048, 1024, 128, 8, 4, 25, **stages)
 
 
 def _smallest(dtype: Dtype) -> Size:
-    """For the tests: every operation, in no time."""
+    """Returns the size for the tests: every kind of layer, as small as possible."""
     model = dict(
         llama=dict(
             vocab_size=64,
@@ -153,5 +160,5 @@ SIZES = {"tiny": _tiny, "full": _full, "smallest": _smallest}
 
 
 def make_size(name: str, dtype: Dtype) -> Size:
-    """The size of that name, its model computing in `dtype`."""
+    """Returns the size with this name; its model computes in `dtype`."""
     return SIZES[name](dtype)

@@ -1,9 +1,9 @@
-"""PyTorch's side: the same work with transformers and diffusers, in what serves PyTorch best.
+"""PyTorch's side: the same work with transformers and diffusers, with PyTorch's fastest settings.
 
-Attention is `scaled_dot_product_attention` with its causal flag, pictures lie channels last, AdamW is
-fused, generation runs in inference mode. Where `compiled`, the towers go through `torch.compile`, and text is
-decoded on a static cache by a CUDA graph ("reduce-overhead"); else the cache grows, which is faster then. In
-bfloat16 everything is: weights, gradients and the optimizer's moments.
+Attention is `scaled_dot_product_attention` with its causal flag, images are channels last, AdamW is fused,
+and generation runs in inference mode. If `compiled`, the towers use `torch.compile`, and text is decoded on a
+static cache with a CUDA graph ("reduce-overhead"). Otherwise the cache is dynamic, which is faster without
+compilation. In bfloat16, the weights, the gradients and the optimizer's moments are all bfloat16.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ Tensor = torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where PyTorch computes, and whether it compiles."""
+class TorchSettings:
+    """PyTorch's device, and whether it uses `torch.compile`."""
 
     device: str
     compiled: bool
 
 
 class Towers(nn.Module):
-    """The towers and connectors of a DreamLLM, with our weights."""
+    """The towers and connectors of a DreamLLM in PyTorch, with the weights of `inputs`."""
 
-    def __init__(self, inputs: Inputs, place: Place):
+    def __init__(self, inputs: Inputs, torch_settings: TorchSettings):
         super().__init__()
         model, dtype = inputs.size.model, getattr(torch, inputs.size.model.dtype)
         assert model.llama and model.vision and model.unet and model.vae
-        self.place, self.dtype = place, dtype
-        with torch.device(place.device):
+        self.torch_settings, self.dtype = torch_settings, dtype
+        with torch.device(torch_settings.device):
             self.llama = LlamaForCausalLM(TorchLlamaConfig(**_settings(config_files.llama_json, model.llama)))
             clip = CLIPVisionConfig(**_settings(config_files.clip_vision_json, model.vision))
             self.vision = CLIPVisionModel(clip)
@@ -64,27 +64,27 @@ class Towers(nn.Module):
                 self.dream_queries.data.copy_(next(iter(read.values())).view_as(self.dream_queries))
                 continue
             module = getattr(self, name)
-            module = getattr(module, "vision_model", module)  # transformers 5.0 has one level more
+            module = getattr(module, "vision_model", module)  # transformers 5.0 has one more level
             module.load_state_dict({_local(name, n): t for n, t in read.items()})
-        for parameter in self.parameters():  # not the buffers: rotary frequencies stay in float32
+        for parameter in self.parameters():  # not the buffers: the rotary frequencies stay in float32
             parameter.data = parameter.data.to(dtype)
         self.unet.to(memory_format=torch.channels_last)
         self.vae.to(memory_format=torch.channels_last)
         assert model.vision_select_layer < -1
-        # States of the last layer but one are read: the last would be computed in vain.
+        # Only the hidden states of an earlier layer are used: the layers after it are removed.
         del getattr(self.vision, "vision_model", self.vision).encoder.layers[model.vision_select_layer + 1 :]
         self.eval()
 
     def compile_towers(self) -> None:
-        """Each tower by itself, its shapes static."""
+        """Compiles each tower separately, with static shapes."""
         self.llama.model.compile()
         self.vision.compile()
         self.unet.compile()
         self.vae.encoder.compile()
         self.vae.decoder.compile()
 
-    def see(self, images: Tensor) -> Tensor:
-        """Bytes [M, h, w, 3] as the language model sees them, [M, P, D]."""
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Returns the language model's embeddings [M, P, D] of images, uint8 [M, h, w, 3]."""
         mean, std = (images.new_tensor(x, dtype=torch.float32) for x in (CLIP_MEAN, CLIP_STD))
         pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
         return self.vision_projector(self.vision(pixels.to(self.dtype)).last_hidden_state[:, 1:])
@@ -96,19 +96,19 @@ def _settings(function: Any, config: Any) -> dict[str, Any]:
 
 
 def _local(part: str, name: str) -> str:
-    """A connector's tensor under the name of a single linear map."""
+    """Returns the name of a tensor in its module; a connector is a single linear layer here."""
     return name.split(".")[-1] if part.endswith("_projector") else name
 
 
 class Step:
-    """Forward pass of all towers, gradients into language model and queries, clipping, AdamW."""
+    """A train step: forward and backward passes of all towers, gradient clipping and AdamW."""
 
-    def __init__(self, inputs: Inputs, training: Training, place: Place):
-        self.size, self.towers = inputs.size, Towers(inputs, place)
+    def __init__(self, inputs: Inputs, training: Training, torch_settings: TorchSettings):
+        self.size, self.towers = inputs.size, Towers(inputs, torch_settings)
         self.stage = inputs.size.stage(training)
-        tops = {path.split("/")[0] for path in self.stage.trainable}
+        trainable = {path.split("/")[0] for path in self.stage.trainable}
         for name, parameter in self.towers.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in tops)
+            parameter.requires_grad_(name.split(".")[0] in trainable)
         self.trained = [p for p in self.towers.parameters() if p.requires_grad]
         optim = self.stage.optim
         self.optimizer = torch.optim.AdamW(
@@ -120,35 +120,35 @@ class Step:
             fused=True,
         )
         batch = inputs.training_batch
-        self.images = torch.tensor(batch.images[:, 0], device=place.device)
-        self.dream_images = torch.tensor(batch.dream_images[:, 0], device=place.device)
-        self.tokens = torch.tensor(batch.tokens, device=place.device)
+        self.images = torch.tensor(batch.images[:, 0], device=torch_settings.device)
+        self.dream_images = torch.tensor(batch.dream_images[:, 0], device=torch_settings.device)
+        self.tokens = torch.tensor(batch.tokens, device=torch_settings.device)
         targets = np.where(batch.loss_weights > 0, batch.targets, -100)
-        self.targets = torch.tensor(targets, device=place.device, dtype=torch.long)
+        self.targets = torch.tensor(targets, device=torch_settings.device, dtype=torch.long)
         self.supervised = float(batch.loss_weights.sum())
-        self.image_at, self.dream_at = (
+        self.image_start, self.dream_start = (
             int(np.argmax(slots[0] >= 0)) for slots in (batch.image_slots, batch.dream_slots)
         )
         self.noise: dict[str, Tensor] = {}
-        if place.compiled:
+        if torch_settings.compiled:
             self.towers.compile_towers()
 
     def set_noise(self, step_noise: Any) -> None:
-        """Takes the noise and time steps of our side's next step."""
-        place = self.towers.place.device
+        """Sets the noise and the timesteps, those of the same step on our side."""
+        device = self.towers.torch_settings.device
         for name in ("latent_noise", "noise"):
-            noise = torch.tensor(np.asarray(getattr(step_noise, name))[:, 0], device=place)
+            noise = torch.tensor(np.asarray(getattr(step_noise, name))[:, 0], device=device)
             self.noise[name] = noise.permute(0, 3, 1, 2)
-        self.timesteps = torch.tensor(np.asarray(step_noise.timesteps)[:, 0], device=place, dtype=torch.long)
+        self.timesteps = torch.tensor(np.asarray(step_noise.timesteps)[:, 0], device=device, dtype=torch.long)
 
     def loss(self) -> Tensor:
-        """L = w_lm * CE + w_vm * score distillation."""
+        """Returns the joint loss: weight_lm * cross-entropy + weight_vm * denoising error."""
         towers, model = self.towers, self.size.model
         queries, patches = model.num_dream_queries, model.num_patches
         embeds = towers.llama.get_input_embeddings()(self.tokens)
-        drawn = towers.dream_queries.expand(len(embeds), -1, -1)
-        i, d = self.image_at, self.dream_at
-        parts = [embeds[:, :i], towers.see(self.images), embeds[:, i + patches : d], drawn]
+        dream_embeds = towers.dream_queries.expand(len(embeds), -1, -1)
+        i, d = self.image_start, self.dream_start
+        parts = [embeds[:, :i], towers.embed_images(self.images), embeds[:, i + patches : d], dream_embeds]
         embeds = torch.cat([*parts, embeds[:, d + queries :]], dim=1)
         hidden = towers.llama.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         logits = towers.llama.lm_head(hidden).float().flatten(0, 1)
@@ -173,7 +173,7 @@ class Step:
         return F.mse_loss(predicted.float(), self.noise["noise"])
 
     def __call__(self) -> float:
-        """One step; its loss."""
+        """Runs one step and returns its loss."""
         loss = self.loss()
         loss.backward()
         if self.stage.optim.clip_norm is not None:
@@ -185,21 +185,21 @@ class Step:
 
 @dataclasses.dataclass
 class DecodeState:
-    """What has been read: the cache, and the scores of the next token."""
+    """The cache of the tokens read so far, and the logits of the next token."""
 
     cache: Any
     logits: Tensor
 
 
 class Generator:
-    """Text, pictures and documents out of `inputs`."""
+    """Generates text, pictures and documents from the prompts and conditions of `inputs`."""
 
-    def __init__(self, inputs: Inputs, place: Place):
-        self.size, self.inputs, self.place = inputs.size, inputs, place
-        self.towers = Towers(inputs, place)
+    def __init__(self, inputs: Inputs, torch_settings: TorchSettings):
+        self.size, self.inputs, self.torch_settings = inputs.size, inputs, torch_settings
+        self.towers = Towers(inputs, torch_settings)
         self.towers.requires_grad_(False)
         self.one_token = self.towers.llama.forward
-        if place.compiled:
+        if torch_settings.compiled:
             self.one_token = torch.compile(self.towers.llama.forward, mode="reduce-overhead")
             self.towers.unet.compile()
             self.towers.vae.decoder.compile()
@@ -208,25 +208,25 @@ class Generator:
         config = self.towers.llama.config
         return (
             StaticCache(config=config, max_cache_len=capacity)
-            if self.place.compiled
+            if self.torch_settings.compiled
             else DynamicCache(config=config)
         )
 
     @torch.inference_mode()
     def read(self, rows: int, tokens_after: int) -> DecodeState:
-        """Reads the prompts, with room for so many tokens more."""
-        tokens = torch.tensor(self.inputs.prompts(rows).tokens, device=self.place.device)
+        """Reads `rows` prompts into a cache that has capacity for `tokens_after` more tokens."""
+        tokens = torch.tensor(self.inputs.prompts(rows).tokens, device=self.torch_settings.device)
         cache = self._cache(self.size.prompt + tokens_after)
         out = self.towers.llama(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self.wait()
+        self.synchronize()
         return DecodeState(cache, out.logits[:, -1].float())
 
     @torch.inference_mode()
-    def write(self, state: DecodeState, never: Tensor) -> np.ndarray:
-        """`size.new_tokens` tokens a row, greedily, without those that `never` are written."""
+    def write(self, state: DecodeState, forbidden: Tensor) -> np.ndarray:
+        """Decodes `size.new_tokens` tokens in each row, greedily; `forbidden` [V] masks tokens out."""
         tokens = []
         for _ in range(self.size.new_tokens):
-            token = state.logits.masked_fill(never, -torch.inf).argmax(-1, keepdim=True)
+            token = state.logits.masked_fill(forbidden, -torch.inf).argmax(-1, keepdim=True)
             tokens.append(token)
             out = self.one_token(
                 input_ids=token, past_key_values=state.cache, use_cache=True, logits_to_keep=1
@@ -236,55 +236,59 @@ class Generator:
 
     @torch.inference_mode()
     def draw(self, contexts: Tensor, null: Tensor, noise: Tensor) -> np.ndarray:
-        """Pictures of contexts [M, Q, X] from latents [M, h, w, c]: guided DDIM, then the VAE's decoder."""
+        """Generates pictures from contexts [M, Q, X] and initial latents [M, h, w, c].
+
+        Runs DDIM with classifier-free guidance, then the VAE's decoder.
+        """
         settings, towers = self.size.generation, self.towers
         scheduler = DDIMScheduler.from_config(config_files.scheduler_json(self.size.model.schedule))
-        scheduler.set_timesteps(settings.num_inference_steps, device=self.place.device)
-        both = torch.cat([null.expand_as(contexts), contexts])
+        scheduler.set_timesteps(settings.num_inference_steps, device=self.torch_settings.device)
+        null_and_contexts = torch.cat([null.expand_as(contexts), contexts])
         latents = noise.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         for t in scheduler.timesteps:
-            predicted = towers.unet(torch.cat([latents] * 2).to(towers.dtype), t, both).sample.float()
-            free, guided = predicted.chunk(2)
-            mixed = free + settings.guidance_scale * (guided - free)
-            latents = scheduler.step(mixed, t, latents, eta=0.0).prev_sample
+            doubled = torch.cat([latents] * 2).to(towers.dtype)
+            predicted = towers.unet(doubled, t, null_and_contexts).sample.float()
+            unconditional, conditional = predicted.chunk(2)
+            guided = unconditional + settings.guidance_scale * (conditional - unconditional)
+            latents = scheduler.step(guided, t, latents, eta=0.0).prev_sample
         latents = (latents / towers.vae.config.scaling_factor).to(towers.dtype)
         pixels = towers.vae.decode(latents).sample.float().permute(0, 2, 3, 1)
         return (pixels * 127.5 + 127.5).clamp(0, 255).round().byte().cpu().numpy()
 
     @torch.inference_mode()
-    def document(self, never: Tensor, noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(text, picture, text) after one prompt; the picture is seen before the second text."""
-        model, towers, device = self.size.model, self.towers, self.place.device
+    def document(self, forbidden: Tensor, noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Continues one prompt with text, a picture and more text, which can attend to the picture."""
+        model, towers, device = self.size.model, self.towers, self.torch_settings.device
         assert model.vision is not None
-        room = 2 * self.size.new_tokens + model.num_dream_queries + 2 + model.num_patches + 2
-        state = self.read(1, room)
-        first = self.write(state, never)
+        tokens_after = 2 * self.size.new_tokens + model.num_dream_queries + 2 + model.num_patches + 2
+        state = self.read(1, tokens_after)
+        first = self.write(state, forbidden)
         embed = towers.llama.get_input_embeddings()
 
         def tokens(*ids: int) -> Tensor:
             return embed(torch.tensor([ids], device=device))
 
-        asked = torch.cat([tokens(SPECIAL.dream_start), towers.dream_queries[None]], dim=1)
-        hidden = self._extend(state, asked)
+        dream_embeds = torch.cat([tokens(SPECIAL.dream_start), towers.dream_queries[None]], dim=1)
+        hidden = self._extend(state, dream_embeds)
         context = towers.condition_projector(hidden[:, 1:])
         picture = self.draw(context, self.condition(1)[1], noise)[0]
-        seen = torch.tensor(to_vision(picture, model.vision.image_size)[None], device=device)
+        image = torch.tensor(to_vision(picture, model.vision.image_size)[None], device=device)
         before, after = tokens(SPECIAL.dream_end, SPECIAL.im_start), tokens(SPECIAL.im_end)
-        hidden = self._extend(state, torch.cat([before, towers.see(seen), after], dim=1))
+        hidden = self._extend(state, torch.cat([before, towers.embed_images(image), after], dim=1))
         state.logits = towers.llama.lm_head(hidden[:, -1]).float()
-        return first, picture, self.write(state, never)
+        return first, picture, self.write(state, forbidden)
 
     def _extend(self, state: DecodeState, embeds: Tensor) -> Tensor:
         model = self.towers.llama.model
         return model(inputs_embeds=embeds, past_key_values=state.cache, use_cache=True).last_hidden_state
 
     def condition(self, pictures: int) -> tuple[Tensor, Tensor]:
-        """The contexts of so many pictures and that of the empty prompt."""
-        device, dtype = self.place.device, self.towers.dtype
+        """Returns the contexts of `pictures` pictures, and that of the empty prompt."""
+        device, dtype = self.torch_settings.device, self.towers.dtype
         contexts, null = (torch.tensor(x, device=device) for x in self.inputs.conditions(pictures))
         return contexts.to(dtype), null.to(dtype)
 
-    def wait(self) -> None:
-        """Until the device has done what it was asked for."""
-        if self.place.device != "cpu":
+    def synchronize(self) -> None:
+        """Waits until the device has finished."""
+        if self.torch_settings.device != "cpu":
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Two sides timed in turns: A B B A A B B A ..., and what came of it."""
+"""Times two sides alternately, in the order A B B A A B B A ..., and summarizes the results."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 
 
 class Disagreement(Exception):
-    """The two sides do not compute the same: there is nothing to time."""
+    """The two sides do not compute the same result, so a comparison of their times has no meaning."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One side's work: `run` is timed and returns when all is done; `prepare`, before it, is not."""
+    """One side's work. `prepare` runs first and is not timed; `run` is timed and waits for its result."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
 
     def seconds(self) -> float:
-        """Wall-clock seconds of one repetition."""
+        """Returns the wall-clock seconds of one repetition."""
         self.prepare()
         start = time.perf_counter()
         self.run()
@@ -29,18 +29,18 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of the repetitions of both sides: entries of one index stood next to each other."""
+    """The seconds of each repetition; entries with the same index were measured one right after the other."""
 
     ours: tuple[float, ...]
     theirs: tuple[float, ...]
 
     @property
     def ratios(self) -> list[float]:
-        """Theirs by ours, pair by pair: above 1 where ours is faster."""
+        """Returns their seconds divided by ours for each pair (above 1: ours is faster)."""
         return [t / o for o, t in zip(self.ours, self.theirs, strict=True)]
 
     def summary(self) -> dict[str, float | int]:
-        """Medians, and the ratio with the quartiles of its pairs."""
+        """Returns the median seconds of both sides, and the median ratio of the pairs with its quartiles."""
         ratios = self.ratios
         low, _, high = (
             statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
@@ -56,31 +56,32 @@ class Timing:
 
 
 def order(pairs: int) -> Iterator[tuple[str, str]]:
-    """Who goes first: ours and theirs, then the other way round, so that drifts cancel."""
+    """Yields the order of each pair; it is reversed every time, so that drifts cancel."""
     for i in range(pairs):
         yield ("ours", "theirs") if i % 2 == 0 else ("theirs", "ours")
 
 
-def alternate(ours: Work, theirs: Work, pairs: int, rest: float = 0.01) -> Timing:
-    """Times both in turns, `pairs` times; both have been warmed up before.
+def alternate(ours: Work, theirs: Work, pairs: int, pause: float = 0.01) -> Timing:
+    """Times `pairs` repetitions of both sides alternately. The caller has warmed both up.
 
-    `rest` seconds lie between repetitions: threads of the one side that spin for more work (for some
-    milliseconds) shall not be paid for by the other. Nor shall it be longer: after 0.05 s without work the
-    cores of a virtual machine took half as long again for a short prompt, on either side.
+    There are `pause` seconds before each repetition. Worker threads spin for some milliseconds after their
+    last task; without a pause, those of one side would slow down the other. The pause must not be long
+    either: after 0.05 s without work, the cores of a virtual machine took 50% longer for a short prompt, on
+    both sides.
     """
     sides = {"ours": ours, "theirs": theirs}
     found: dict[str, list[float]] = {"ours": [], "theirs": []}
     for names in order(pairs):
         for name in names:
-            time.sleep(rest)
+            time.sleep(pause)
             found[name].append(sides[name].seconds())
     return Timing(tuple(found["ours"]), tuple(found["theirs"]))
 
 
-def one_after_the_other(make_ours: Callable[[], Work], make_theirs: Callable[[], Work], pairs: int) -> Timing:
-    """The same in blocks, A B B A, for two sides that do not fit the device together.
+def time_in_blocks(make_ours: Callable[[], Work], make_theirs: Callable[[], Work], pairs: int) -> Timing:
+    """Times two sides that do not fit on the device together, in blocks A B B A of `pairs / 2` repetitions.
 
-    A side is made anew for its block (its maker warms it up and frees what was there before).
+    Each block creates its side anew: `make_ours` and `make_theirs` free the previous one and warm theirs up.
     """
     half = -(-pairs // 2)
     found: dict[str, list[float]] = {"ours": [], "theirs": []}

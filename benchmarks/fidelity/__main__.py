@@ -1,4 +1,4 @@
-"""Measures our distance from PyTorch at the published shapes, and from the reference's own numbers.
+"""Measures the error against PyTorch at the published shapes, and against DreamLLM's recorded outputs.
 
     python -m benchmarks.fidelity [CASE ...] [--folder=FOLDER] [--readme=README.md]
 
@@ -32,23 +32,23 @@ _TABLE = re.compile(r"(<!-- fidelity -->\n).*?(<!-- /fidelity -->)", re.DOTALL)
 
 
 def measure(name: str, folder: Path | None = None) -> dict[str, float]:
-    """The errors of one case: two processes, one framework at a time in memory.
+    """Returns the errors of one case. PyTorch and JAX run in two processes, one after the other.
 
     Raises:
-      RuntimeError: one of them failed, with what it said.
+      RuntimeError: a process failed. The message has the end of its stderr.
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with tempfile.TemporaryDirectory(dir=folder) as case_folder:
         for side in ("theirs", "ours"):
-            command = [sys.executable, "-m", f"benchmarks.fidelity.{side}", name, place]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-3000:]}")
-    return json.loads(done.stdout)
+            command = [sys.executable, "-m", f"benchmarks.fidelity.{side}", name, case_folder]
+            completed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+            if completed.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed: {completed.stderr[-3000:]}")
+    return json.loads(completed.stdout)
 
 
 def rows(results: dict[str, dict[str, float]]) -> list[str]:
-    """The table's lines: the largest error of each kind."""
+    """Returns the lines of the Markdown table: the largest error of each kind for every case."""
     lines = ["| | outputs | gradients | bfloat16 |", "|---|---|---|---|"]
     for name, errors in results.items():
         golden = name in GOLDEN
@@ -56,8 +56,8 @@ def rows(results: dict[str, dict[str, float]]) -> list[str]:
         largest = [[e for q, e in errors.items() if q.split(".")[0] in kind] for kind in kinds]
         cells = [f"{max(found):.1e}" if found else "" for found in largest[:2]]
         ratio = f"{max(largest[2]):.2f}" if largest[2] else ""
-        words = GOLDEN[name] if golden else CASES[name].words
-        lines.append(f"| {words} | {cells[0]} | {cells[1]} | {ratio} |")
+        description = GOLDEN[name] if golden else CASES[name].description
+        lines.append(f"| {description} | {cells[0]} | {cells[1]} | {ratio} |")
     return lines
 
 
@@ -75,11 +75,13 @@ def write_table(readme: Path, results: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> int:
-    """Parses the command line, measures, prints."""
+    """Parses the command line, measures, prints the results and returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join([*GOLDEN, *CASES])}; or all")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"{', '.join([*GOLDEN, *CASES])} (default: all)"
+    )
     parser.add_argument("--folder", type=Path, help="for the models (default: a temporary one)")
     parser.add_argument("--readme", type=Path, help="write the table into this file; needs all cases")
     arguments = parser.parse_args()
@@ -88,23 +90,23 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(unknown)}")
     if arguments.readme is not None and arguments.cases:
         parser.error("--readme needs all cases: name none")
-    results, bad = {}, {}
+    results, exceeded = {}, {}
     for name in chosen:
         if name in GOLDEN:
             errors = compare_folder(ROOT / "tests" / "golden" / name)
-            bad[name] = exceeding(errors, GOLDEN_BOUNDS)
+            exceeded[name] = exceeding(errors, GOLDEN_BOUNDS)
         else:
             errors = measure(name, arguments.folder)
-            bad[name] = exceeding(errors, BOUNDS)
+            exceeded[name] = exceeding(errors, BOUNDS)
         results[name] = errors
         print(f"{name}: largest {max(errors.values()):.2e}", file=sys.stderr, flush=True)
     print(json.dumps(results, indent=1))
     if arguments.readme is not None:
         write_table(arguments.readme, results)
-    for name, errors in bad.items():
+    for name, errors in exceeded.items():
         for quantity, error in errors.items():
-            print(f"{name}: {quantity} is off by {error:.3g}", file=sys.stderr)
-    return 1 if any(bad.values()) else 0
+            print(f"{name}: {quantity}: the error {error:.3g} exceeds its bound", file=sys.stderr)
+    return 1 if any(exceeded.values()) else 0
 
 
 if __name__ == "__main__":

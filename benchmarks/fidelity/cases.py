@@ -1,8 +1,8 @@
-"""What is compared at its published shape, and how errors are counted.
+"""The cases, each at its published shape, and the bounds of their errors.
 
-A case is measured by two processes, one framework at a time in memory: `theirs` makes a model of PyTorch's
-with random weights, saves it as it would be published and writes down what it computes; `ours` loads that
-folder and computes the same.
+Two processes measure a case, one after the other, so that only one framework is in memory. `theirs` creates a
+PyTorch model with random weights, saves it in the format in which it would be published, and records what it
+computes. `ours` loads that folder and computes the same.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import numpy as np
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.presets import SD_15, SD_21, SDXL_BASE, VICUNA_7B_V15
 
-# Largest errors allowed. Outputs: absolute, of values brought to a root mean square of 1. Gradients: norm of
-# the difference by the norm. bfloat16: our distance from float32 by PyTorch's own; both round at the same
-# places but add up in another order, so that the two distances are alike and not equal.
+# The largest errors allowed.
+#   output: absolute difference, of values scaled to a root mean square of 1
+#   gradient: norm of the difference, divided by the norm
+#   bfloat16: our error in bfloat16 (against float32), divided by PyTorch's. Both round at the same points but
+#     sum in a different order, so the two errors are similar but not equal.
 BOUNDS = {"output": 1e-4, "gradient": 1e-4, "bfloat16": 1.25}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`settings` are those of the Hugging Face config of its kind."""
+    """A model to compare. `settings` are the arguments of the Hugging Face config for its `kind`."""
 
     name: str
     kind: str
-    words: str
+    description: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -36,7 +38,7 @@ def settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if value is not None}
 
 
-# LLaMA 2's width; two layers of it show every operation.
+# LLaMA 2's shape with two layers, which cover every operation.
 _LLAMA = settings(dataclasses.replace(VICUNA_7B_V15, num_hidden_layers=2)) | {"max_position_embeddings": 2048}
 _LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -62,6 +64,6 @@ CASES = {
 }
 
 
-def numbers(*shape: int, seed: int) -> np.ndarray:
-    """Normal random float32 numbers that both sides draw alike."""
+def random_normal(*shape: int, seed: int) -> np.ndarray:
+    """Returns normally distributed float32 numbers, the same on both sides for the same seed."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.fidelity.theirs CASE FOLDER`: PyTorch's model and what it computes.
+"""`python -m benchmarks.fidelity.theirs CASE FOLDER`: writes a PyTorch model and records what it computes.
 
-Writes FOLDER/source, as the model would be published, and FOLDER/reference.npz: inputs `in.`, float32 outputs
-`output.`, gradients `gradient.` and outputs in bfloat16 `bfloat16.`. Pictures and latents are [B, C, h, w].
+Writes FOLDER/source, the model in the format in which it would be published, and FOLDER/reference.npz: inputs
+`in.*`, float32 outputs `output.*`, gradients `gradient.*`, and bfloat16 outputs and gradients `bfloat16.*`.
+Images and latents are [B, C, h, w].
 """
 
 from __future__ import annotations
@@ -13,48 +14,56 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.fidelity.cases import CASES, Case, numbers, settings
+from benchmarks.fidelity.cases import CASES, Case, random_normal, settings
 from dreamllm_jax.config.presets import CLIP_L14, CLIP_L14_336, CLIP_L14_TEXT, SD_15
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def leaf(array: np.ndarray) -> torch.Tensor:
-    """A tensor; a float one collects its gradient."""
+def input_tensor(array: np.ndarray) -> torch.Tensor:
+    """Returns an array as a tensor; a float tensor requires a gradient."""
     tensor = torch.tensor(array)
     return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def observe(
-    module: torch.nn.Module, run: Run, inputs: Arrays, pulled: str, bfloat16: tuple[str, ...]
+    module: torch.nn.Module, run: Run, inputs: Arrays, output: str, bfloat16: tuple[str, ...]
 ) -> Arrays:
-    """Outputs of `run`, gradients of sum(pulled output * fixed numbers), and outputs in bfloat16."""
+    """Runs a model in float32 and bfloat16 and returns the arrays of reference.npz.
+
+    Args:
+      module: The model. It is converted to bfloat16 in place.
+      run: Computes the outputs from the inputs.
+      inputs: The inputs by name; float inputs get gradients.
+      output: The output whose weighted sum, with fixed random weights, is differentiated.
+      bfloat16: The outputs to record in bfloat16.
+    """
     module.requires_grad_(False).eval()
-    leaves = {name: leaf(value) for name, value in inputs.items()}
+    leaves = {name: input_tensor(value) for name, value in inputs.items()}
     outputs = run(leaves)
-    weights = torch.tensor(numbers(*outputs[pulled].shape, seed=99))
-    (outputs[pulled] * weights).sum().backward()
+    weights = torch.tensor(random_normal(*outputs[output].shape, seed=99))
+    (outputs[output] * weights).sum().backward()
     found = {f"in.{name}": value for name, value in inputs.items()}
     found |= {f"output.{name}": value.detach().numpy() for name, value in outputs.items()}
     grads = {name: value.grad for name, value in leaves.items() if value.is_floating_point()}
     found |= {f"gradient.{name}": grad.numpy() for name, grad in grads.items() if grad is not None}
     module.to(torch.bfloat16)
-    low = {
+    leaves_bfloat16 = {
         n: v.detach().bfloat16().requires_grad_() if v.is_floating_point() else v for n, v in leaves.items()
     }
-    half = run(low)
-    (half[pulled] * weights).sum().backward()
-    found |= {f"bfloat16.{name}": half[name].detach().float().numpy() for name in bfloat16}
+    outputs_bfloat16 = run(leaves_bfloat16)
+    (outputs_bfloat16[output] * weights).sum().backward()
+    found |= {f"bfloat16.{name}": outputs_bfloat16[name].detach().float().numpy() for name in bfloat16}
     return found | {
         f"bfloat16.gradient of {name}": value.grad.float().numpy()
-        for name, value in low.items()
+        for name, value in leaves_bfloat16.items()
         if value.is_floating_point() and value.grad is not None
     }
 
 
 def llama(case: Case, source: Path) -> Arrays:
-    """Logits of 500 tokens, and the gradient towards their embeddings."""
+    """Records the logits of 500 tokens, and the gradient with respect to their embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**case.settings, attn_implementation="eager"))
@@ -69,7 +78,7 @@ def llama(case: Case, source: Path) -> Arrays:
 
 
 def clip(case: Case, source: Path) -> Arrays:
-    """States and embeddings of both towers, and the gradient towards the pixels."""
+    """Records states and embeddings of both towers, and the gradient with respect to the pixels."""
     from transformers import CLIPConfig, CLIPModel
 
     config = CLIPConfig(
@@ -80,24 +89,24 @@ def clip(case: Case, source: Path) -> Arrays:
     model = CLIPModel(config)
     model.save_pretrained(source)
     tokens = np.random.default_rng(1).integers(0, 49406, (2, 77))
-    tokens[:, 60] = 49407  # its end
+    tokens[:, 60] = 49407  # the end-of-text token
 
     def run(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        seen = model.vision_model(x["pixels"], output_hidden_states=True)
-        read = model.text_model(x["tokens"])
+        vision = model.vision_model(x["pixels"], output_hidden_states=True)
+        text = model.text_model(x["tokens"])
         return {
-            "features": seen.hidden_states[-2],
-            "vision": model.visual_projection(seen.pooler_output),
-            "states": read.last_hidden_state,
-            "text": model.text_projection(read.pooler_output),
+            "features": vision.hidden_states[-2],
+            "vision": model.visual_projection(vision.pooler_output),
+            "states": text.last_hidden_state,
+            "text": model.text_projection(text.pooler_output),
         }
 
-    inputs = {"pixels": numbers(1, 3, 224, 224, seed=2), "tokens": tokens}
+    inputs = {"pixels": random_normal(1, 3, 224, 224, seed=2), "tokens": tokens}
     return observe(model, run, inputs, "features", ("features", "states"))
 
 
 def llava(case: Case, source: Path) -> Arrays:
-    """Logits of a prompt with a picture, and the gradient towards the pixels."""
+    """Records the logits of a prompt with a picture, and the gradient with respect to the pixels."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -114,12 +123,12 @@ def llava(case: Case, source: Path) -> Arrays:
     def run(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"logits": model(input_ids=x["tokens"], pixel_values=x["pixels"], use_cache=False).logits}
 
-    inputs = {"pixels": numbers(1, 3, 336, 336, seed=2), "tokens": tokens}
+    inputs = {"pixels": random_normal(1, 3, 336, 336, seed=2), "tokens": tokens}
     return observe(model, run, inputs, "logits", ("logits",))
 
 
 def unet(case: Case, source: Path) -> Arrays:
-    """The U-Net's prediction with gradients towards latents and conditions; the VAE's two directions."""
+    """Records the U-Net's prediction and its gradients, and the outputs of the VAE's encoder and decoder."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
     model = UNet2DConditionModel(**case.settings)
@@ -138,13 +147,13 @@ def unet(case: Case, source: Path) -> Arrays:
     )
     schedule.save_pretrained(source / "scheduler")
     inputs = {
-        "latents": numbers(1, 4, 16, 16, seed=2),
-        "context": numbers(1, 64, case.settings["cross_attention_dim"], seed=3),
-        "pixels": numbers(1, 3, 64, 64, seed=4),
+        "latents": random_normal(1, 4, 16, 16, seed=2),
+        "context": random_normal(1, 64, case.settings["cross_attention_dim"], seed=3),
+        "pixels": random_normal(1, 3, 64, 64, seed=4),
     }
     if case.name == "sdxl":
         inputs |= {
-            "text_embeds": numbers(1, 1280, seed=5),
+            "text_embeds": random_normal(1, 1280, seed=5),
             "time_ids": np.array([[512, 768, 0, 128, 512, 512]]),
         }
 
@@ -163,7 +172,7 @@ KINDS = {"llama": llama, "clip": clip, "llava": llava, "unet": unet}
 
 
 def main() -> None:
-    """Makes the model of a case and writes its folder."""
+    """Creates the model of the case that the command line names, and writes its folder."""
     case, folder = CASES[sys.argv[1]], Path(sys.argv[2])
     torch.manual_seed(0)
     found = KINDS[case.kind](case, folder / "source")
