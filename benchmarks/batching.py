@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from dreamllm_jax import DreamLLM
-from dreamllm_jax.data.numbers import TRAINING_COUNTS, WORDS, caption, count
+from examples.handwriting.words import TRAINING_COUNTS, WORDS, caption, count
 
 
 def seconds(call: Callable[[], object]) -> float:

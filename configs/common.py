@@ -155,8 +155,8 @@ def llava_pretrain(root: str | None, weight: float) -> SourceConfig:
     return SourceConfig(
         "conversations",
         f"{folder}/blip_laion_cc_sbu_558k.json",
-        images=f"{folder}/images",
         weight=weight,
+        options=dict(images=f"{folder}/images"),
     )
 
 
@@ -165,21 +165,21 @@ def mmc4(root: str | None, weight: float) -> SourceConfig:
     return SourceConfig(
         "interleaved",
         f"{folder}/*.jsonl",
-        images=f"{folder}/images",
-        min_similarity=0.25,
         weight=weight,
+        options=dict(images=f"{folder}/images", min_similarity=0.25),
     )
 
 
 def conversations(root: str | None, name: str, weight: float, files: str = "*.json") -> SourceConfig:
     folder = f"{root or '.'}/data/{name}"
-    return SourceConfig("conversations", f"{folder}/{files}", images=f"{folder}/images", weight=weight)
+    images = dict(images=f"{folder}/images")
+    return SourceConfig("conversations", f"{folder}/{files}", weight=weight, options=images)
 
 
 def instruct_mmc4(root: str | None, weight: float) -> SourceConfig:
     return SourceConfig(
         "instructions",
         f"{root or '.'}/data/instruct-mmc4/*.json",
-        images=f"{root or '.'}/data/mmc4-core/images",
         weight=weight,
+        options=dict(images=f"{root or '.'}/data/mmc4-core/images"),
     )

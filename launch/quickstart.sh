@@ -2,7 +2,7 @@
 # Trains a small DreamLLM on real handwriting and shows what the model writes:
 # launch/quickstart.sh [WORKDIR] [recipe overrides]
 #
-# Creates .venv in the repository if needed, trains configs/handwriting.py through all its stages, and leaves
+# Creates .venv in the repository if needed, trains examples/handwriting/config.py through all its stages, and leaves
 # WORKDIR/report.html, WORKDIR/metrics.json and WORKDIR/checkpoint/. WORKDIR is ./quickstart unless given.
 # Running it again continues where it stopped. Overrides such as --config.seed=1 are passed to the training.
 set -euo pipefail
@@ -37,7 +37,7 @@ fi
 run() {
   local message=$1 module=$2 status=0
   shift 2
-  "$python" -m "dreamllm_jax.$module" "$@" || status=$?
+  "$python" -m "$module" "$@" || status=$?
   case $status in
     0) ;;
     2)
@@ -55,11 +55,11 @@ workdir=$(CDPATH='' cd -- "$workdir" && pwd -P)
 cd "$root"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.cache/jax}"
 
-say "Training configs/handwriting.py; everything is written to $workdir."
+say "Training examples/handwriting/config.py; everything is written to $workdir."
 run "The training stopped early. Finished stages are in $workdir/stages, each with its model; run the same \
 command again to continue." \
-  train --config=configs/handwriting.py --workdir="$workdir" "$@"
+  dreamllm_jax.train --config=examples/handwriting/config.py --workdir="$workdir" "$@"
 say "Evaluating the trained model."
 run "The evaluation stopped early. The trained model is in $workdir; run the same command again to retry." \
-  evaluate --workdir="$workdir"
+  examples.handwriting.evaluate --workdir="$workdir"
 say "Done: open $workdir/report.html to see what the model wrote."

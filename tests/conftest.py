@@ -34,7 +34,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-install_import_hook("dreamllm_jax", "beartype.beartype")
+install_import_hook(["dreamllm_jax", "examples"], "beartype.beartype")
 from jax._src import compilation_cache  # noqa: E402  (JAX has no public name for it)
 
 

@@ -20,7 +20,8 @@ from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train.state import partition
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS, HANDWRITING = ROOT / "configs", ROOT / "examples" / "handwriting" / "config.py"
 NAMES = tuple(sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common"))
 STAGES = ("stage1_comprehension", "stage1_creation", "stage2", "stage3")
 
@@ -132,7 +133,7 @@ def test_a_recipe_is_a_config_dict(name):
 
 
 def test_every_recipe_is_known_here():
-    assert set(NAMES) == {"handwriting", *SIZES}
+    assert set(NAMES) == set(SIZES)
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
@@ -152,7 +153,7 @@ def test_stages_train_what_the_paper_trains(name):
 
 
 def test_the_handwriting_recipe_is_the_same_system_made_small():
-    recipe = load("handwriting")
+    recipe = load_recipe(str(HANDWRITING))
     params, real = shapes(recipe.model), shapes(load("stage2").model)
     for stage in recipe.stages:
         trainable, frozen = partition(params, stage.trainable)
@@ -214,13 +215,15 @@ def test_variants():
     assert load("sdxl").model.unet.pooled_text_dim == 1280 and load("sdxl").model.latent_size == 128
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_headers_tell_what_it_takes(name):
-    doc = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text(encoding="utf-8")))
+@pytest.mark.parametrize(
+    "path", [*(CONFIGS / f"{name}.py" for name in NAMES), HANDWRITING], ids=lambda p: p.stem
+)
+def test_headers_tell_what_it_takes(path):
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     for word in ("Reproduces:", "Hardware", "ime:"):
         assert word in doc
     (command,) = re.findall(r"^Command: (.*)$", doc, re.MULTILINE)
-    assert command.startswith("python ") and f"configs/{name}.py" in command
+    assert command.startswith("python ") and str(path.relative_to(ROOT)) in command
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from PIL import Image
 from dreamllm_jax import Document, DreamLLM
 
 ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "examples/handwriting/config.py"
 SMALL = (
     "--config.generation.num_inference_steps=2",
     "--config.generation.max_new_tokens=4",
@@ -22,7 +23,7 @@ SMALL = (
 def run(module: str, *arguments: str) -> str:
     """What a command prints, as a user would start it: on one device, outside this process."""
     result = subprocess.run(
-        [sys.executable, "-m", f"dreamllm_jax.{module}", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": ""},
         capture_output=True,
@@ -36,9 +37,9 @@ def run(module: str, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    out = run("train", "--config=configs/handwriting.py:tiny", f"--workdir={folder}", *SMALL)
+    out = run("dreamllm_jax.train", f"--config={RECIPE}:tiny", f"--workdir={folder}", *SMALL)
     assert f"trained: {folder}/stages/7_stage3/model" in out
-    run("evaluate", f"--workdir={folder}")
+    run("examples.handwriting.evaluate", f"--workdir={folder}")
     return folder
 
 
@@ -77,7 +78,7 @@ def test_the_results_load_and_generate(workdir):
 
 def test_run_again_it_says_that_it_is_done(workdir):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
-    out = run("train", "--config=configs/handwriting.py:tiny", f"--workdir={workdir}", *SMALL)
+    out = run("dreamllm_jax.train", f"--config={RECIPE}:tiny", f"--workdir={workdir}", *SMALL)
     assert out.count(": done") == 8
-    assert "evaluated before, nothing to do" in run("evaluate", f"--workdir={workdir}")
+    assert "evaluated before, nothing to do" in run("examples.handwriting.evaluate", f"--workdir={workdir}")
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before

@@ -22,7 +22,7 @@ ORDER = (
     ("checkpoint",),
     ("train", "convert"),
     ("generate",),
-    ("evaluate", "parity", "aot"),
+    ("parity", "aot"),
     ("commands",),
 )
 # A room beside that order, what it stands on, and the row from which it may be used.
@@ -34,10 +34,10 @@ FRONT_DOOR = ("document", "generate", "version")
 # Besides the folder commands: every `__main__`, and every file that `python -m dreamllm_jax.X` runs.
 COMMANDS = ("compile",)
 
-OUTSIDE = ("configs", "launch", "tools", "benchmarks", "tests")
+OUTSIDE = ("configs", "examples", "launch", "tools", "benchmarks", "tests")
 TORCH = ("torch", "torchvision", "diffusers")
 TORCH_ROOMS = (f"{PACKAGE}/convert", f"{PACKAGE}/parity", "benchmarks")
-FOLDERS = (PACKAGE, "configs", "launch", "tools", "benchmarks")
+FOLDERS = (PACKAGE, "configs", "examples", "launch", "tools", "benchmarks")
 FORBIDDEN_NAMES = ("utils.py", "utils")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -185,11 +185,11 @@ BROKEN = (
     (layering_violations, "convert/a.py", "from dreamllm_jax.train import f", "may not import from train"),
     (
         layering_violations,
-        "evaluate/a.py",
+        "aot/a.py",
         "import dreamllm_jax.train.__main__",
         "may not import from command",
     ),
-    (layering_violations, "evaluate/a.py", "from dreamllm_jax.parity import f", "may not import from parity"),
+    (layering_violations, "aot/a.py", "from dreamllm_jax.parity import f", "may not import from parity"),
     (layering_violations, "aot/a.py", "from dreamllm_jax.commands import f", "may not import from commands"),
     (layering_violations, "models/a.py", "import dreamllm_jax.generate.text", "may not import from generate"),
     (
@@ -199,7 +199,7 @@ BROKEN = (
         "ops may not import from models",
     ),
     (layering_violations, "sharding.py", "from .ops.linear import f", "sharding may not import from ops"),
-    (layering_violations, "models/a.py", "from ..evaluate import scores", "may not import from evaluate"),
+    (layering_violations, "models/a.py", "from ..aot import scores", "may not import from aot"),
     (
         layering_violations,
         "models/a.py",
@@ -237,10 +237,11 @@ BROKEN = (
         "from dreamllm_jax.models import llama",
         "may not import from models",
     ),
-    (layering_violations, "evaluate/a.py", "from dreamllm_jax import DreamLLM", "the package's front door"),
+    (layering_violations, "aot/a.py", "from dreamllm_jax import DreamLLM", "the package's front door"),
     (layering_violations, "__init__.py", "from .models.llama import Llama", "the front door may not import"),
     (layering_violations, "train/a.py", "from configs import handwriting", "outside the package"),
     (layering_violations, "train/a.py", "import tools.convert_weights", "outside the package"),
+    (layering_violations, "data/a.py", "from examples.handwriting import words", "outside the package"),
     (layering_violations, "attic/a.py", "", "stands in no room"),
     (torch_violations, "models/a.py", "import torch.nn as nn", "imports torch.nn"),
     (torch_violations, "models/a.py", "def f():\n    from diffusers import UNet", "imports diffusers.UNet"),
@@ -270,7 +271,7 @@ SOUND = (
         "commands/a.py",
         "from dreamllm_jax.aot import f\nfrom dreamllm_jax.train import g",
     ),
-    (layering_violations, "evaluate/a.py", "from dreamllm_jax.generate import f\nfrom ..data import images"),
+    (layering_violations, "aot/a.py", "from dreamllm_jax.generate import f\nfrom ..data import images"),
     (layering_violations, "diffusion/sampling.py", "from dreamllm_jax.diffusion.schedule import f"),
     (layering_violations, "__init__.py", "from dreamllm_jax.document import Document"),
     (torch_violations, "convert/pickles.py", "import torch"),
@@ -297,7 +298,7 @@ def test_each_check_lets_the_sound_pass(tmp_path, check, file, content):
     assert check(tmp_path) == []
 
 
-@pytest.mark.parametrize("folder", ["configs", "tools", "launch", "benchmarks"])
+@pytest.mark.parametrize("folder", ["configs", "examples", "tools", "launch", "benchmarks"])
 def test_rooms_outside_the_package_are_looked_at(tmp_path, folder):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "a.py").write_text("import torch\n", encoding="utf-8")

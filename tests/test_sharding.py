@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from configs.handwriting import model as handwriting
 from dreamllm_jax.config.model import model_config
 from dreamllm_jax.config.towers import UNetConfig
 from dreamllm_jax.config.train import MeshConfig
@@ -29,6 +28,7 @@ from dreamllm_jax.sharding import (
     parameter_spec,
     shard_batch,
 )
+from examples.handwriting.config import model as handwriting
 
 SD21 = dict(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
 SDXL = dict(

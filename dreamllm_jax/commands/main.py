@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
+import sys
 from collections.abc import Sequence
 
 import shtab
@@ -41,5 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dreamllm() -> None:
-    """The installed command."""
+    """The installed command. As `python -m` does, it finds modules of the current folder: recipes name them."""
+    sys.path.insert(0, os.getcwd())
     end(main())

@@ -11,7 +11,7 @@ from dreamllm_jax.commands.completion import FILES, FOLDERS, completes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    completes(add("--config", required=True, help="recipe file, e.g. configs/handwriting.py[:ARG]"), FILES)
+    completes(add("--config", required=True, help="recipe file, e.g. configs/stage2.py[:ARG]"), FILES)
     completes(add("--workdir", required=True, help="folder for checkpoints, logs and models"), FOLDERS)
     add("--until", metavar="STAGE", help="stop after the stage of this name")
 
@@ -37,7 +37,7 @@ COMMAND = Command(
     "--config.KEY=VALUE changes any setting of the recipe: --config.seed=1,\n"
     "--config.stages.stage2.steps=100.",
     examples=(
-        "--config=configs/handwriting.py --workdir=run",
+        "--config=examples/handwriting/config.py --workdir=run",
         "--config=configs/stage2.py --workdir=run --config.mesh.fsdp=16 --config.seed=1",
         "--config=configs/dreamllm_13b.py --workdir=run --until=stage1_creation",
     ),

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dreamllm_jax.config.renames import RENAMED
+from dreamllm_jax.config.renames import renamed, translate
 
 C = TypeVar("C")
 
@@ -33,11 +33,12 @@ def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "", saved: 
         raise ValueError(f"{name}: got {mapping!r}; expected a mapping with the keys of {cls.__name__}.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    renamed = RENAMED[cls.__name__] if cls.__name__ in RENAMED else {}
-    given = {renamed[k] if saved and k in renamed else k: v for k, v in mapping.items()}
+    given, old = dict(mapping.items()), renamed(cls.__name__)
+    if saved:
+        given = translate(cls.__name__, given)
     for key in given:
-        if key in renamed:
-            raise ValueError(f"{name}: key {key!r} is now called {renamed[key]!r}; rename it.")
+        if key in old:
+            raise ValueError(f"{name}: key {key!r} is now called {old[key].key!r}; rename it.")
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(sorted(fields))}."
@@ -69,6 +70,10 @@ def _convert(hint: Any, value: Any, where: str, saved: bool) -> Any:
         if value not in args:
             raise ValueError(f"{where}: got {value!r}; expected one of {', '.join(map(repr, args))}.")
         return value
+    if origin is dict:
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ValueError(f"{where}: got {value!r}; expected a mapping.")
+        return {k: _plain(v) for k, v in value.items()}
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}: got {value!r}; expected a list.")
@@ -84,6 +89,11 @@ def _convert(hint: Any, value: Any, where: str, saved: bool) -> Any:
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise ValueError(f"{where}: got {value!r} ({type(value).__name__}); expected {hint.__name__}.")
+
+
+def _plain(value: Any) -> Any:
+    """A ConfigDict inside a free mapping as a dict; other values as they are."""
+    return {k: _plain(v) for k, v in value.items()} if hasattr(value, "items") else value
 
 
 def _convert_union(args: tuple, value: Any, where: str, saved: bool) -> Any:

@@ -3,106 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-
-@dataclasses.dataclass(frozen=True)
-class KindWeights:
-    """How often each kind of document is drawn, relative to the others.
-
-    captions: a picture beside its caption, in no slot (for towers that are trained on captions);
-    pairs, conversations, documents: what DreamLLM trains on; text: words alone, some of them told as
-    pictures are (`pieces.Spelled`).
-    """
-
-    captions: float = 0.0
-    pairs: float = 0.0
-    conversations: float = 0.0
-    documents: float = 0.0
-    text: float = 0.0
-
-    def __post_init__(self):
-        for name, weight in dataclasses.asdict(self).items():
-            if weight < 0:
-                raise ValueError(f"data.kinds.{name} is {weight}; a weight cannot be negative.")
+from dreamllm_jax.config.registry import check_name
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Files of documents, and how often they are drawn relative to the other sources of a mixture.
+    """Files of documents in one format, and how often they are read relative to other sources.
 
-    `kind` says what the files of `path` are:
-      pairs          webdataset tars of image and caption: `txt`, or the key `caption_key` of `json`
-      interleaved    MMC4's jsonl (or json lists), pictures in `images`; of these, the ones whose
-                     `matched_sim` is below `min_similarity` are left out
-      conversations  LLaVA's json (or jsonl), pictures in `images`, written in `template`
-      instructions   InstructMMC4's json (or jsonl): an instruction, answered by such a document
+    `kind` names the format: one of the package's, one that an installed package registers, or
+    `package.module:Class` (see `config.registry`). The package's formats:
 
-    `path` and `images` may have globs and ranges (`{00000..00041}.tar`, `{a,b}`); relative ones count
-    from the current folder. `images` is a folder, or zips or tars of pictures.
+      pairs          webdataset tars of image and caption
+      interleaved    MMC4's jsonl (or json lists), with the pictures of its documents
+      conversations  LLaVA's json (or jsonl), with its pictures
+      instructions   InstructMMC4's json (or jsonl): an instruction, answered by an interleaved document
+
+    `path` may have globs and ranges (`{00000..00041}.tar`, `{a,b}`); a relative one counts from the current
+    folder. `options` are the format's own, checked by the dataclass `Options` of its class.
     """
 
-    kind: Literal["pairs", "interleaved", "conversations", "instructions"]
+    kind: str
     path: str
-    images: str | None = None
     weight: float = 1.0
-    caption_key: str | None = None
-    min_similarity: float | None = None
-    template: str = "vicuna_v1.1"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
+        check_name("format", self.kind)
         if self.weight <= 0:
             raise ValueError(f"data.sources: {self.path!r} has weight {self.weight}; it must be positive.")
-        mmc4 = self.kind in ("interleaved", "instructions")
-        if mmc4 and self.images is None:
-            raise ValueError(
-                f"data.sources: {self.path!r} ({self.kind}) needs images: where its pictures are."
-            )
-        if self.kind == "pairs" and self.images is not None:
-            raise ValueError(
-                f"data.sources: {self.path!r} (pairs) has its pictures inside; leave images out."
-            )
-        if self.kind != "pairs" and self.caption_key is not None:
-            raise ValueError(
-                f"data.sources: {self.path!r} ({self.kind}) has no captions; caption_key is for pairs."
-            )
-        if not mmc4 and self.min_similarity is not None:
-            raise ValueError(
-                f"data.sources: {self.path!r} ({self.kind}) has no similarities; min_similarity is for "
-                "interleaved and instructions."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Rows of the global batch, their length in tokens, and what stands in them.
+    """The documents of a stage, and the shape of the batches they are packed into.
 
-    Documents come from the built-in `source`, in `kinds`, or from files: a mixture of `sources`.
-    `max_images` and `max_dreams` are the budgets of one row (of which condition dropout takes one
-    dream). `mode` says whether pictures are seen, dreamed or both. `caption_dropout` is the share of
-    captions left empty. `lookahead` documents may wait for a row where they fit. `prefetch` batches
-    are made ahead by a thread (0: none, no thread). `augment` and `caption_dropout` are the built-in
-    source's.
+    Documents come either from files, a mixture of `sources`, or from the class that `source` names
+    (`package.module:Class`, see `config.registry`) with its own `source_options`.
+
+    A batch has `batch_size` rows of `length` tokens, over all hosts. `max_images` and `max_dreams` are the
+    budgets of one row; condition dropout takes one of its dreams. `mode` says whether pictures are seen,
+    dreamed or both. Up to `lookahead` documents wait for a row where they fit. A thread makes `prefetch`
+    batches ahead (0: none, no thread).
     """
 
-    source: Literal["handwriting"] | None = None
-    kinds: KindWeights = dataclasses.field(default_factory=KindWeights)
+    source: str | None = None
+    source_options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     sources: tuple[SourceConfig, ...] = ()
     mode: Literal["comprehension", "creation", "joint"] = "joint"
     batch_size: int = 16
     length: int = 256
     max_images: int = 8
     max_dreams: int = 8
-    augment: bool = True
-    caption_dropout: float = 0.0
     lookahead: int = 8
     prefetch: int = 2
 
     def __post_init__(self):
-        if self.sources and (self.source is not None or self.kinds != KindWeights()):
-            raise ValueError(
-                "data: sources are files, source and kinds are the built-in corpus; give one of the two."
-            )
+        if self.sources and self.source is not None:
+            raise ValueError("data: source and sources are both set; give one of the two.")
+        if self.source_options and self.source is None:
+            raise ValueError("data: source_options are the options of source, which is not set; set it.")
+        if self.source is not None:
+            check_name("source", self.source)
         for name, least in (
             ("batch_size", 1),
             ("length", 2),
@@ -113,5 +76,3 @@ class DataConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(f"data.caption_dropout is {self.caption_dropout}; it must lie in [0, 1].")

@@ -1,8 +1,7 @@
 """The names that a recipe may use for code: a short name, or `package.module:attribute`.
 
 A recipe says `sampler="euler"` for a sampler of this package, and `sampler="my_project.samplers:heun"` for
-one from elsewhere. An installed package may give its own code a short name, by an entry point in its
-`pyproject.toml`:
+another. An installed package may give its own code a short name, by an entry point in its `pyproject.toml`:
 
     [project.entry-points."dreamllm_jax.samplers"]
     heun = "my_project.samplers:heun"
@@ -30,7 +29,15 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[str, Kind] = {
     "source": Kind("dreamllm_jax.sources"),
-    "format": Kind("dreamllm_jax.formats"),
+    "format": Kind(
+        "dreamllm_jax.formats",
+        {
+            "pairs": "dreamllm_jax.data.formats.webdataset:Pairs",
+            "interleaved": "dreamllm_jax.data.formats.mmc4:Interleaved",
+            "conversations": "dreamllm_jax.data.formats.llava:Conversations",
+            "instructions": "dreamllm_jax.data.formats.instruct_mmc4:Instructions",
+        },
+    ),
     "corpus": Kind("dreamllm_jax.corpora"),
     "sampler": Kind("dreamllm_jax.samplers"),
     "optimizer": Kind("dreamllm_jax.optimizers"),

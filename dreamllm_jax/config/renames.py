@@ -1,4 +1,4 @@
-"""Keys that earlier versions wrote into `config.json` and `recipe.json`, and what they are called now.
+"""Keys and values that version 0.1 wrote into `config.json` and `recipe.json`, and what replaces them.
 
 Only saved files are translated. In a recipe an old key is an error that names the new one.
 """
@@ -6,10 +6,70 @@ Only saved files are translated. In a recipe an old key is an error that names t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-# Config class -> {old key: new key}. Version 0.1 wrote the old keys.
-RENAMED: Mapping[str, Mapping[str, str]] = {
-    "DataConfig": {"rows": "batch_size"},
-    "MeshConfig": {"whole": "replicated"},
-    "OptimConfig": {"accumulation": "grad_accum_steps"},
+
+class New(NamedTuple):
+    """What replaces an old key: the new `key`, or `mapping.key` for one inside a free mapping.
+
+    With `only` = (another old key, its values), the old key meant something beside these values alone; beside
+    others it is left out.
+    """
+
+    key: str
+    only: tuple[str, tuple[str, ...]] | None = None
+
+
+_DEMONSTRATION = ("source", ("handwriting",))
+_WITH_IMAGES = ("kind", ("interleaved", "conversations", "instructions"))
+_MMC4 = ("kind", ("interleaved", "instructions"))
+_TALKING = ("kind", ("conversations", "instructions"))
+
+# Config class -> old key -> what replaces it.
+RENAMED: Mapping[str, Mapping[str, New]] = {
+    "DataConfig": {
+        "rows": New("batch_size"),
+        "kinds": New("source_options.kinds", _DEMONSTRATION),
+        "augment": New("source_options.augment", _DEMONSTRATION),
+        "caption_dropout": New("source_options.caption_dropout", _DEMONSTRATION),
+    },
+    "SourceConfig": {
+        "images": New("options.images", _WITH_IMAGES),
+        "caption_key": New("options.caption_key", ("kind", ("pairs",))),
+        "min_similarity": New("options.min_similarity", _MMC4),
+        "template": New("options.template", _TALKING),
+    },
+    "MeshConfig": {"whole": New("replicated")},
+    "OptimConfig": {"accumulation": New("grad_accum_steps")},
 }
+
+# Config class -> key -> old value -> new value.
+VALUES: Mapping[str, Mapping[str, Mapping[Any, Any]]] = {
+    "DataConfig": {"source": {"handwriting": "examples.handwriting.source:Handwriting"}},
+    "TokenizerConfig": {"corpus": {"handwriting": "examples.handwriting.words:corpus_text"}},
+}
+
+
+def renamed(cls: str) -> Mapping[str, New]:
+    """The old keys of a config class."""
+    return RENAMED[cls] if cls in RENAMED else {}
+
+
+def translate(cls: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved mapping of a config class in today's keys and values.
+
+    Example:
+      >>> translate("SourceConfig", {"kind": "pairs", "caption_key": "text", "template": "plain"})
+      {'kind': 'pairs', 'options': {'caption_key': 'text'}}
+    """
+    old, values, new = renamed(cls), VALUES[cls] if cls in VALUES else {}, {}
+    for key, value in saved.items():
+        if key not in old:
+            new[key] = values[key][value] if key in values and value in values[key] else value
+            continue
+        replacement = old[key]
+        if replacement.only is not None and saved.get(replacement.only[0]) not in replacement.only[1]:
+            continue
+        parent, dot, last = replacement.key.rpartition(".")
+        (new.setdefault(parent, {}) if dot else new)[last] = value
+    return new

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from dreamllm_jax.config.base import build
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
+from dreamllm_jax.config.registry import check_name
 
 
 def _require(holds: bool, config: Any, path: str, what: str) -> None:
@@ -130,13 +131,18 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Where the tokenizer comes from: a folder, or trained on a built-in corpus's text."""
+    """Where the tokenizer comes from: a folder, or training on the texts of a corpus.
+
+    `corpus` names a function without arguments that returns the texts, as `package.module:function`.
+    """
 
     path: str | None = None
-    corpus: Literal["handwriting"] | None = None
+    corpus: str | None = None
     vocab_size: int = 32000
 
     def __post_init__(self):
+        if self.corpus is not None:
+            check_name("corpus", self.corpus)
         if self.path is not None and self.corpus is not None:
             raise ValueError(
                 "tokenizer: give path (a folder to load) or corpus (text to train on), not both."

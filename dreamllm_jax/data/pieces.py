@@ -5,12 +5,14 @@ What the model learns is decided here (`supervised`); what fits, in `sequences`.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
 
 from dreamllm_jax.data.images import ImageLike
+from dreamllm_jax.data.tokenizer import Tokenizer
 
 MODES = ("comprehension", "creation", "joint")
 
@@ -45,31 +47,38 @@ class Picture:
         return _picture_tokens(self, num_patches, num_queries)
 
 
-@dataclasses.dataclass(frozen=True)
-class Spelled:
-    """A picture told in a word: the markers and slots of a `Picture`, but no image.
+class TokenPicture(abc.ABC):
+    """A picture written in tokens: laid out as a `Picture`, with tokens in the slots and no image.
 
-    The word stands in the query slots, where it is learned: at their beginning for `place` 0, at their end
-    for 1, nowhere for None. `patches` are the words in the patch slots, in turn, over and over: patches of a
-    picture may be of different opinions. Slots without a word hold `<im_patch>`. So a language model learns
-    from text alone what its queries will have to say, and what its patches will tell it.
+    A subclass says which tokens. The model learns the layout of pictures from it, and whatever the tokens
+    say, without a vision tower or an image decoder: `examples/handwriting` writes a picture's content in
+    words, so that the language model learns what its dream queries will have to express.
     """
 
-    word: str
     seen: bool
     dreamed: bool
-    place: float | None = 1.0
-    patches: tuple[str, ...] = ()
-    supervised: bool = True
+    supervised: bool
+
+    @abc.abstractmethod
+    def query_tokens(self, tokenizer: Tokenizer, num_queries: int) -> tuple[list[int], list[bool]]:
+        """`num_queries` tokens, for between `<dream_start>` and `<dream_end>`, and which are learned."""
+
+    @abc.abstractmethod
+    def patch_tokens(self, tokenizer: Tokenizer, num_patches: int) -> list[int]:
+        """`num_patches` tokens, for between `<im_start>` and `<im_end>`; none of them is learned."""
 
     def num_tokens(self, num_patches: int, num_queries: int) -> int:
-        """As many as of a `Picture`."""
+        """As many as a `Picture` takes."""
         return _picture_tokens(self, num_patches, num_queries)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Beside:
-    """A picture beside the text, in no slot: for towers that are trained on captions."""
+class UnslottedImage:
+    """An image that takes no slots: the towers get it, the language model does not.
+
+    The objectives that pretrain towers ("vae", "contrastive", "diffusion") learn from such an image and its
+    caption; DreamLLM's own objective needs none.
+    """
 
     image: ImageLike
 
@@ -104,11 +113,11 @@ class Control:
     supervised: bool = False
 
 
-def _picture_tokens(picture: Picture | Spelled, num_patches: int, num_queries: int) -> int:
+def _picture_tokens(picture: Picture | TokenPicture, num_patches: int, num_queries: int) -> int:
     return (num_patches + 2) * picture.seen + (num_queries + 2) * picture.dreamed
 
 
-Piece = Text | Picture | Spelled | Beside | End | Begin | Control
+Piece = Text | Picture | TokenPicture | UnslottedImage | End | Begin | Control
 
 
 def part_to_piece(part: str | ImageLike | Piece) -> Piece:
@@ -127,8 +136,8 @@ def check_mode(mode: str) -> None:
 
 
 def captioned(image: ImageLike, caption: str) -> list[Piece]:
-    """A caption with its picture beside it: no slots, nothing learned by the language model."""
-    return [Text(caption, supervised=False), Beside(image), End(supervised=False)]
+    """A caption and its image, which takes no slots; the language model learns nothing from them."""
+    return [Text(caption, supervised=False), UnslottedImage(image), End(supervised=False)]
 
 
 def pair(image: ImageLike, caption: str, mode: str, rng: np.random.Generator | None = None) -> list[Piece]:

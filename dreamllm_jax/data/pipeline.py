@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,69 +23,12 @@ from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.data.files import BrokenRecord
-from dreamllm_jax.data.handwriting import training_source
 from dreamllm_jax.data.images import to_rgb
 from dreamllm_jax.data.packing import COUNTS, RowLayout, RowStream, assemble_batch
-from dreamllm_jax.data.pieces import Beside, End, Picture, Piece
-from dreamllm_jax.data.records import check_sources, open_mixture
+from dreamllm_jax.data.pieces import End, Picture, Piece, UnslottedImage
 from dreamllm_jax.data.sequences import EncodedDocument, encode_pieces
+from dreamllm_jax.data.sources import DocumentSource, open_documents
 from dreamllm_jax.data.tokenizer import Tokenizer
-
-
-@runtime_checkable
-class DocumentSource(Protocol):
-    """Documents without end, each a function of its own generator and number."""
-
-    def document(self, rng: np.random.Generator, index: int) -> list[Piece]:
-        """One document; `rng` is valid during the call alone.
-
-        `index` counts the documents of all rows (row r has r, r + rows, ...): a finite source may
-        take record `index % size` of a shuffled epoch, an endless one draws from `rng`. A record that
-        cannot be used is a BrokenRecord: it is counted, and the row reads on.
-        """
-        ...
-
-
-def open_documents(
-    config: DataConfig,
-    picture_size: int,
-    tokenizer: Tokenizer,
-    seed: int = 0,
-    index_folder: Path | None = None,
-) -> DocumentSource:
-    """The source that a stage's config names; `seed` orders the epochs of files.
-
-    With a folder of `records.index_sources` tars that it knows are not read before they are needed.
-
-    Raises:
-      ValueError: it names none, gives no kind of document a weight, or names files that are not there
-        or not what they should be.
-    """
-    if config.sources:
-        return open_mixture(config.sources, config.mode, seed, tokenizer, index_folder)
-    if config.source is None:
-        raise ValueError(
-            "data.source is not set; set it to 'handwriting', or list files of your own in data.sources."
-        )
-    return training_source(
-        config.kinds,
-        config.mode,
-        size=picture_size,
-        augment=config.augment,
-        caption_dropout=config.caption_dropout,
-    )
-
-
-def check_source(config: DataConfig, tokenizer: Tokenizer) -> None:
-    """What can be said about a stage's source in no time: files are looked for, not read.
-
-    Raises:
-      ValueError: as `open_documents`, as far as that goes.
-    """
-    if config.sources:
-        check_sources(config, tokenizer)
-    else:
-        open_documents(config, 16, tokenizer)
 
 
 def row_layout(config: DataConfig, model: DreamLLMConfig, null_dream: bool) -> RowLayout:
@@ -274,7 +216,7 @@ def _readable(pieces: list[Piece]) -> tuple[list[Piece], int]:
     """Opens pictures given as files or bytes; leaves out broken ones, markers and all, and counts them."""
     readable: list[Piece] = []
     for piece in pieces:
-        if isinstance(piece, Picture | Beside) and not isinstance(piece.image, np.ndarray):
+        if isinstance(piece, Picture | UnslottedImage) and not isinstance(piece.image, np.ndarray):
             try:
                 piece = dataclasses.replace(piece, image=to_rgb(piece.image))
             except ValueError:

@@ -6,15 +6,14 @@ With P patches per image and Q dream queries, a picture becomes
     dreamed           <dream_start> Q*<im_patch> <dream_end>
     dreamed and seen  the dream, then the sight of it
 
-(query slots carry `<im_patch>`'s id: the learned queries replace their embeddings). A picture that is
-`Spelled` has the same layout, with its word in some of the slots and no image. Text and `</s>` are
-learned; of a picture's markers only `<dream_start>`: the model decides when to draw.
+(query slots carry `<im_patch>`'s id: the learned queries replace their embeddings). A `TokenPicture` has
+the same layout, with tokens in the slots and no image. Text and `</s>` are learned; of a picture's markers
+only `<dream_start>`: the model decides when to draw.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -24,13 +23,13 @@ from dreamllm_jax.data.chat import question, template_of
 from dreamllm_jax.data.images import ImageLike
 from dreamllm_jax.data.pieces import (
     Begin,
-    Beside,
     Control,
     End,
     Picture,
     Piece,
-    Spelled,
     Text,
+    TokenPicture,
+    UnslottedImage,
     part_to_piece,
 )
 from dreamllm_jax.data.tokenizer import Tokenizer
@@ -93,10 +92,10 @@ class _Writer:
         self.dream_slots += [-1] * n
 
     def is_full(self, piece: Piece, max_images: int | None, max_dreams: int | None) -> bool:
-        """Whether no image or no dream may follow. Beside the text, one of the two is enough."""
+        """Whether no image or no dream may follow. UnslottedImage the text, one of the two is enough."""
         no_image = max_images is not None and len(self.images) >= max_images
         no_dream = max_dreams is not None and len(self.dreams) >= max_dreams
-        if isinstance(piece, Beside):
+        if isinstance(piece, UnslottedImage):
             return no_image and no_dream
         return isinstance(piece, Picture) and (piece.seen and no_image or piece.dreamed and no_dream)
 
@@ -104,15 +103,15 @@ class _Writer:
         """Writes anything but text."""
         if isinstance(piece, Picture):
             self.picture(piece)
-        elif isinstance(piece, Spelled):
-            self.spelled(piece)
+        elif isinstance(piece, TokenPicture):
+            self.token_picture(piece)
         elif isinstance(piece, End):
             self.write([self.ids.eos] * piece.token, piece.supervised)
         elif isinstance(piece, Begin):
             self.write([self.ids.bos] * piece.token, piece.supervised)
         elif isinstance(piece, Control):
             self.write([self.tokenizer.token_id(piece.name)], piece.supervised)
-        elif isinstance(piece, Beside):
+        elif isinstance(piece, UnslottedImage):
             if max_images is None or len(self.images) < max_images:
                 self.images.append(piece.image)
             if max_dreams is None or len(self.dreams) < max_dreams:
@@ -137,29 +136,18 @@ class _Writer:
             self.write([ids.im_end], False)
             self.images.append(picture.image)
 
-    def spelled(self, picture: Spelled) -> None:
+    def token_picture(self, picture: TokenPicture) -> None:
         ids = self.ids
         if picture.dreamed:
-            told = [] if picture.place is None else self.told(picture.word, self.num_queries)
-            free = self.num_queries - len(told)
-            before = round(free * (picture.place or 0.0))
+            tokens, learned = picture.query_tokens(self.tokenizer, self.num_queries)
+            assert len(tokens) == len(learned) == self.num_queries, (picture, tokens, learned)
             self.write([ids.dream_start], picture.supervised)
-            self.write([ids.im_patch] * before, False)
-            self.write(told, picture.supervised)
-            self.write([ids.im_patch] * (free - before) + [ids.dream_end], False)
+            self.write(tokens, learned)
+            self.write([ids.dream_end], False)
         if picture.seen:
-            told = [token for word in picture.patches for token in self.told(word, self.num_patches)]
-            patches = itertools.islice(itertools.cycle(told or [ids.im_patch]), self.num_patches)
+            patches = picture.patch_tokens(self.tokenizer, self.num_patches)
+            assert len(patches) == self.num_patches, (picture, patches)
             self.write([ids.im_start, *patches, ids.im_end], False)
-
-    def told(self, word: str, room: int) -> list[int]:
-        tokens = self.tokenizer.encode(word)
-        if not 1 <= len(tokens) <= room:
-            raise ValueError(
-                f"A picture told as {word!r} takes {len(tokens)} tokens; between 1 and {room} have room in "
-                "its slots. Tell it in a shorter word."
-            )
-        return tokens
 
     def sequence(self, dropped_images: int = 0, dropped_tokens: int = 0) -> EncodedDocument:
         return EncodedDocument(
@@ -257,12 +245,12 @@ def _encode(chunk: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[b
 
 
 def _is_learned(piece: Piece) -> bool:
-    return not isinstance(piece, Beside) and piece.supervised
+    return not isinstance(piece, UnslottedImage) and piece.supervised
 
 
 def _num_tokens(piece: Piece, writer: _Writer) -> int:
     """Tokens of anything but text."""
-    if isinstance(piece, Picture | Spelled):
+    if isinstance(piece, Picture | TokenPicture):
         return piece.num_tokens(writer.num_patches, writer.num_queries)
     return int(isinstance(piece, Control) or (isinstance(piece, End | Begin) and piece.token))
 
@@ -274,7 +262,7 @@ def _cut(
     if closing:
         writer.write([writer.ids.eos], False)
     return writer.sequence(
-        sum(isinstance(chunk[0], Picture | Spelled | Beside) for chunk in rest),
+        sum(isinstance(chunk[0], Picture | TokenPicture | UnslottedImage) for chunk in rest),
         dropped_tokens + sum(len(_encode(c, tokenizer)[0]) for c in rest if isinstance(c[0], Text)),
     )
 

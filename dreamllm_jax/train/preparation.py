@@ -11,9 +11,9 @@ from dreamllm_jax import distributed
 from dreamllm_jax.checkpoint.model_folder import Pretrained, open_pretrained
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.registry import resolve
 from dreamllm_jax.config.train import Recipe
-from dreamllm_jax.data import numbers
-from dreamllm_jax.data.records import index_sources
+from dreamllm_jax.data.mixture import has_index, index_sources
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dreamllm_jax.models.parameters import Flat, abstract_params, init_on_host
 
@@ -28,8 +28,8 @@ def prepare_tokenizer(recipe: Recipe) -> Tokenizer:
       ValueError: there is neither, or the folder holds no tokenizer.
     """
     config = recipe.tokenizer
-    if config.corpus == "handwriting":
-        return train_tokenizer(numbers.corpus_text(), config.vocab_size)
+    if config.corpus is not None:
+        return train_tokenizer(resolve("corpus", config.corpus)(), config.vocab_size)
     folder = config.path or recipe.init_from
     if folder is None:
         raise ValueError("tokenizer: the recipe names none; set tokenizer.path to a folder with a tokenizer.")
@@ -43,7 +43,7 @@ def prepare_index(config: DataConfig, folder: Path) -> None:
       ValueError: a tar is missing, or is none.
       OSError: the index cannot be written, or not be seen by this process.
     """
-    if all(source.kind != "pairs" for source in config.sources):
+    if not any(has_index(source) for source in config.sources):
         return
     files, problem, failed = [], None, False
     if distributed.is_main():

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.chat import template_of
-from dreamllm_jax.data.pipeline import check_source, row_layout
+from dreamllm_jax.data.pipeline import row_layout
+from dreamllm_jax.data.sources import check_source
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.models.parameters import Flat, abstract_params

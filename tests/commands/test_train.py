@@ -7,7 +7,7 @@ import pytest
 from dreamllm_jax.commands.main import main
 from dreamllm_jax.config.recipe_files import load_recipe
 
-HANDWRITING = str(Path(__file__).resolve().parents[2] / "configs" / "handwriting.py")
+HANDWRITING = str(Path(__file__).resolve().parents[2] / "examples" / "handwriting" / "config.py")
 
 
 @pytest.fixture

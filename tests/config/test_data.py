@@ -1,8 +1,9 @@
-"""The data of a stage: sources that are files, and the built-in one."""
+"""The data of a stage: a source by name, or sources that are files."""
 
 import pytest
 
-from dreamllm_jax.config.data import DataConfig, KindWeights, SourceConfig
+from dreamllm_jax.config.base import build, to_dict
+from dreamllm_jax.config.data import DataConfig, SourceConfig
 
 PAIRS = SourceConfig("pairs", "x.tar")
 
@@ -10,17 +11,15 @@ PAIRS = SourceConfig("pairs", "x.tar")
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: KindWeights(pairs=-0.1), "data.kinds.pairs is -0.1; a weight cannot be negative"),
         (lambda: SourceConfig("pairs", "x.tar", weight=0.0), "'x.tar' has weight 0.0; it must be positive"),
-        (lambda: SourceConfig("interleaved", "x.jsonl"), r"\(interleaved\) needs images"),
-        (lambda: SourceConfig("instructions", "x.jsonl"), r"\(instructions\) needs images"),
-        (lambda: SourceConfig("pairs", "x.tar", images="y"), "has its pictures inside; leave images out"),
-        (lambda: SourceConfig("conversations", "x.json", caption_key="c"), "caption_key is for pairs"),
-        (lambda: SourceConfig("pairs", "x.tar", min_similarity=0.2), "min_similarity is for interleaved"),
-        (lambda: DataConfig(source="handwriting", sources=(PAIRS,)), "give one of the two"),
+        (lambda: SourceConfig("pear", "x.tar"), "Unknown format 'pear'; known: pairs; for one of your own"),
+        (lambda: DataConfig(source="a.b:C", sources=(PAIRS,)), "give one of the two"),
+        (lambda: DataConfig(source="digits"), "Unknown source 'digits'; none is built in, write package.mod"),
+        (lambda: DataConfig(source_options={"a": 1}), "source_options are the options of source, which is"),
         (lambda: DataConfig(length=1), "data.length is 1; it must be at least 2"),
+        (lambda: DataConfig(batch_size=0), "data.batch_size is 0; it must be at least 1"),
         (lambda: DataConfig(prefetch=-1), "data.prefetch is -1; it must be at least 0"),
-        (lambda: DataConfig(caption_dropout=1.5), "data.caption_dropout is 1.5; it must lie in"),
+        (lambda: build(DataConfig, {"source_options": 3}), "source_options: got 3; expected a mapping"),
     ],
 )
 def test_impossible_values(make, words):
@@ -29,6 +28,7 @@ def test_impossible_values(make, words):
 
 
 def test_possible_ones():
-    assert DataConfig(sources=(PAIRS,)).sources[0].template == "vicuna_v1.1"
-    assert DataConfig(source="handwriting", kinds=KindWeights(text=1.0)).prefetch == 2
-    SourceConfig("conversations", "x.json")  # LLaVA's may be of text alone
+    assert DataConfig(sources=(PAIRS,)).sources[0].options == {}
+    assert DataConfig(source="a.b:C", source_options={"kinds": {"text": 1.0}}).prefetch == 2
+    config = build(DataConfig, {"sources": [{"kind": "a.b:C", "path": "x", "options": {"deep": {"n": 1}}}]})
+    assert build(DataConfig, to_dict(config)) == config and hash(config) == hash(build(DataConfig, config))

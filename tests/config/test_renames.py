@@ -2,8 +2,11 @@
 
 import pytest
 
-from dreamllm_jax.config.renames import RENAMED
-from dreamllm_jax.config.train import MeshConfig, recipe
+from dreamllm_jax.config.base import build, to_dict
+from dreamllm_jax.config.data import DataConfig
+from dreamllm_jax.config.registry import resolve
+from dreamllm_jax.config.renames import RENAMED, translate
+from dreamllm_jax.config.train import MeshConfig, TokenizerConfig, recipe
 
 OLD = {
     "name": "old",
@@ -36,6 +39,77 @@ def test_an_old_key_in_a_recipe_is_named_with_the_new_one():
         recipe(OLD)
 
 
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (
+            {
+                "source": "handwriting",
+                "kinds": {"captions": 1.0, "pairs": 0.0},
+                "sources": [],
+                "augment": True,
+                "caption_dropout": 0.1,
+            },
+            {
+                "source": "examples.handwriting.source:Handwriting",
+                "source_options": {
+                    "kinds": {"captions": 1.0, "pairs": 0.0},
+                    "augment": True,
+                    "caption_dropout": 0.1,
+                },
+            },
+        ),
+        # 0.1 wrote every key of every source; those that mean nothing to its kind are left out.
+        (
+            {
+                "source": None,
+                "kinds": {"captions": 0.0},
+                "augment": True,
+                "caption_dropout": 0.0,
+                "sources": [
+                    {"images": None, "caption_key": "c", "min_similarity": None, "template": "plain"}
+                    | {"kind": "pairs", "path": "a.tar", "weight": 2.0},
+                    {"images": "i", "caption_key": None, "min_similarity": 0.3, "template": "plain"}
+                    | {"kind": "interleaved", "path": "b", "weight": 1.0},
+                    {"images": "i", "caption_key": None, "min_similarity": 0.3, "template": "plain"}
+                    | {"kind": "instructions", "path": "c", "weight": 1.0},
+                    {"images": None, "caption_key": None, "min_similarity": None, "template": "plain"}
+                    | {"kind": "conversations", "path": "d", "weight": 1.0},
+                ],
+            },
+            {
+                "sources": [
+                    {"kind": "pairs", "path": "a.tar", "weight": 2.0, "options": {"caption_key": "c"}},
+                    {"kind": "interleaved", "path": "b", "options": {"images": "i", "min_similarity": 0.3}},
+                    {
+                        "kind": "instructions",
+                        "path": "c",
+                        "options": {"images": "i", "min_similarity": 0.3, "template": "plain"},
+                    },
+                    {"kind": "conversations", "path": "d", "options": {"images": None, "template": "plain"}},
+                ]
+            },
+        ),
+    ],
+)
+def test_saved_sources_of_0_1_load(data, expected):
+    assert build(DataConfig, data, saved=True) == build(DataConfig, expected)
+    with pytest.raises(ValueError, match="key 'kinds' is now called 'source_options.kinds'; rename it"):
+        build(DataConfig, data)
+
+
+def test_a_saved_corpus_of_0_1_can_be_imported():
+    built = build(TokenizerConfig, {"path": None, "corpus": "handwriting", "vocab_size": 512}, saved=True)
+    assert "Write two plus three. two plus three equals five" in resolve("corpus", built.corpus)()
+    (stage,) = recipe(OLD | {"tokenizer": {"corpus": "handwriting"}}, saved=True).stages
+    assert stage.data.source is None
+
+
+def test_what_is_saved_today_is_left_alone():
+    data = to_dict(build(DataConfig, {"source": "a.b:C", "source_options": {"kinds": {"pairs": 1.0}}}))
+    assert translate("DataConfig", data) == data
+
+
 def test_new_names_are_not_old_ones():
     for table in RENAMED.values():
-        assert not table.keys() & set(table.values())
+        assert not table.keys() & {new.key for new in table.values()}

@@ -24,7 +24,7 @@ def stage(name="one", **changes):
         (lambda: OptimConfig(grad_accum_steps=0), "optim.grad_accum_steps is 0"),
         (lambda: OptimConfig(clip_norm=0.0), "optim.clip_norm is 0.0; it must be positive, or None"),
         (lambda: StageConfig("one", ("llama",), 0, DataConfig()), "steps is 0; it must be at least 1"),
-        (lambda: TokenizerConfig(path="x", corpus="handwriting"), "path .* or corpus .*, not both"),
+        (lambda: TokenizerConfig(path="x", corpus="texts:all_of_them"), "path .* or corpus .*, not both"),
         (lambda: Recipe("r", DreamLLMConfig(), (stage(), stage())), "two stages share a name"),
         (lambda: Recipe("r", DreamLLMConfig(), ()), "recipe 'r' has no stages"),
         (lambda: Recipe("r", DreamLLMConfig(), (stage(),), keep_checkpoints=0), "keep_checkpoints is 0"),

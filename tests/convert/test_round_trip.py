@@ -27,7 +27,7 @@ PROMPT = "a handwritten seven"
 RECIPE = dict(
     name="trained",
     model=tiny.MODEL,
-    tokenizer=dict(corpus="handwriting", vocab_size=tiny.VOCABULARY),
+    tokenizer=dict(corpus=tiny.CORPUS, vocab_size=tiny.VOCABULARY),
     frozen_dtype="float32",
     stages=[
         dict(
@@ -35,8 +35,8 @@ RECIPE = dict(
             trainable=("llama", "vision_projector", "dream_queries", "condition_projector"),
             steps=4,
             data=dict(
-                source="handwriting",
-                kinds=dict(pairs=1.0),
+                source=tiny.SOURCE,
+                source_options=dict(kinds=dict(pairs=1.0)),
                 batch_size=8,
                 length=64,
                 max_images=2,

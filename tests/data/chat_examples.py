@@ -6,8 +6,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from dreamllm_jax.data.numbers import corpus_text
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
+from examples.handwriting.words import corpus_text
 
 TEXTS = [*corpus_text(), "USER: ASSISTANT: [INST] </s> | <> chat system user assistant You are helpful."]
 

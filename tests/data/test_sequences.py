@@ -6,11 +6,11 @@ from PIL import Image
 
 from dreamllm_jax.data.chat import conversation, get_template
 from dreamllm_jax.data.pieces import (
-    Beside,
     End,
     Picture,
-    Spelled,
     Text,
+    TokenPicture,
+    UnslottedImage,
     captioned,
     interleaved,
     pair,
@@ -51,48 +51,36 @@ def test_pair_creation_learns_no_token():
     assert s.dreams == (RED,) and s.images == () and s.has_targets
 
 
-def test_a_spelled_picture_takes_the_place_of_a_picture():
-    """Token for token: what differs is the word in the last query slot, and in the patch slots."""
+class Marked(TokenPicture):
+    """Token 50 in the first query slot, and in every patch slot."""
+
+    def __init__(self, seen, dreamed, supervised=True):
+        self.seen, self.dreamed, self.supervised = seen, dreamed, supervised
+
+    def query_tokens(self, tokenizer, num_queries):
+        return [50] + [S.im_patch] * (num_queries - 1), [self.supervised] + [False] * (num_queries - 1)
+
+    def patch_tokens(self, tokenizer, num_patches):
+        return [50] * num_patches
+
+
+def test_a_token_picture_has_the_layout_of_a_picture():
     picture = encode(interleaved(["one", RED, "two"], "joint"))
-    spelled = encode(interleaved(["one", Spelled("seven", True, True, patches=("seven",)), "two"], "joint"))
-    seven = spelled.tokens[2 + Q]
-    query, patches = [S.im_patch] * (Q - 1) + [seven], [seven] * P
-    expected = [1, 100, S.dream_start, *query, S.dream_end, S.im_start, *patches, S.im_end]
-    assert spelled.tokens[: len(expected)].tolist() == expected and len(spelled) == len(picture)
-    assert learned(spelled) == [100, S.dream_start, seven, spelled.tokens[-2], 2]
+    tokens = encode(interleaved(["one", Marked(True, True), "two"], "joint"))
+    query = [50] + [S.im_patch] * (Q - 1)
+    expected = [1, 100, S.dream_start, *query, S.dream_end, S.im_start, *[50] * P, S.im_end]
+    assert tokens.tokens[: len(expected)].tolist() == expected and len(tokens) == len(picture)
+    assert learned(tokens) == [100, S.dream_start, 50, tokens.tokens[-2], 2]
     assert learned(picture) == [100, S.dream_start, picture.tokens[-2], 2]
-    assert (spelled.image_slots < 0).all() and (spelled.dream_slots < 0).all() and not spelled.images
+    assert (tokens.image_slots < 0).all() and (tokens.dream_slots < 0).all() and not tokens.images
+    assert learned(encode([Marked(False, True, supervised=False), End(supervised=False)])) == []
+    assert encode([Marked(True, False)]).tokens.tolist() == [1, S.im_start, *[50] * P, S.im_end, 2]
 
 
-def test_a_spelled_picture_without_its_word_or_without_room():
-    bare = encode([Spelled("seven", seen=False, dreamed=True, place=None)])
-    assert bare.tokens.tolist() == [1, *DREAM, 2]
-    with pytest.raises(ValueError, match="'one two three four' takes 4 tokens; between 1 and 3 have room"):
-        encode([Spelled("one two three four", seen=True, dreamed=True)])
-    with pytest.raises(ValueError, match="'a b c d e' takes 5 tokens; between 1 and 4 have room"):
-        encode([Spelled("seven", seen=True, dreamed=False, patches=("seven", "a b c d e"))])
-    cut = encode([Text("one"), Spelled("seven", seen=True, dreamed=False), Text("two")], length=6)
+def test_a_token_picture_without_room_ends_the_document():
+    cut = encode([Text("one"), Marked(True, False), Text("two")], length=6)
     assert cut.tokens.tolist() == [1, 100, 2] and learned(cut) == [100]
     assert (cut.dropped_images, cut.dropped_tokens) == (1, 1)
-
-
-def test_patches_of_a_spelled_picture_may_differ():
-    """Their words stand in turn, over and over; without any the slots are as those of a picture."""
-    s = encode([Spelled("seven", seen=True, dreamed=False, patches=("seven", "two", "seven"))])
-    seven, two = s.tokens[2], s.tokens[3]
-    assert s.tokens.tolist() == [1, S.im_start, seven, two, seven, seven, S.im_end, 2] and seven != two
-    bare = encode([Spelled("seven", seen=True, dreamed=False)])
-    assert bare.tokens.tolist() == [1, S.im_start, *[S.im_patch] * P, S.im_end, 2]
-
-
-@pytest.mark.parametrize(("place", "slot"), [(0.0, 0), (0.2, 0), (0.5, 1), (0.8, 2), (1.0, 2)])
-def test_a_spelled_picture_has_its_word_at_its_place(place, slot):
-    """Whatever the place, the dream takes the same tokens and its word is learned."""
-    s = encode([Spelled("seven", seen=False, dreamed=True, place=place)])
-    slots = s.tokens[2 : 2 + Q].tolist()
-    assert s.tokens[[0, 1, -2, -1]].tolist() == [1, S.dream_start, S.dream_end, 2] and len(s) == Q + 4
-    assert slots[:slot] + slots[slot + 1 :] == [S.im_patch] * (Q - 1) and slots[slot] != S.im_patch
-    assert learned(s) == [S.dream_start, slots[slot], 2]
 
 
 def test_pair_creation_shortens_its_caption_for_the_image():
@@ -164,11 +152,11 @@ def test_eos_option_and_length():
         encode([Text("one")], length=1)
 
 
-def test_caption_beside_its_picture():
+def test_a_caption_and_its_unslotted_image():
     s = encode(captioned(RED, "a seven"))
     assert s.tokens.tolist() == [1, 100, 101, 2] and s.images == s.dreams == (RED,) and s.has_targets
     assert (s.image_slots < 0).all() and (s.dream_slots < 0).all()
-    s = encode([Beside(RED)], max_images=0, max_dreams=1)
+    s = encode([UnslottedImage(RED)], max_images=0, max_dreams=1)
     assert s.images == () and s.dreams == (RED,)
     assert encode(captioned(RED, "x"), max_images=0, max_dreams=0).dropped_images == 1
 

@@ -18,13 +18,12 @@ from dreamllm_jax.config.data import DataConfig  # noqa: E402
 from dreamllm_jax.config.model import GenerationConfig  # noqa: E402
 from dreamllm_jax.config.train import MeshConfig  # noqa: E402
 from dreamllm_jax.data.formats import tar_index  # noqa: E402
-from dreamllm_jax.data.numbers import corpus_text  # noqa: E402
-from dreamllm_jax.data.pipeline import open_documents  # noqa: E402
+from dreamllm_jax.data.sources import open_documents  # noqa: E402
 from dreamllm_jax.data.tokenizer import train_tokenizer  # noqa: E402
-from dreamllm_jax.evaluate import __main__ as evaluate_command  # noqa: E402
-from dreamllm_jax.evaluate import run  # noqa: E402
 from dreamllm_jax.sharding import make_mesh, process_row_indices, shard_batch  # noqa: E402
 from dreamllm_jax.train.preparation import prepare_index  # noqa: E402
+from examples.handwriting import evaluate as evaluation  # noqa: E402
+from examples.handwriting.words import corpus_text  # noqa: E402
 from tests.data.datasets import picture, write_tar  # noqa: E402
 from tests.data.fakes import WordTokenizer  # noqa: E402
 from tests.train import tiny  # noqa: E402
@@ -84,7 +83,7 @@ if index == 0:
 distributed.barrier("tars are written")
 tars = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/{{a,b}}.tar"}]})
 prepare_index(tars, folder / "index")
-assert len(open_documents(tars, 16, WordTokenizer(), index_folder=folder / "index").records[0]) == 2
+assert len(open_documents(tars, 16, WordTokenizer(), index_folder=folder / "index").formats[0]) == 2
 assert read == ([] if index else ["a.tar", "b.tar"]), read
 wrong = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/c.tar"}]})
 assert "c.tar is no uncompressed tar" in complaint(prepare_index, wrong, folder / "index")
@@ -96,13 +95,13 @@ def evaluate(workdir: Path) -> bool:
     config = tiny.config(vision=None, unet=None, vae=None)
     tokenizer = train_tokenizer(corpus_text(), tiny.VOCABULARY)
     write_pretrained(workdir / "trained", tiny.random_params(config), config, tokenizer, GenerationConfig())
-    run.export(workdir / "trained", workdir / "exported")
+    evaluation.export(workdir / "trained", workdir / "exported")
     return True
 
 
-run.evaluate, run.summary = evaluate, lambda workdir: "measured"
+evaluation.evaluate, evaluation.summary = evaluate, lambda workdir: "measured"
 sys.argv = ["evaluate", f"--workdir={folder}"]
-evaluate_command.main()
+evaluation.main()
 assert (folder / "exported" / "config.json").exists()
 
 distributed.print_on_main("agreed")

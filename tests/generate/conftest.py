@@ -15,10 +15,10 @@ from dreamllm_jax.config.towers import (
     UNetConfig,
     VaeConfig,
 )
-from dreamllm_jax.data.numbers import corpus_text
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.generate.api import DreamLLM
 from dreamllm_jax.models.parameters import abstract_params
+from examples.handwriting.words import corpus_text
 
 VOCABULARY = 512
 CONFIG = DreamLLMConfig(

@@ -181,11 +181,14 @@ def test_quickstart_takes_overrides_of_the_recipe_alone(house, argument):
 
 @pytest.mark.parametrize(
     ("module", "sentence"),
-    [("train", "The training stopped early"), ("evaluate", "The evaluation stopped early")],
+    [
+        ("dreamllm_jax.train", "The training stopped early"),
+        ("examples.handwriting.evaluate", "The evaluation stopped early"),
+    ],
 )
 def test_quickstart_says_what_a_crash_left(house, tmp_path, module, sentence):
     python = stub(tmp_path / "bin")
-    crash = f'"-m dreamllm_jax.{module}"*) exit 1 ;;\n  "-m dreamllm_jax"*) ;;\n  "-m pytest"*)'
+    crash = f'"-m {module}"*) exit 1 ;;\n  "-m dreamllm_jax"*) ;;\n  "-m pytest"*)'
     python.write_text(python.read_text().replace('"-m pytest"*)', crash))
     result = launch(house, "launch/quickstart.sh", "work", path=f"{tmp_path / 'bin'}:/usr/bin:/bin")
     assert sentence in one_sentence(result)
@@ -206,7 +209,9 @@ def test_quickstart_trains_and_evaluates_in_the_callers_folder(house, tmp_path):
     """The folder is relative to where the caller stands; the stub shows what it is asked to run."""
     python = stub(tmp_path / "bin")
     python.write_text(
-        python.read_text().replace('"-m pytest"*)', '"-m dreamllm_jax"*) echo runs: $* ;;\n  "-m pytest"*)')
+        python.read_text().replace(
+            '"-m pytest"*)', '"-m dreamllm_jax"* | "-m examples"*) echo runs: $* ;;\n  "-m pytest"*)'
+        )
     )
     result = launch(
         house, "launch/quickstart.sh", "my work", "--config.seed=1", path=f"{tmp_path / 'bin'}:/usr/bin:/bin"
@@ -215,8 +220,8 @@ def test_quickstart_trains_and_evaluates_in_the_callers_folder(house, tmp_path):
     runs = [line.removeprefix("runs: ") for line in result.stdout.splitlines() if line.startswith("runs: ")]
     workdir = (tmp_path / "my work").resolve()
     assert runs == [
-        f"-m dreamllm_jax.train --config=configs/handwriting.py --workdir={workdir} --config.seed=1",
-        f"-m dreamllm_jax.evaluate --workdir={workdir}",
+        f"-m dreamllm_jax.train --config=examples/handwriting/config.py --workdir={workdir} --config.seed=1",
+        f"-m examples.handwriting.evaluate --workdir={workdir}",
     ]
 
 

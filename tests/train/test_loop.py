@@ -29,7 +29,7 @@ DECAY = 0.15
 RECIPE = dict(
     name="tiny",
     model=tiny.MODEL,
-    tokenizer=dict(corpus="handwriting", vocab_size=tiny.VOCABULARY),
+    tokenizer=dict(corpus=tiny.CORPUS, vocab_size=tiny.VOCABULARY),
     frozen_dtype="float32",
     checkpoint_every=2,
     log_every=1,
@@ -40,8 +40,8 @@ RECIPE = dict(
             trainable=("vae",),
             steps=2,
             data=dict(
-                source="handwriting",
-                kinds=dict(captions=1.0),
+                source=tiny.SOURCE,
+                source_options=dict(kinds=dict(captions=1.0)),
                 batch_size=8,
                 length=16,
                 max_images=1,
@@ -54,8 +54,8 @@ RECIPE = dict(
             trainable=CONNECTORS,
             steps=5,
             data=dict(
-                source="handwriting",
-                kinds=dict(pairs=1.0),
+                source=tiny.SOURCE,
+                source_options=dict(kinds=dict(pairs=1.0)),
                 batch_size=8,
                 length=64,
                 max_images=2,
@@ -315,8 +315,12 @@ UNFIT = {
         None,
         "has no room for the empty prompt's",
     ),
-    "no source": (changed("stages", 1, "data", "source", None), None, "data.source is not set"),
-    "no kind": (changed("stages", 1, "data", "kinds", {}), None, "stage 'joint'"),
+    "no source": (
+        changed("stages", 1, "data", dict(batch_size=8)),
+        None,
+        "data.source is not set",
+    ),
+    "no kind": (changed("stages", 1, "data", "source_options", "kinds", {}), None, "stage 'joint'"),
     "no tokenizer": (changed("tokenizer", {}), None, "tokenizer: the recipe names none"),
     "no weights": (changed("init_from", "nowhere"), None, "nowhere does not exist"),
 }

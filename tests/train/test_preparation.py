@@ -28,7 +28,7 @@ def test_tars_are_indexed_in_the_work_folder_by_the_first_start_alone(tmp_path, 
         write_tar(tmp_path / name, {"0.png": picture(), "0.txt": b"a red field"})
     mapping = copy.deepcopy(RECIPE)
     data = mapping["stages"][1]["data"]
-    del data["source"], data["kinds"]
+    del data["source"], data["source_options"]
     data["sources"] = [dict(kind="pairs", path=f"{tmp_path}/{{0,1}}.tar")]
     mapping["stages"] = mapping["stages"][1:]
     for _ in range(2):

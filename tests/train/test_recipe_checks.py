@@ -18,13 +18,14 @@ from dreamllm_jax.train.preparation import prepare_tokenizer
 from dreamllm_jax.train.recipe_checks import check_recipe
 from tests.train.test_loop import RECIPE, changed
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS, HANDWRITING = ROOT / "configs", ROOT / "examples" / "handwriting" / "config.py"
 REAL = ("stage1_comprehension", "stage1_creation", "stage2", "stage3", "sdxl", "llava15", "dreamllm_13b")
 
 
 def test_the_handwriting_recipe_passes():
     """On one device, as it runs on a laptop; every stage."""
-    recipe = load_recipe(str(CONFIGS / "handwriting.py"))
+    recipe = load_recipe(str(HANDWRITING))
     mesh = make_mesh(recipe.mesh, jax.devices()[:1])
     check_recipe(recipe, recipe.stages, mesh, prepare_tokenizer(recipe))
 
@@ -39,7 +40,7 @@ def test_the_real_recipes_pass(name, shape, devices, monkeypatch):
 
 
 def test_a_kernel_that_the_devices_lack():
-    recipe = load_recipe(str(CONFIGS / "handwriting.py"))
+    recipe = load_recipe(str(HANDWRITING))
     recipe = dataclasses.replace(
         recipe, model=dataclasses.replace(recipe.model, attention=AttentionConfig(unet="splash"))
     )

@@ -16,6 +16,9 @@ from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import Flat, abstract_params
 
 VOCABULARY = 408
+# Recipes of the tests train on the documents and the text of the demonstration.
+SOURCE = "examples.handwriting.source:Handwriting"
+CORPUS = "examples.handwriting.words:corpus_text"
 ROWS = 8
 P, Q = 4, 4
 

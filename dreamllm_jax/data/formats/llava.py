@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.data.archives import Images
-from dreamllm_jax.data.chat import ChatTemplate, conversation
-from dreamllm_jax.data.files import BrokenRecord, JsonRecords
+from dreamllm_jax.data.archives import open_images
+from dreamllm_jax.data.chat import conversation
+from dreamllm_jax.data.files import BrokenRecord, JsonRecords, find_files
+from dreamllm_jax.data.formats.base import Format, FormatContext, conversation_template
 from dreamllm_jax.data.images import ImageLike
 from dreamllm_jax.data.pieces import Piece
+from dreamllm_jax.data.tokenizer import Tokenizer
 
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant", "obj365", "vg")
 _MARKERS = ("<image>", "<dream>")
 
 
-class Conversations:
-    """Records `{"id", "image", "conversations": [{"from", "value"}]}`; without an image, text alone.
+@dataclasses.dataclass(frozen=True)
+class ConversationsOptions:
+    """`images` is a folder, or zips or tars, of the pictures (None: the conversations have none).
 
-    `image` may be a list. One image serves every marker: `<image>` (seen) and `<dream>` (dreamed, then
-    seen). What an assistant says before the first question, and a question without an answer, are left out.
+    `template` is what conversations are written in.
     """
 
-    def __init__(self, records: JsonRecords, images: Images | None, template: ChatTemplate):
-        self.records, self.images, self.template = records, images, template
+    images: str | None = None
+    template: str = "vicuna_v1.1"
+
+
+class Conversations(Format):
+    """Records `{"id", "image", "conversations": [{"from", "value"}]}`; without an image, text alone.
+
+    `image` may be a list. A single image serves every marker: `<image>` (seen) and `<dream>` (dreamed, then
+    seen). An assistant's turn before the first question is left out, and so is a question without an answer.
+    """
+
+    Options = ConversationsOptions
+
+    @classmethod
+    def check(cls, options: ConversationsOptions, tokenizer: Tokenizer) -> None:
+        if options.images is not None:
+            find_files(options.images, "images")
+        conversation_template(options.template, tokenizer)
+
+    def __init__(self, paths: Sequence[Path], options: ConversationsOptions, context: FormatContext):
+        self.records, self.images = JsonRecords(paths), None
+        if options.images is not None:
+            self.images = open_images(find_files(options.images, "images"))
+        self.template = conversation_template(options.template, context.tokenizer)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -33,7 +60,7 @@ class Conversations:
         """Conversation `number`; its answers are learned.
 
         Raises:
-          BrokenRecord: turns that do not alternate, markers without pictures, or a missing field.
+          BrokenRecord: the turns do not alternate, a marker has no picture, or a field is missing.
         """
         record = self.records[number]
         try:
@@ -49,14 +76,14 @@ class Conversations:
         if names is None or not markers:
             return []
         if self.images is None:
-            raise ValueError("it has an image, but the source has no images folder")
+            raise ValueError("it has an image, but the source's options name no images")
         if isinstance(names, str):
             names = [names] * markers
         return [self.images.find(name) for name in names]
 
 
 def _turns(record: dict[str, Any]) -> list[str]:
-    """Values of user and assistant by turns."""
+    """The texts of user and assistant, alternating."""
     turns: list[str] = []
     for turn in record["conversations"]:
         role, value = turn["from"], turn["value"]

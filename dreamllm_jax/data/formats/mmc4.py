@@ -1,31 +1,49 @@
-"""Interleaved documents in MMC4's form (arXiv 2304.06939), and instructions that such a document answers."""
+"""Interleaved documents in MMC4's form (arXiv 2304.06939)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.data.archives import Images
-from dreamllm_jax.data.chat import ChatTemplate, conversation
-from dreamllm_jax.data.files import BrokenRecord, JsonRecords
+from dreamllm_jax.data.archives import Images, open_images
+from dreamllm_jax.data.files import BrokenRecord, JsonRecords, find_files
+from dreamllm_jax.data.formats.base import Format, FormatContext
 from dreamllm_jax.data.images import ImageLike
-from dreamllm_jax.data.pieces import Picture, Piece, check_mode, interleaved
+from dreamllm_jax.data.pieces import Piece, interleaved
+from dreamllm_jax.data.tokenizer import Tokenizer
 
 
-class Documents:
-    """`text_list`, and `image_info` with the sentence that each picture follows (`matched_text_index`)."""
+@dataclasses.dataclass(frozen=True)
+class InterleavedOptions:
+    """`images` is a folder, or zips or tars, of the pictures; globs and ranges as in a path.
 
-    def __init__(self, records: JsonRecords, images: Images, mode: str, min_similarity: float | None = None):
-        """Pictures whose `matched_sim` is below `min_similarity` are left out.
+    Pictures whose `matched_sim` is below `min_similarity` are left out.
+    """
 
-        Raises:
-          ValueError: an unknown mode.
-        """
-        check_mode(mode)
-        self.records, self.images = records, images
-        self.mode, self.min_similarity = mode, min_similarity
+    images: str
+    min_similarity: float | None = None
+
+
+class Interleaved(Format):
+    """Records with `text_list`, and `image_info` that names the sentence which each picture follows.
+
+    Example: the sentences ["One.", "Two.", "Three."] and a picture with `matched_text_index` 1 become
+    "One. Two.", the picture, "Three.".
+    """
+
+    Options = InterleavedOptions
+
+    @classmethod
+    def check(cls, options: InterleavedOptions, tokenizer: Tokenizer) -> None:
+        find_files(options.images, "images")
+
+    def __init__(self, paths: Sequence[Path], options: InterleavedOptions, context: FormatContext):
+        self.records, self.images = JsonRecords(paths), open_images(find_files(options.images, "images"))
+        self.mode, self.min_similarity = context.mode, options.min_similarity
 
     def __len__(self) -> int:
         return len(self.records)
@@ -34,71 +52,55 @@ class Documents:
         """Document `number`, all of it learned.
 
         Raises:
-          BrokenRecord: it lacks a field, or a field is not what it should be.
+          BrokenRecord: a field is missing or malformed.
         """
-        return interleaved(self.parts(self.records[number], number), self.mode)
-
-    def parts(self, record: dict[str, Any], number: int) -> list[str | ImageLike]:
-        """Sentences and pictures in reading order; pictures by name still."""
-        sentences, places = _fields(record, number, self.min_similarity)
-        return interleave(sentences, [(place, self.images.find(name)) for place, name in places])
+        parts = read_document(self.records[number], number, self.images, self.min_similarity)
+        return interleaved(parts, self.mode)
 
 
-class Instructions(Documents):
-    """InstructMMC4: a document with the `instruction` that it answers, in a conversation template."""
+def read_document(
+    record: dict[str, Any], number: int, images: Images, min_similarity: float | None
+) -> list[str | ImageLike]:
+    """The text and pictures of an MMC4 record in reading order, pictures not yet decoded.
 
-    def __init__(
-        self,
-        records: JsonRecords,
-        images: Images,
-        mode: str,
-        min_similarity: float | None,
-        template: ChatTemplate,
-    ):
-        super().__init__(records, images, mode, min_similarity)
-        self.template = template
-
-    def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
-        """Record `number`; the answer is learned.
-
-        Raises:
-          BrokenRecord: it lacks a field, or a field is not what it should be.
-        """
-        record = self.records[number]
-        if not isinstance(record.get("instruction"), str):
-            raise BrokenRecord(f"record {number} is left out: it has no instruction.")
-        answer = interleaved(self.parts(record, number), self.mode)[:-1]  # the turn has its own end
-        spoken = [piece if isinstance(piece, Picture) else piece.text for piece in answer]
-        return conversation([[record["instruction"].strip()], spoken], template=self.template)
+    Raises:
+      BrokenRecord: a field is missing or malformed.
+    """
+    sentences, pictures = _fields(record, number, min_similarity)
+    return interleave(sentences, [(sentence, images.find(name)) for sentence, name in pictures])
 
 
 def interleave(sentences: Sequence[str], pictures: Iterable[tuple[int, ImageLike]]) -> list[str | ImageLike]:
     """Text and pictures in reading order: sentences joined by a space up to the next picture.
 
-    `pictures` are in order, each with the number of the sentence that it follows.
+    `pictures` are in order, each with the index of the sentence that it follows.
+
+    Example:
+      >>> interleave(["One.", "Two.", "Three."], [(1, b"...")])
+      ['One. Two.', b'...', 'Three.']
     """
     parts: list[str | ImageLike] = []
     first = 0
-    for place, picture in pictures:
-        parts += [" ".join(sentences[first : place + 1]), picture]
-        first = max(first, place + 1)
+    for sentence, picture in pictures:
+        parts += [" ".join(sentences[first : sentence + 1]), picture]
+        first = max(first, sentence + 1)
     return [*parts, " ".join(sentences[first:])]
 
 
 def _fields(
     record: dict[str, Any], number: int, min_similarity: float | None
 ) -> tuple[list[str], list[tuple[int, str]]]:
-    """Sentences, and (sentence it follows, name) of each picture in order."""
-    places = []
+    """Sentences, and for each picture in order (index of the sentence it follows, name)."""
+    pictures = []
     try:
         sentences = [sentence.strip() for sentence in record["text_list"]]
         for info in record["image_info"]:
-            place, name = int(info["matched_text_index"]), str(info["image_name"])
-            if not 0 <= place < len(sentences):
-                raise ValueError(f"sentence {place} of {len(sentences)}")
+            sentence, name = int(info["matched_text_index"]), str(info["image_name"])
+            if not 0 <= sentence < len(sentences):
+                raise ValueError(f"sentence {sentence} of {len(sentences)}")
             similarity = info["matched_sim"] if "matched_sim" in info else None
             if min_similarity is None or similarity is None or similarity >= min_similarity:
-                places.append((place, name))
+                pictures.append((sentence, name))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BrokenRecord(f"record {number} is left out: {error!r} in its fields.") from error
-    return sentences, sorted(places, key=lambda at: at[0])
+    return sentences, sorted(pictures, key=lambda picture: picture[0])

@@ -1,4 +1,4 @@
-"""Where the pairs of webdataset tars lie: found once, written down, found again where a tar changed."""
+"""Byte offsets of the pairs in webdataset tars: read once, kept in a file, read again for a changed tar."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tqdm import tqdm
 from dreamllm_jax.atomic import atomic_write
 from dreamllm_jax.data.archives import IMAGE_SUFFIXES, Member, members
 
-# One pair: where the picture and its caption lie in the tar, in bytes.
-_PLACE = np.dtype([("image", "<i8"), ("image_size", "<u4"), ("caption", "<i8"), ("caption_size", "<u4")])
+# One pair: offset and size of the picture and of its caption in the tar, in bytes.
+_PAIR = np.dtype([("image", "<i8"), ("image_size", "<u4"), ("caption", "<i8"), ("caption_size", "<u4")])
 
-# An index file: this line, a line with the SHA-256 of the rest, a line of JSON, the places of all tars.
+# An index file: this line, a line with the SHA-256 of the rest, a line of JSON, the pairs of all tars.
 _KIND = b"dreamllm_jax index of pairs, 1\n"
 
 
 class TarIndex(NamedTuple):
-    """The whole pairs of one tar in `places`, and how many are not whole.
+    """The complete `pairs` of one tar, and the number of incomplete ones.
 
     `size` (bytes) and `modified` (nanoseconds) are those of the tar when it was read.
     """
@@ -31,27 +31,27 @@ class TarIndex(NamedTuple):
     size: int
     modified: int
     incomplete: int
-    places: np.ndarray
+    pairs: np.ndarray
 
 
 def index_tars(paths: Sequence[Path], suffix: str, file: Path | None = None) -> list[TarIndex]:
-    """Every tar's pairs of a picture and a caption `suffix`: as `file` knows them, or by its headers.
+    """The pairs of a picture and a caption `suffix` in each tar, from the index `file` or from its headers.
 
-    `file` knows a tar by its path while size and time of change stay; it is not written here. That a tar
-    breaks off is said when its headers are read.
+    An entry of `file` holds while the tar's path, size and time of change stay the same; `file` is not
+    written here. A truncated tar is warned about when its headers are read.
 
     Raises:
-      ValueError: a file is no tar.
+      ValueError: a file is not a tar.
     """
     found = _index(paths, suffix, {} if file is None else _read(file, suffix))
     return [found[_name(path)] for path in paths]
 
 
 def update_index(paths: Sequence[Path], suffix: str, file: Path) -> None:
-    """Makes `file` know these tars, and no others; reads the headers of those that it does not know.
+    """Makes `file` the index of exactly these tars, reading the headers of those that are new or changed.
 
     Raises:
-      ValueError: a file is no tar.
+      ValueError: a file is not a tar.
       OSError: `file` cannot be written.
     """
     known = _read(file, suffix)
@@ -65,7 +65,7 @@ def _name(path: Path) -> str:
 
 
 def _index(paths: Sequence[Path], suffix: str, known: dict[str, TarIndex]) -> dict[str, TarIndex]:
-    """The tars by name; those that are known and unchanged are taken from there."""
+    """The tars by name; known and unchanged ones are not read."""
     found, others = {}, []
     for path in paths:
         name, stat = _name(path), path.stat()
@@ -79,7 +79,7 @@ def _index(paths: Sequence[Path], suffix: str, known: dict[str, TarIndex]) -> di
 
 
 def _scan(path: Path, suffix: str) -> TarIndex:
-    stat, rows, incomplete = path.stat(), [], 0  # what changes from here on is seen next time
+    stat, rows, incomplete = path.stat(), [], 0  # a later change is noticed next time
     for sample in _samples(path):
         image = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
         if image is None or suffix not in sample:
@@ -87,11 +87,11 @@ def _scan(path: Path, suffix: str) -> TarIndex:
             continue
         caption = sample[suffix]
         rows.append((image.offset, image.size, caption.offset, caption.size))
-    return TarIndex(stat.st_size, stat.st_mtime_ns, incomplete, np.array(rows, _PLACE))
+    return TarIndex(stat.st_size, stat.st_mtime_ns, incomplete, np.array(rows, _PAIR))
 
 
 def _samples(path: Path) -> Iterator[dict[str, Member]]:
-    """Neighbours with the same name up to the first dot, by what follows it."""
+    """Consecutive files with the same name up to the first dot, by what follows it."""
     sample: dict[str, Member] = {}
     current = None
     for member in members(path):
@@ -107,36 +107,36 @@ def _samples(path: Path) -> Iterator[dict[str, Member]]:
 
 
 def _read(file: Path, suffix: str) -> dict[str, TarIndex]:
-    """The tars of an index file; none where there is none, or one that is damaged or foreign."""
+    """The tars of an index file; empty if the file is missing, damaged or not such an index."""
     if not file.exists():
         return {}
     with open(file, "rb") as stream:
         kind, digest, rest = stream.readline(80), stream.readline(80), stream.read()
     head, _, data = rest.partition(b"\n")
-    whole = kind == _KIND and digest.decode("latin-1").strip() == hashlib.sha256(rest).hexdigest()
-    header = json.loads(head) if whole else None
+    intact = kind == _KIND and digest.decode("latin-1").strip() == hashlib.sha256(rest).hexdigest()
+    header = json.loads(head) if intact else None
     if header is None or header["suffix"] != suffix:
         warnings.warn(
-            f"{file} is damaged, or no index of pairs with {suffix}; the tars are read again.",
+            f"{file} is damaged, or is not an index of pairs with {suffix}; the tars are read again.",
             stacklevel=2,
         )
         return {}
-    places, at, found = np.frombuffer(data, _PLACE), 0, {}
-    for name, size, modified, incomplete, pairs in header["tars"]:
-        found[name] = TarIndex(size, modified, incomplete, places[at : at + pairs])
-        at += pairs
+    pairs, start, found = np.frombuffer(data, _PAIR), 0, {}
+    for name, size, modified, incomplete, number in header["tars"]:
+        found[name] = TarIndex(size, modified, incomplete, pairs[start : start + number])
+        start += number
     return found
 
 
 def _write(file: Path, suffix: str, found: dict[str, TarIndex]) -> None:
-    """Writes an index file whole or not at all."""
-    tars = [(name, t.size, t.modified, t.incomplete, len(t.places)) for name, t in found.items()]
+    """Writes an index file atomically."""
+    tars = [(name, t.size, t.modified, t.incomplete, len(t.pairs)) for name, t in found.items()]
     head = json.dumps({"suffix": suffix, "tars": tars}).encode() + b"\n"
     digest = hashlib.sha256(head)
     for tar in found.values():
-        digest.update(tar.places.tobytes())
+        digest.update(tar.pairs.tobytes())
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as beside, beside.open("wb") as stream:
+    with atomic_write(file) as partial, partial.open("wb") as stream:
         stream.write(_KIND + digest.hexdigest().encode() + b"\n" + head)
         for tar in found.values():
-            stream.write(tar.places.tobytes())
+            stream.write(tar.pairs.tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import warnings
@@ -12,63 +13,75 @@ import numpy as np
 
 from dreamllm_jax.data.archives import Member, read_member
 from dreamllm_jax.data.files import BrokenRecord
-from dreamllm_jax.data.formats.tar_index import index_tars
-from dreamllm_jax.data.pieces import Piece, check_mode, pair
+from dreamllm_jax.data.formats.base import Format, FormatContext
+from dreamllm_jax.data.formats.tar_index import index_tars, update_index
+from dreamllm_jax.data.pieces import Piece, pair
 
 
-def caption_suffix(caption_key: str | None) -> str:
-    """Which file of a sample holds the caption."""
-    return ".txt" if caption_key is None else ".json"
+@dataclasses.dataclass(frozen=True)
+class PairsOptions:
+    """Captions are the `txt` beside the picture, or with `caption_key` that key of the `json`."""
+
+    caption_key: str | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Which file of a sample holds the caption."""
+        return ".txt" if self.caption_key is None else ".json"
 
 
-class Pairs:
+class Pairs(Format):
     """The pairs of many tars, each in one read of the picture and one of the caption.
 
-    Opening reads every header of every tar that `index` does not know, and keeps 24 bytes a pair.
+    Opening reads the headers of every tar that the index does not know, and keeps 24 bytes a pair.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], mode: str, caption_key: str | None = None, index: Path | None = None
-    ):
-        """Captions are the `txt`, or with `caption_key` that key of the `json`.
+    Options = PairsOptions
 
-        `index` is a file of `tar_index.update_index`, or None.
+    @classmethod
+    def index_key(cls, options: PairsOptions) -> str:
+        return options.suffix
+
+    @classmethod
+    def update_index(cls, paths: Sequence[Path], options: PairsOptions, file: Path) -> None:
+        update_index(paths, options.suffix, file)
+
+    def __init__(self, paths: Sequence[Path], options: PairsOptions, context: FormatContext):
+        """Opens the tars; incomplete pairs are left out, with a warning.
 
         Raises:
-          ValueError: an unknown mode, a file that is no tar, or tars without a single whole pair.
+          ValueError: a file is not a tar, or there is not a single complete pair.
         """
-        check_mode(mode)
-        self.paths, self.mode, self.caption_key = list(paths), mode, caption_key
-        suffix = caption_suffix(caption_key)
-        tars = index_tars(self.paths, suffix, index)
-        self._places = np.concatenate([tar.places for tar in tars])
-        self._ends = np.array(list(itertools.accumulate(len(tar.places) for tar in tars)), np.int64)
+        self.paths, self.mode, self.caption_key = list(paths), context.mode, options.caption_key
+        tars = index_tars(self.paths, options.suffix, context.index)
+        self._pairs = np.concatenate([tar.pairs for tar in tars])
+        self._ends = np.array(list(itertools.accumulate(len(tar.pairs) for tar in tars)), np.int64)
         incomplete = sum(tar.incomplete for tar in tars)
         if not len(self):
             raise ValueError(
-                f"{self.paths[0]} (of {len(self.paths)} tars): no picture has its {suffix} beside it; set "
-                "caption_key for captions in json files, leave it out for txt, or correct the path."
+                f"{self.paths[0]} (of {len(self.paths)} tars): no picture has its {options.suffix} beside "
+                "it; set caption_key for captions in json files, leave it out for txt, or correct the path."
             )
         if incomplete:
             warnings.warn(
                 f"{self.paths[0]} (of {len(self.paths)} tars): {incomplete} pairs lack a picture or its "
-                f"{suffix} and are left out; {len(self)} are whole.",
+                f"{options.suffix} and are left out; {len(self)} are complete.",
                 stacklevel=2,
             )
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._pairs)
 
     def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
-        """Pair `number`, in one of the two directions as the mode says.
+        """Pair `number`: the picture, then its caption, or the other way round, as the mode says.
 
         Raises:
-          BrokenRecord: its caption is empty or unreadable.
+          BrokenRecord: the caption is empty or cannot be read.
         """
-        place = self._places[number]
+        entry = self._pairs[number]
         path = self.paths[int(np.searchsorted(self._ends, number, side="right"))]
-        image = read_member(path, Member("", int(place["image"]), int(place["image_size"])))
-        data = read_member(path, Member("", int(place["caption"]), int(place["caption_size"])))
+        image = read_member(path, Member("", int(entry["image"]), int(entry["image_size"])))
+        data = read_member(path, Member("", int(entry["caption"]), int(entry["caption_size"])))
         return pair(image, self._caption(data, f"{path}: pair {number}"), self.mode, rng)
 
     def _caption(self, data: bytes, name: str) -> str:

@@ -10,11 +10,12 @@ import pytest
 from dreamllm_jax.config.base import build
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.data.formats import tar_index
+from dreamllm_jax.data.formats.base import FormatContext
 from dreamllm_jax.data.formats.tar_index import update_index
-from dreamllm_jax.data.formats.webdataset import Pairs
+from dreamllm_jax.data.formats.webdataset import Pairs, PairsOptions
+from dreamllm_jax.data.mixture import index_sources, open_format
 from dreamllm_jax.data.pieces import Picture, Text
-from dreamllm_jax.data.pipeline import open_documents
-from dreamllm_jax.data.records import index_sources, open_records
+from dreamllm_jax.data.sources import open_documents
 from tests.data.datasets import picture, write_tar
 from tests.data.fakes import WordTokenizer
 
@@ -44,7 +45,11 @@ def tars(tmp_path):
     return [write_pairs(tmp_path / f"{i}.tar", 2 * i, 2 * i + 1) for i in range(3)]
 
 
-def told(pairs):
+def open_pairs(tars, index=None):
+    return Pairs(tars, PairsOptions(), FormatContext("creation", WordTokenizer(), index))
+
+
+def contents(pairs):
     """Every pair's text, and whether its picture is the right one."""
     found = []
     for number in range(len(pairs)):
@@ -57,7 +62,7 @@ def told(pairs):
 
 def opened(tars, file):
     update_index(tars, ".txt", file)
-    return told(Pairs(tars, "creation", index=file))
+    return contents(open_pairs(tars, file))
 
 
 def right(*numbers):
@@ -66,7 +71,7 @@ def right(*numbers):
 
 def test_a_restart_reads_no_tar(tars, read, tmp_path):
     file = tmp_path / "made" / "index"
-    assert opened(tars, file) == right(*range(6)) == told(Pairs(tars, "creation"))
+    assert opened(tars, file) == right(*range(6)) == contents(open_pairs(tars))
     assert read == {"0.tar": 2, "1.tar": 2, "2.tar": 2}  # without an index, once more
     before = file.stat().st_mtime_ns
     assert opened(tars, file) == right(*range(6))
@@ -88,7 +93,7 @@ def test_only_what_changed_is_read_again(tars, read, tmp_path):
     assert opened(more, file) == right(6, 0, 1, 7, 8, 9) and read == {"1.tar": 1, "2.tar": 1, "00.tar": 1}
     opened(tars, file)
     assert read["2.tar"] == 2  # it was forgotten
-    assert told(Pairs([tars[0], tars[0]], "creation", index=file)) == right(0, 1, 0, 1)  # a tar twice
+    assert contents(open_pairs([tars[0], tars[0]], file)) == right(0, 1, 0, 1)  # a tar twice
 
 
 def damaged(file, kind):
@@ -109,7 +114,7 @@ def test_a_damaged_index_is_made_again(tars, read, tmp_path, kind):
     opened(tars, file)
     whole = file.read_bytes()
     damaged(file, kind)
-    with pytest.warns(UserWarning, match="index is damaged, or no index of pairs with .txt; the tars are"):
+    with pytest.warns(UserWarning, match="index is damaged, or is not an index of pairs with .txt; the"):
         assert opened(tars, file) == right(*range(6))
     assert read == {"0.tar": 2, "1.tar": 2, "2.tar": 2} and file.read_bytes() == whole
 
@@ -119,7 +124,7 @@ def test_an_index_of_other_captions_or_of_other_tars_is_not_used(tars, read, tmp
     opened(tars, file)
     update_index(tars, ".json", json_file)
     shutil.copy(json_file, file)
-    with pytest.warns(UserWarning, match="no index of pairs with .txt"):
+    with pytest.warns(UserWarning, match="not an index of pairs with .txt"):
         assert opened(tars, file) == right(*range(6))
     (tmp_path / "elsewhere").mkdir()
     moved = [tmp_path / "elsewhere" / tar.name for tar in tars]
@@ -137,15 +142,15 @@ def test_who_only_reads_the_index_does_not_write_it(tars, read, tmp_path):
     before = file.read_bytes()
     write_pairs(tars[0], 3, 2, 1)
     read.clear()
-    assert told(Pairs(tars, "creation", index=file)) == right(1, 2, 3, 2, 3, 4, 5) and read == {"0.tar": 1}
+    assert contents(open_pairs(tars, file)) == right(1, 2, 3, 2, 3, 4, 5) and read == {"0.tar": 1}
     assert file.read_bytes() == before
-    assert len(Pairs(tars, "creation", index=tmp_path / "none")) == 7 and not (tmp_path / "none").exists()
+    assert len(open_pairs(tars, tmp_path / "none")) == 7 and not (tmp_path / "none").exists()
 
 
 def test_pairs_that_are_not_whole_are_told_every_time(tmp_path):
     tar = write_tar(tmp_path / "0.tar", {"0.png": IMAGES[0], "0.txt": b"pair 0", "1.png": IMAGES[1]})
     for _ in range(2):
-        with pytest.warns(UserWarning, match="1 pairs lack a picture or its .txt .* 1 are whole"):
+        with pytest.warns(UserWarning, match="1 pairs lack a picture or its .txt .* 1 are complete"):
             assert opened([tar], tmp_path / "index") == right(0)
 
 
@@ -160,8 +165,8 @@ def test_sources_of_a_config(tars, read, tmp_path):
     files = index_sources(config.sources, folder)
     assert sorted(files) == sorted(folder.iterdir()) and len(files) == 2
     mixture = open_documents(config, 16, WordTokenizer(), index_folder=folder)
-    assert [told(r) for r in mixture.records] == [right(0, 1, 2, 3), right(4, 5)] and read.total() == 3
-    assert len(open_records(config.sources[0], "creation", WordTokenizer())) == 4 and read.total() == 5
+    assert [contents(r) for r in mixture.formats] == [right(0, 1, 2, 3), right(4, 5)] and read.total() == 3
+    assert len(open_format(config.sources[0], "creation", WordTokenizer())) == 4 and read.total() == 5
     (tmp_path / "no.tar").write_bytes(b"<html>not found</html>")
     wrong = build(DataConfig, dict(sources=[dict(kind="pairs", path=f"{tmp_path}/no.tar")]))
     with pytest.raises(ValueError, match="no.tar is no uncompressed tar"):

@@ -13,13 +13,15 @@ from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.config.towers import ClipTextConfig, ClipVisionConfig, LlamaConfig, UNetConfig, VaeConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
-from dreamllm_jax.data.handwriting import load_digits, unseen_cases
-from dreamllm_jax.data.numbers import WORDS, corpus_text
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.document import Document
 from dreamllm_jax.generate.api import DreamLLM
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train.loop import stage_folder
+from examples.handwriting.cases import unseen_cases
+from examples.handwriting.config import SOURCE
+from examples.handwriting.digits import load_digits
+from examples.handwriting.words import WORDS, corpus_text
 from tests.folders import load_pretrained
 
 SIZE = 16
@@ -42,18 +44,18 @@ CONFIG = DreamLLMConfig(
     contrastive=True,
     image_size=SIZE,
 )
+DATA = DataConfig(source=SOURCE, source_options={"kinds": {"pairs": 1.0}})
 RECIPE = Recipe(
     name="handwriting",
     model=CONFIG,
     stages=tuple(
-        StageConfig(name=name, trainable=("llama",), steps=5, data=DataConfig(source="handwriting"))
-        for name in ("first", "second")
+        StageConfig(name=name, trainable=("llama",), steps=5, data=DATA) for name in ("first", "second")
     ),
 )
 
 
 class Oracle(DreamLLM):
-    """StepNoise training pictures and gives the right answers, but for a wrong word where asked to."""
+    """Draws training pictures and gives the right answers, except to the first question."""
 
     @classmethod
     def from_pretrained(cls, path):

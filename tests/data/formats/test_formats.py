@@ -1,23 +1,23 @@
 """What users' records become: pairs, documents, instructions and conversations, broken ones among them."""
 
-import json
-
 import numpy as np
 import pytest
 
-from dreamllm_jax.data.archives import ImageFolder
-from dreamllm_jax.data.chat import get_template
-from dreamllm_jax.data.files import BrokenRecord, JsonRecords
+from dreamllm_jax.data.files import BrokenRecord
+from dreamllm_jax.data.formats.base import FormatContext
+from dreamllm_jax.data.formats.instruct_mmc4 import Instructions
 from dreamllm_jax.data.formats.llava import Conversations
-from dreamllm_jax.data.formats.mmc4 import Documents, Instructions
+from dreamllm_jax.data.formats.mmc4 import Interleaved
 from dreamllm_jax.data.formats.webdataset import Pairs
 from dreamllm_jax.data.pieces import End, Picture, Text
 from tests.data.datasets import BROKEN, picture, write_json, write_lines, write_tar
+from tests.data.fakes import WordTokenizer
 
 RED, BLUE = picture("red"), picture("blue", format="JPEG")
 
 
-VICUNA = get_template("vicuna_v1.1")
+def opened(kind, paths, mode="joint", **options):
+    return kind(paths, kind.Options(**options), FormatContext(mode, WordTokenizer()))
 
 
 def rng():
@@ -60,7 +60,7 @@ def test_pairs(tmp_path):
     with pytest.warns(
         UserWarning, match=r"1 tars\): 2 pairs lack a picture or its .txt and are left out; 5 are"
     ):
-        pairs = Pairs([pairs_tar(tmp_path / "0.tar")], "comprehension")
+        pairs = opened(Pairs, [pairs_tar(tmp_path / "0.tar")], "comprehension")
     assert len(pairs) == 5
     first = pairs.document(0, rng())
     assert shown(first) == ["see:?", "A BLUE FIELD", "</s>"] and first[0].image == BLUE
@@ -74,7 +74,7 @@ def test_pairs(tmp_path):
 
 def test_captions_in_json(tmp_path):
     with pytest.warns(UserWarning, match="lack a picture or its .json"):
-        pairs = Pairs([pairs_tar(tmp_path / "0.tar")], "creation", "caption")
+        pairs = opened(Pairs, [pairs_tar(tmp_path / "0.tar")], "creation", caption_key="caption")
     assert shown(pairs.document(0, rng())) == ["blue, says json", "dream:?", "</s>"]
     for number, why in ((1, "KeyError"), (2, "JSONDecodeError")):
         with pytest.raises(BrokenRecord, match=why):
@@ -83,14 +83,14 @@ def test_captions_in_json(tmp_path):
 
 def test_many_tars_and_both_directions(tmp_path):
     paths = [write_tar(tmp_path / f"{i}.tar", {f"{i}.png": RED, f"{i}.txt": b"%d" % i}) for i in range(3)]
-    pairs = Pairs(paths, "joint")
+    pairs = opened(Pairs, paths)
     texts = [next(p.text for p in pairs.document(i, rng()) if isinstance(p, Text)) for i in range(3)]
     assert texts == ["0", "1", "2"]
     draws = np.random.default_rng(0)
     seen = [isinstance(pairs.document(0, draws)[0], Picture) for _ in range(20)]
     assert {True, False} == set(seen)
     with pytest.raises(ValueError, match="no picture has its .json beside it; set caption_key"):
-        Pairs(paths, "joint", "caption")
+        opened(Pairs, paths, caption_key="caption")
 
 
 MMC4 = {
@@ -104,12 +104,12 @@ MMC4 = {
 
 
 def mmc4(path, records):
-    return JsonRecords([write_lines(path / "docs.jsonl", records)])
+    return [write_lines(path / "docs.jsonl", records)]
 
 
 def test_mmc4_documents(tmp_path):
-    folder = ImageFolder(tmp_path)
-    documents = Documents(mmc4(tmp_path, [MMC4]), folder, "joint")
+    paths, images = mmc4(tmp_path, [MMC4]), str(tmp_path)
+    documents = opened(Interleaved, paths, images=images)
     expected = [
         "ONE.",
         "dreamsee:early.png",
@@ -119,7 +119,7 @@ def test_mmc4_documents(tmp_path):
         "FOUR.",
     ]
     assert shown(documents.document(0, rng())) == [*expected, "</s>"]
-    similar = Documents(documents.records, folder, "comprehension", min_similarity=0.25)
+    similar = opened(Interleaved, paths, "comprehension", images=images, min_similarity=0.25)
     expected = ["ONE. TWO. THREE.", "see:late.png", "see:same.png", "FOUR.", "</s>"]
     assert shown(similar.document(0, rng())) == expected
 
@@ -127,7 +127,7 @@ def test_mmc4_documents(tmp_path):
 def test_broken_mmc4_documents(tmp_path):
     outside = MMC4 | {"image_info": [{"image_name": "x.png", "matched_text_index": 4}]}
     records = ["{torn", {"text_list": ["One."]}, MMC4 | {"text_list": None}, outside, MMC4]
-    documents = Documents(mmc4(tmp_path, records), ImageFolder(tmp_path), "joint")
+    documents = opened(Interleaved, mmc4(tmp_path, records), images=str(tmp_path))
     for number, why in ((0, "not JSON"), (1, "KeyError"), (2, "TypeError"), (3, "sentence 4 of 4")):
         with pytest.raises(BrokenRecord, match=why):
             documents.document(number, rng())
@@ -135,12 +135,13 @@ def test_broken_mmc4_documents(tmp_path):
 
 
 def test_instructions(tmp_path):
-    records = JsonRecords([write_json(tmp_path / "a.json", [MMC4 | {"instruction": " Tell me. "}, MMC4])])
-    instructions = Instructions(records, ImageFolder(tmp_path), "joint", 0.25, get_template("plain"))
+    paths = [write_json(tmp_path / "a.json", [MMC4 | {"instruction": " Tell me. "}, MMC4])]
+    images = str(tmp_path)
+    instructions = opened(Instructions, paths, images=images, min_similarity=0.25, template="plain")
     expected = ["Tell me.", "ONE. TWO. THREE.", "dreamsee:late.png", "dreamsee:same.png", "FOUR.", "</s>"]
     assert shown(instructions.document(0, rng())) == expected
     assert instructions.document(0, rng())[2].supervised  # the model decides when to draw
-    vicuna = Instructions(records, ImageFolder(tmp_path), "joint", None, VICUNA)
+    vicuna = opened(Instructions, paths, images=images)
     assert shown(vicuna.document(0, rng()))[0].endswith("USER: Tell me. ASSISTANT:")
     with pytest.raises(BrokenRecord, match="record 1 is left out: it has no instruction"):
         instructions.document(1, rng())
@@ -159,9 +160,8 @@ def test_conversations(tmp_path):
         {"id": 3, "image": ["a.png", "b.png"], "conversations": turns("<image> or <image>?", "B.")},
         {"id": 4, "conversations": [{"from": "gpt", "value": "Before"}, *turns("Hi", "Hello")]},
     ]
-    source = Conversations(
-        JsonRecords([write_json(tmp_path / "a.json", records)]), ImageFolder(tmp_path), get_template("plain")
-    )
+    paths = [write_json(tmp_path / "a.json", records)]
+    source = opened(Conversations, paths, images=str(tmp_path), template="plain")
     expected = [
         ["see:a.png", "\nWhat?", "A.", "</s>", "Sure?", "YES.", "</s>"],
         ["Hi", "HELLO", "</s>"],
@@ -182,13 +182,10 @@ def test_broken_conversations(tmp_path):
         {"id": 5, "conversations": []},
         {"id": 6, "conversations": [{"from": "human", "value": None}]},
     ]
-    path = write_json(tmp_path / "a.json", records)
-    source = Conversations(JsonRecords([path]), ImageFolder(tmp_path), VICUNA)
+    source = opened(Conversations, [write_json(tmp_path / "a.json", records)], images=str(tmp_path))
     for number in range(len(records)):
         with pytest.raises(BrokenRecord, match=f"conversation {number} is left out"):
             source.document(number, rng())
-    (tmp_path / "b.json").write_text(
-        json.dumps([{"image": "a.png", "conversations": turns("<image>", "A.")}])
-    )
-    with pytest.raises(BrokenRecord, match="no images folder"):
-        Conversations(JsonRecords([tmp_path / "b.json"]), None, VICUNA).document(0, rng())
+    path = write_json(tmp_path / "b.json", [{"image": "a.png", "conversations": turns("<image>", "A.")}])
+    with pytest.raises(BrokenRecord, match="the source's options name no images"):
+        opened(Conversations, [path]).document(0, rng())

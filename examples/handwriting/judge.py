@@ -14,10 +14,11 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from sklearn.svm import SVC
 
-from dreamllm_jax.data.handwriting import Case, Digits, load_digits, unseen_cases
-from dreamllm_jax.data.numbers import QUESTION, WORDS, Part, caption
 from dreamllm_jax.document import Document
 from dreamllm_jax.generate.api import DreamLLM
+from examples.handwriting.cases import Case, unseen_cases
+from examples.handwriting.digits import Digits, load_digits
+from examples.handwriting.words import QUESTION, WORDS, Part, caption
 
 ANSWER_TOKENS = 8
 # A picture nearer to a training picture than all but this share of real, unseen digits are, counts as copied.

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from dreamllm_jax.evaluate.plots import HEIGHT, WIDTH, line_chart, log_ticks, moving_average, ticks
+from examples.handwriting.plots import HEIGHT, WIDTH, line_chart, log_ticks, moving_average, ticks
 
 
 @pytest.mark.parametrize(

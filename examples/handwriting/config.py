@@ -4,7 +4,7 @@ Reproduces: the whole method of arXiv 2309.11499 on scikit-learn's 1,797 digits.
 real system downloads (VAE, CLIP, text-conditioned U-Net, language model); stages I, II and III train what
 the real ones train, with the joint loss 1 : 10 of the real stage II. What is not as at 7B, besides sizes:
   - stage I has documents too, beside pairs and questions;
-  - the language model's own text (`data/numbers.py`) has stories laid out as in pictures, with words in
+  - the language model's own text (`words.py`) has stories laid out as in pictures, with words in
     the slots, and sums beyond the digits: what a query has to say is known before the first one is trained.
     Some of that text stays in stages II and III, so that arithmetic does;
   - empty prompts (condition dropout, for guidance), noisy timesteps preferred, weight decay (2.0
@@ -12,12 +12,13 @@ the real ones train, with the joint loss 1 : 10 of the real stage II. What is no
     As at 7B, stages II and III are far gentler than I: at three times these rates the rule of addition, which
     the language model brings along, is lost to the few sums that are drawn.
 Hardware: two CPU cores, 4 GiB. Time: `launch/quickstart.sh` measures it, into metrics.json.
-Command: python -m dreamllm_jax.train --config=configs/handwriting.py --workdir=quickstart
+Command: python -m dreamllm_jax.train --config=examples/handwriting/config.py --workdir=quickstart
 """
 
 from ml_collections import ConfigDict
 
 VOCABULARY = 512
+SOURCE = "examples.handwriting.source:Handwriting"
 # Wherever the language model is trained: so strong that addition becomes a rule rather than a list of sums.
 DECAY = dict(weight_decay=2.0)
 
@@ -80,16 +81,17 @@ def stage(name: str, trainable: tuple, steps: int, rate: float, data: dict, **se
     return dict(name=name, trainable=trainable, steps=steps, data=data, optim=optim, **settings)
 
 
-def captions(rows: int, **changes) -> dict:
+def captions(rows: int, **options) -> dict:
     """One captioned picture a row: what the towers are pretrained on."""
+    options = dict(kinds=dict(captions=1.0)) | options
     shape = dict(batch_size=rows, length=16, max_images=1, max_dreams=1)
-    return dict(source="handwriting", kinds=dict(captions=1.0), **shape) | changes
+    return dict(source=SOURCE, source_options=options, **shape)
 
 
 def packed(rows: int, kinds: dict, **changes) -> dict:
     """Documents packed into rows."""
     shape = dict(batch_size=rows, length=128, max_images=9, max_dreams=9)
-    return dict(source="handwriting", kinds=kinds, **shape) | changes
+    return dict(source=SOURCE, source_options=dict(kinds=kinds), **shape) | changes
 
 
 def stage0() -> list[dict]:
@@ -179,12 +181,12 @@ def dream_stages() -> list[dict]:
 def get_config(arg: str | None = None) -> ConfigDict:
     """The recipe; with arg "tiny", a few steps of each stage (to try the machinery, not to learn)."""
     if arg not in (None, "tiny"):
-        raise ValueError(f"configs/handwriting.py has no variant {arg!r}; leave it out, or say tiny.")
+        raise ValueError(f"examples/handwriting/config.py has no variant {arg!r}; leave it out, or say tiny.")
     recipe = dict(
         name="handwriting",
         model=model(),
         stages=[*stage0(), *dream_stages()],
-        tokenizer=dict(corpus="handwriting", vocab_size=VOCABULARY),
+        tokenizer=dict(corpus="examples.handwriting.words:corpus_text", vocab_size=VOCABULARY),
         generation=dict(
             max_new_tokens=32,
             max_images=7,

@@ -1,19 +1,20 @@
-"""Numbers in words: what the handwriting corpus counts and adds, and the text that teaches it.
+"""Numbers in words: what the demonstration counts and adds, and the text that teaches it.
 
-Some counts and some sums never occur in training, in any kind of document (`HELD_OUT_*`), though every
-digit occurs at every place of a count and of a sum. Pictures show digits only; text goes on to twenty,
-as a language model has read of more than it will ever draw.
+Some counts and some sums occur in no training document of any kind (`HELD_OUT_*`), though every digit occurs
+in every position of a count and of a sum. Pictures show digits only; text goes up to twenty, since a
+language model reads about more than it will ever draw.
 
-A story is told in text with the layout it has in pictures (`Spelled`). What a dream query has to say is
-thus known before the first query is trained, and a frozen language model can already be asked for it. Facts
-mix words and told pictures number by number: one rule of addition has to serve both.
+A story in text has the layout that it has in pictures (`WordPicture`). The language model thus knows what a
+dream query has to express before the first query is trained, and can be asked for it while it is frozen.
+Facts mix words and word pictures number by number, so that one rule of addition has to serve both.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from dreamllm_jax.data.pieces import Piece, Spelled, interleaved
+from dreamllm_jax.data.pieces import Piece, interleaved
+from examples.handwriting.word_pictures import WordPicture
 
 NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -78,7 +79,7 @@ def add(a: int, b: int) -> tuple[str, tuple[Part, ...]]:
 
 
 def story(rng: np.random.Generator, top: int = _DIGIT, given: bool = True) -> tuple[Part, tuple[Part, ...]]:
-    """An instruction, or (where one may be `given`) the number that stands first; and what follows."""
+    """An instruction, or the number of a picture to begin with (if one may be `given`); and what follows."""
     kind = rng.random()
     if kind < _STORY_SUMS:
         return add(*_pick(_SUMS[top], rng))
@@ -89,17 +90,18 @@ def story(rng: np.random.Generator, top: int = _DIGIT, given: bool = True) -> tu
 
 
 def text_document(rng: np.random.Generator, mode: str) -> list[Piece]:
-    """What a language model reads before it has seen a picture: bare facts, and stories told in words.
+    """What a language model reads before it has seen a picture: bare facts, and stories in words.
 
-    As in pictures, `mode` says whether told ones are seen, dreamed or both.
+    `mode` says whether word pictures are seen, dreamed or both, as it does of pictures.
     """
     if rng.random() < _FACTS:
         return interleaved(_fact(rng, mode), mode)
-    return interleaved(_description(rng, mode) if rng.random() < _DESCRIPTIONS else _told(rng, mode), mode)
+    make = _description if rng.random() < _DESCRIPTIONS else _story_in_words
+    return interleaved(make(rng, mode), mode)
 
 
 def corpus_text() -> list[str]:
-    """Every sentence of the training corpus once: what its tokenizer is trained on."""
+    """Every sentence of the training documents once: what the tokenizer is trained on."""
     texts = [caption(d) for d in range(10)] + [f"{QUESTION} {word}" for word in WORDS]
     texts += [f"{NEXT} {word}" for word in NUMBERS]
     for prompt, parts in [count(*c) for c in TRAINING_COUNTS] + [add(*s) for s in TRAINING_SUMS]:
@@ -108,7 +110,7 @@ def corpus_text() -> list[str]:
 
 
 def _fact(rng: np.random.Generator, mode: str) -> list[str | Piece]:
-    """A count or a sum without an instruction, each of its numbers a word or told."""
+    """A count or a sum without an instruction; each of its numbers is a word or a word picture."""
     if rng.random() < _FACT_COUNTS:
         text = _counted(*_pick(_LONG_COUNTS, rng))
     else:
@@ -116,7 +118,7 @@ def _fact(rng: np.random.Generator, mode: str) -> list[str | Piece]:
     if rng.random() < _PLAIN_FACTS:
         return [text]
     return [
-        _spell(NUMBERS.index(word), mode, rng, *_FACT_IN)
+        _word_picture(NUMBERS.index(word), mode, rng, *_FACT_IN)
         if word in NUMBERS and rng.random() < _FACT_TOLD
         else word
         for word in text.split()
@@ -134,37 +136,41 @@ def _added(a: int, b: int) -> str:
 def _description(rng: np.random.Generator, mode: str) -> list[str | Piece]:
     """A pair or a question, as in pictures of digits."""
     digit, kind = int(rng.integers(10)), rng.random()
-    seen = Spelled(WORDS[digit], seen=True, dreamed=False, patches=_patches(digit, rng))
+    seen = WordPicture(WORDS[digit], seen=True, dreamed=False, patches=_patches(digit, rng))
     if mode == "creation" or (mode == "joint" and kind < 0.3):
-        return [caption(digit), Spelled(WORDS[digit], seen=False, dreamed=True)]
+        return [caption(digit), WordPicture(WORDS[digit], seen=False, dreamed=True)]
     return [seen, caption(digit)] if kind < 0.55 else [seen, QUESTION, WORDS[digit]]
 
 
-def _told(rng: np.random.Generator, mode: str) -> list[str | Piece]:
-    """A story with a word in each picture's place."""
+def _story_in_words(rng: np.random.Generator, mode: str) -> list[str | Piece]:
+    """A story with a word picture in place of each picture."""
     top = _LARGEST if rng.random() < _BEYOND_DIGITS else _DIGIT
     first, parts = story(rng, top, given=mode != "creation")
-    told: list[str | Piece] = [_spell(p, mode, rng, *_TOLD_IN) if isinstance(p, int) else p for p in parts]
+    written: list[str | Piece] = [
+        _word_picture(p, mode, rng, *_TOLD_IN) if isinstance(p, int) else p for p in parts
+    ]
     if isinstance(first, str):
-        return [first, *told]
-    given = Spelled(NUMBERS[first], seen=True, dreamed=False, patches=_patches(first, rng))
-    return [given, NEXT, *told]
+        return [first, *written]
+    given = WordPicture(NUMBERS[first], seen=True, dreamed=False, patches=_patches(first, rng))
+    return [given, NEXT, *written]
 
 
-def _spell(number: int, mode: str, rng: np.random.Generator, in_query: float, in_patches: float) -> Spelled:
-    """A told picture; `in_query` and `in_patches`: how likely its word stands here and there."""
+def _word_picture(
+    number: int, mode: str, rng: np.random.Generator, in_query: float, in_patches: float
+) -> WordPicture:
+    """A number as a word picture; `in_query` and `in_patches` are how likely its word is there."""
     unseen, query, patches = rng.random(3) < (_UNSEEN, in_query, in_patches)
-    return Spelled(
+    return WordPicture(
         NUMBERS[number],
         seen=mode == "comprehension" or (mode == "joint" and not unseen),
         dreamed=mode != "comprehension",
-        place=rng.random() if query else None,
+        position=rng.random() if query else None,
         patches=_patches(number, rng) if patches else (),
     )
 
 
 def _patches(number: int, rng: np.random.Generator) -> tuple[str, ...]:
-    """The word of each patch, of which one may be another: to be read from all of them together."""
+    """The word of each patch. One may be wrong, so that the number has to be read from all of them."""
     words = [NUMBERS[number]] * 4
     if rng.random() < _STRAY_PATCH:
         words[int(rng.integers(4))] = NUMBERS[int(rng.integers(len(NUMBERS)))]

@@ -1,28 +1,35 @@
-"""Evaluates a finished work folder: `checkpoint/`, then `report.html`, then `metrics.json`.
+"""Measures a trained handwriting model: `python -m examples.handwriting.evaluate --workdir=FOLDER`.
 
-`metrics.json` is written last and names the model by its fingerprint, so that a folder with all three
-of the present model is done.
+Writes `checkpoint/`, then `report.html`, then `metrics.json` into the work folder. `metrics.json` comes last
+and has the model's fingerprint: a folder that has all three, with the fingerprint of its model, is done.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
+from dreamllm_jax import distributed
 from dreamllm_jax.atomic import write_text
 from dreamllm_jax.checkpoint.model_folder import open_pretrained, write_pretrained
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
-from dreamllm_jax.evaluate.handwriting import (
+from dreamllm_jax.generate.api import DreamLLM
+from dreamllm_jax.train.loop import stage_folder
+from dreamllm_jax.train.metrics import Meter, read_curves
+from examples.handwriting.config import SOURCE
+from examples.handwriting.judge import (
     COPY_QUANTILE,
     Comprehension,
     Creation,
@@ -34,10 +41,7 @@ from dreamllm_jax.evaluate.handwriting import (
     document_scores,
     write,
 )
-from dreamllm_jax.evaluate.report import Results, page
-from dreamllm_jax.generate.api import DreamLLM
-from dreamllm_jax.train.loop import stage_folder
-from dreamllm_jax.train.metrics import Meter, read_curves
+from examples.handwriting.report import Results, page
 
 # Parts of a model that only stage 0 needs; the checkpoint is without them.
 STAGE_0_ONLY = ("text", "contrastive")
@@ -51,6 +55,33 @@ TARGETS: dict[str, dict[str, float]] = {
     "seconds_total": {"most": 15 * 60},
     "peak_rss_gib": {"most": 4.0},
 }
+
+
+def main() -> None:
+    """Evaluates the work folder of the command line, and prints the scores and where the report is.
+
+    The exit code is 2 where the folder cannot be evaluated, 1 where writing fails.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.handwriting.evaluate", description="Measures a trained handwriting model."
+    )
+    parser.add_argument("--workdir", required=True, help="work folder of a finished training run")
+    workdir = Path(parser.parse_args().workdir)
+    try:
+        distributed.initialize()
+        if not distributed.is_main():  # one process measures, the others wait for it
+            distributed.barrier("evaluated")
+            return
+        new = evaluate(workdir)
+        distributed.barrier("evaluated")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        distributed.exit_process(2)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"error: {error}", file=sys.stderr)
+        distributed.exit_process(1)
+    print(summary(workdir))
+    print(f"{'evaluated' if new else 'evaluated before, nothing to do'}: {workdir / 'report.html'}")
 
 
 def evaluate(workdir: Path) -> bool:
@@ -106,7 +137,7 @@ def read_recipe(workdir: Path) -> Recipe:
     if not path.is_file():
         raise ValueError(
             f"{workdir} is no work folder of a training run (it has no recipe.json); train first: "
-            f"python -m dreamllm_jax.train --config=configs/handwriting.py --workdir={workdir}"
+            f"python -m dreamllm_jax.train --config=examples/handwriting/config.py --workdir={workdir}"
         )
     try:
         recipe = build_recipe(json.loads(path.read_text(encoding="utf-8")), saved=True)
@@ -114,10 +145,10 @@ def read_recipe(workdir: Path) -> Recipe:
         raise ValueError(
             f"{path} is no recipe ({error}); the folder is damaged or of another version."
         ) from error
-    if recipe.stages[-1].data.source != "handwriting":
+    if recipe.stages[-1].data.source != SOURCE:
         raise ValueError(
-            f"{workdir} holds the recipe {recipe.name!r}, which is not trained on the built-in handwriting; "
-            "this evaluation asks for digits only."
+            f"{workdir} holds the recipe {recipe.name!r}, which is not trained on {SOURCE}; this evaluation "
+            "asks for handwritten digits only."
         )
     return recipe
 
@@ -250,3 +281,7 @@ def _verdicts(metrics: dict[str, Any]) -> dict[str, Any]:
         "peak_rss_gib": f"the largest of {where}",
     }
     return {"targets": TARGETS, "reached": reached, "measured_on": metrics["measured_on"] | times}
+
+
+if __name__ == "__main__":
+    main()

@@ -11,9 +11,11 @@ from dreamllm_jax.config.base import build
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import ClipVisionConfig, UNetConfig, VaeConfig
+from dreamllm_jax.data.formats.base import Format
+from dreamllm_jax.data.mixture import Mixture
 from dreamllm_jax.data.pieces import Text
-from dreamllm_jax.data.pipeline import batches, check_source, open_documents
-from dreamllm_jax.data.records import Mixture
+from dreamllm_jax.data.pipeline import batches
+from dreamllm_jax.data.sources import check_source, open_documents
 from tests.data.datasets import BROKEN, picture, write_folder, write_json, write_lines, write_tar
 from tests.data.fakes import WordTokenizer
 
@@ -26,7 +28,7 @@ MODEL = DreamLLMConfig(
 )
 
 
-class Numbered:
+class Numbered(Format):
     """`size` documents that say their own number."""
 
     def __init__(self, name, size):
@@ -81,12 +83,13 @@ def folder(tmp_path):
 
 
 def config(folder, **changes):
-    images = str(folder / "images")
+    images = dict(images=str(folder / "images"))
+    talking = images | dict(template="plain")
     sources = [
         dict(kind="pairs", path=f"{folder}/pairs-{{000..000}}.tar", weight=2),
-        dict(kind="interleaved", path=f"{folder}/*.jsonl", images=images, weight=2),
-        dict(kind="conversations", path=f"{folder}/talks.json", images=images, weight=2, template="plain"),
-        dict(kind="instructions", path=f"{folder}/instruct.json", images=images, weight=1, template="plain"),
+        dict(kind="interleaved", path=f"{folder}/*.jsonl", options=images, weight=2),
+        dict(kind="conversations", path=f"{folder}/talks.json", options=talking, weight=2),
+        dict(kind="instructions", path=f"{folder}/instruct.json", options=talking, weight=1),
     ]
     data = dict(sources=sources, batch_size=2, length=48, max_images=4, max_dreams=4, prefetch=0)
     return build(DataConfig, data | changes)
@@ -153,14 +156,14 @@ def test_what_is_missing_is_named(folder):
         for look in (check_source, lambda data, tokenizer: open_documents(data, 16, tokenizer)):
             with pytest.raises(ValueError, match=sentence):
                 look(data, WordTokenizer())
-    lost = dict(kind="conversations", path=f"{folder}/talks.json", images=f"{folder}/lost")
+    lost = dict(kind="conversations", path=f"{folder}/talks.json", options=dict(images=f"{folder}/lost"))
     with pytest.raises(ValueError, match=r"data.sources \(conversations\) images: there is no '.*/lost'"):
         check_source(config(folder, sources=[lost]), WordTokenizer())
     write_json(folder / "none.json", [])
     with pytest.raises(ValueError, match="'.*none.json' holds no record"):
         empty = config(folder, sources=[{"kind": "conversations", "path": f"{folder}/none.json"}])
         open_documents(empty, 16, WordTokenizer())
-    odd = dict(kind="conversations", path=f"{folder}/talks.json", template="vicuna")
+    odd = dict(kind="conversations", path=f"{folder}/talks.json", options=dict(template="vicuna"))
     with pytest.raises(ValueError, match=r"conversations\) template: Unknown .* template 'vicuna'"):
         check_source(config(folder, sources=[odd]), WordTokenizer())
 
@@ -168,19 +171,19 @@ def test_what_is_missing_is_named(folder):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(kind="pear"), r"sources\[0\].kind: got 'pear'; expected one of 'pairs'"),
-        (dict(weight=0), "has weight 0.0; it must be positive"),
-        (dict(images="x"), "has its pictures inside; leave images out"),
-        (dict(kind="interleaved"), r"\(interleaved\) needs images: where its pictures are"),
-        (dict(min_similarity=0.3), "has no similarities"),
-        (dict(kind="conversations", caption_key="text"), "has no captions"),
+        (dict(images="x"), r"\(pairs\) options: unknown key 'images'. Known keys: caption_key"),
+        (dict(kind="interleaved"), r"\(interleaved\) options: key 'images' is missing"),
+        (dict(min_similarity=0.3), r"\(pairs\) options: unknown key 'min_similarity'"),
+        (dict(kind="conversations", caption_key="text"), r"options: unknown key 'caption_key'"),
+        (dict(kind="instructions", images=3), r"\(instructions\) options.images: got 3"),
+        (dict(kind="math:sqrt"), r"math:sqrt is not a data format; name a subclass of .*formats.base.Format"),
+        (dict(kind="math:no"), r"\(math:no\) format 'math:no': the module 'math' has no 'no'"),
     ],
 )
-def test_config_mistakes(change, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        build(DataConfig, {"sources": [{"kind": "pairs", "path": "a.tar"} | change]})
-
-
-def test_files_or_the_built_in_corpus():
-    with pytest.raises(ValueError, match="give one of the two"):
-        build(DataConfig, {"source": "handwriting", "sources": [{"kind": "pairs", "path": "a.tar"}]})
+def test_options_that_a_format_does_not_have(tmp_path, change, sentence):
+    (tmp_path / "a.tar").touch()
+    kind = change.pop("kind", "pairs")
+    data = build(DataConfig, {"sources": [{"kind": kind, "path": f"{tmp_path}/a.tar", "options": change}]})
+    for check in (check_source, lambda data, tokenizer: open_documents(data, 16, tokenizer)):
+        with pytest.raises(ValueError, match=sentence):
+            check(data, WordTokenizer())

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamllm_jax.data.handwriting import Case
 from dreamllm_jax.document import Document
-from dreamllm_jax.evaluate.handwriting import (
+from examples.handwriting.cases import Case
+from examples.handwriting.judge import (
     Creation,
     Judge,
     as_originals,

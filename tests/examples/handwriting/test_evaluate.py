@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.data import DataConfig
-from dreamllm_jax.evaluate import __main__ as command
-from dreamllm_jax.evaluate import run
 from dreamllm_jax.train.loop import stage_folder
+from examples.handwriting import evaluate as evaluation
 from tests.folders import load_pretrained
 
 RESULTS = ("metrics.json", "report.html", "checkpoint/config.json")
@@ -20,12 +19,12 @@ RESULTS = ("metrics.json", "report.html", "checkpoint/config.json")
 
 @pytest.fixture(autouse=True)
 def knows_everything(monkeypatch, oracle):
-    monkeypatch.setattr(run, "DreamLLM", oracle)
+    monkeypatch.setattr(evaluation, "DreamLLM", oracle)
 
 
 @pytest.fixture
 def evaluated(workdir):
-    assert run.evaluate(workdir)
+    assert evaluation.evaluate(workdir)
     return workdir
 
 
@@ -103,29 +102,29 @@ def test_what_is_done_is_not_done_again(evaluated, monkeypatch, save_model, reci
         raise AssertionError("This was done before.")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "export", refuse)
-        assert not run.evaluate(evaluated)
+        patched.setattr(evaluation, "export", refuse)
+        assert not evaluation.evaluate(evaluated)
         save_model(model_folder, seed=1)  # another model: everything anew
         with pytest.raises(AssertionError, match="done before"):
-            run.evaluate(evaluated)
+            evaluation.evaluate(evaluated)
     before = (evaluated / "checkpoint" / "params.safetensors").read_bytes()
-    assert run.evaluate(evaluated)
+    assert evaluation.evaluate(evaluated)
     assert (evaluated / "checkpoint" / "params.safetensors").read_bytes() != before
     for name in RESULTS:
         (evaluated / name).rename(evaluated / "aside")
-        assert not run.is_done(evaluated, run.fingerprint_of(model_folder))
+        assert not evaluation.is_done(evaluated, evaluation.fingerprint_of(model_folder))
         (evaluated / "aside").rename(evaluated / name)
     (evaluated / "metrics.json").write_text('{"fingerpr')
-    assert not run.is_done(evaluated, run.fingerprint_of(model_folder))
+    assert not evaluation.is_done(evaluated, evaluation.fingerprint_of(model_folder))
 
 
 def test_a_crash_leaves_the_checkpoint_and_nothing_half_written(workdir, monkeypatch):
     def crash(*args):
         raise RuntimeError("crash")
 
-    monkeypatch.setattr(run, "write", crash)
+    monkeypatch.setattr(evaluation, "write", crash)
     with pytest.raises(RuntimeError):
-        run.evaluate(workdir)
+        evaluation.evaluate(workdir)
     assert load_pretrained(workdir / "checkpoint").config.text is None
     assert not (workdir / "metrics.json").exists() and not (workdir / "report.html").exists()
 
@@ -133,7 +132,7 @@ def test_a_crash_leaves_the_checkpoint_and_nothing_half_written(workdir, monkeyp
 def said(monkeypatch, capsys, workdir):
     monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={workdir}"])
     try:
-        command.main()
+        evaluation.main()
         code = 0
     except SystemExit as end:
         code = end.code
@@ -161,7 +160,7 @@ def test_folders_that_cannot_be_evaluated(workdir, tmp_path, monkeypatch, capsys
     assert "is no recipe" in sentence()
     stages = tuple(dataclasses.replace(s, data=DataConfig()) for s in recipe.stages)
     change_recipe(stages=stages)
-    assert "not trained on the built-in handwriting" in sentence()
+    assert "is not trained on examples.handwriting.source" in sentence()
     change_recipe()
     (workdir / "done.json").rename(stage_folder(workdir, recipe, recipe.stages[1]) / "done.json")
     model = stage_folder(workdir, recipe, recipe.stages[1]) / "model"
@@ -174,4 +173,4 @@ def test_a_model_that_cannot_draw_is_not_evaluated(workdir, recipe, oracle):
     blind = dataclasses.replace(model.config, unet=None, vae=None, text=None, contrastive=False)
     object.__setattr__(model._engine, "config", blind)
     with pytest.raises(ValueError, match="cannot draw"):
-        run._check_abilities(model, recipe)
+        evaluation._check_abilities(model, recipe)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dreamllm_jax.data.handwriting import Digits
-from dreamllm_jax.data.numbers import QUESTION, WORDS, caption
 from dreamllm_jax.document import image_html
-from dreamllm_jax.evaluate.handwriting import Comprehension, Creation, Written
-from dreamllm_jax.evaluate.plots import line_chart
+from examples.handwriting.digits import Digits
+from examples.handwriting.judge import Comprehension, Creation, Written
+from examples.handwriting.plots import line_chart
+from examples.handwriting.words import QUESTION, WORDS, caption
 
 Curves = Sequence[Mapping[str, float | int]]
 REAL_PER_DIGIT, MISTAKES_SHOWN, ANSWERS_SHOWN = 20, 40, 2

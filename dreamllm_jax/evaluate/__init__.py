@@ -1,1 +1,0 @@
-"""Scores of comprehension, creation and documents, and the report."""
