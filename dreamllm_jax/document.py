@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import html
+import functools
 import io
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -67,34 +68,41 @@ class Document:
         return f"Document({shown!r})"
 
     def to_html(self, scale: int = 1) -> str:
-        """The document as an HTML fragment with its pictures inside, each pixel `scale` wide."""
-        return "".join(
-            f'<span style="white-space:pre-wrap">{html.escape(p)}</span> '
-            if isinstance(p, str)
-            else image_html(p, scale)
-            for p in self.parts
-        )
+        """The document as an HTML fragment that contains its pictures, each pixel `scale` wide."""
+        return _template().module.fragment(self._shown(scale))
 
     def _repr_html_(self) -> str:
-        smallest = min((min(p.size) for p in self.images), default=256)
-        return f"<p>{self.to_html(max(1, 64 // smallest))}</p>"
+        return _template().module.paragraph(self._shown())
 
     def save_html(self, path: str | Path) -> None:
         """Writes one self-contained page."""
-        Path(path).write_text(
-            f'<!doctype html><meta charset="utf-8"><title>Document</title>{self._repr_html_()}\n',
-            encoding="utf-8",
-        )
+        Path(path).write_text(_template().render(parts=self._shown()) + "\n", encoding="utf-8")
+
+    def _shown(self, scale: int | None = None) -> list[str | dict]:
+        """The parts as the template takes them; without `scale`, small pictures are enlarged."""
+        smallest = min((min(p.size) for p in self.images), default=256)
+        scale = max(1, 64 // smallest) if scale is None else scale
+        return [p if isinstance(p, str) else _encoded(p, scale) for p in self.parts]
 
 
 def image_html(image: Image.Image, scale: int = 1) -> str:
-    """An `<img>` element that carries the picture itself (PNG, base64)."""
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # what PNG has no form for
+    """An `<img>` element that contains the picture (PNG, base64), each pixel `scale` wide."""
+    return _template().module.image(_encoded(image, scale))
+
+
+def _encoded(image: Image.Image, scale: int) -> dict:
+    """A picture as the template takes it: its size on the page, and its data."""
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # PNG has no other modes
         image = image.convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    data = b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img alt="" width="{image.width * scale}" height="{image.height * scale}" '
-        f'style="image-rendering:pixelated;vertical-align:middle" src="data:image/png;base64,{data}">'
-    )
+    png = b64encode(buffer.getvalue()).decode()
+    return {"width": image.width * scale, "height": image.height * scale, "png": png}
+
+
+@functools.cache
+def _template() -> Any:
+    import jinja2  # slow to import, and only for pages
+
+    loader = jinja2.PackageLoader("dreamllm_jax")
+    return jinja2.Environment(loader=loader, autoescape=True).get_template("document.html.jinja")

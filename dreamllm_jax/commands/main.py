@@ -43,6 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dreamllm() -> None:
-    """The installed command. As `python -m` does, it finds modules of the current folder: recipes name them."""
+    """The installed command. Like `python -m`, it finds modules of the current folder, which recipes name."""
     sys.path.insert(0, os.getcwd())
     end(main())
