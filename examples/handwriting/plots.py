@@ -22,7 +22,7 @@ STYLE = {
     "font.size": 7.5,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
-    "svg.hashsalt": "dreamllm_jax",
+    "svg.hashsalt": "charts",
 }
 
 
@@ -54,6 +54,7 @@ def _plot(axes, steps: list[Number], values: list[Number], may_be_logarithmic: b
     axes.plot(steps, smoothed, color=CURVE, linewidth=1.6, gid="smooth")
     if may_be_logarithmic and low > 0 and high / low > LOGARITHMIC_FROM:
         axes.set_yscale("log")
+        axes.minorticks_off()
     else:
         axes.set_ylim(bottom=min(low, 0.0))
         axes.yaxis.set_major_locator(MaxNLocator(4))

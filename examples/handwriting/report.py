@@ -1,12 +1,17 @@
-"""`report.html`: one self-contained page of what a trained model writes, how well, and how it came about."""
+"""`report.html`: one self-contained page of what a trained model wrote, how well, and how it was trained.
+
+The page itself is `templates/report.html.jinja`; here is what it shows.
+"""
 
 from __future__ import annotations
 
-import html
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 from PIL import Image
 
@@ -14,45 +19,13 @@ from dreamllm_jax.document import image_html
 from examples.handwriting.digits import Digits
 from examples.handwriting.judge import Comprehension, Creation, Written
 from examples.handwriting.plots import line_chart
-from examples.handwriting.words import QUESTION, WORDS, caption
+from examples.handwriting.words import QUESTION, WORDS, Part, caption
 
 Curves = Sequence[Mapping[str, float | int]]
 REAL_PER_DIGIT, MISTAKES_SHOWN, ANSWERS_SHOWN = 20, 40, 2
 SCALE, SMALL_SCALE = 3, 2
-# What is drawn of a stage's records, besides every loss.
+# The metrics of a stage's records that have a chart, besides every loss.
 SHARES = ("token_accuracy", "matched")
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2230; --soft: #667085; --line: #d9dee8; --page: #fff;
-  --card: #f6f8fb; --good: #14784a; --bad: #b42318; --curve: #2f6bd8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #98a2b3; --line: #343b4a;
-  --page: #14171d; --card: #1d222b; --good: #57c991; --bad: #ff8a7a; --curve: #7aa7ff; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 1010px;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: .2rem; } h2 { margin-top: 2.4rem; } h3 { margin: 1.4rem 0 .4rem; font-size: 1rem; }
-p.note, .soft { color: var(--soft); }
-table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
-th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.short { white-space: nowrap; } .good { color: var(--good); } .bad { color: var(--bad); }
-.card { background: var(--card); border-radius: 8px; padding: .6rem .9rem; }
-.cards { display: grid; gap: .6rem; }
-.next.cards { grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
-.written { display: flex; flex-wrap: wrap; align-items: center; gap: .45rem; margin-top: .35rem; }
-.picture { display: inline-block; line-height: 0; border: 2px solid transparent; border-radius: 4px; }
-.picture.misread { border-color: var(--bad); } .picture img { border-radius: 2px; }
-.verdict { font-size: .85rem; margin-left: auto; }
-.row { display: flex; align-items: center; margin: .15rem 0 .5rem; }
-.row .label { width: 4.5rem; flex: none; color: var(--soft); font-size: .85rem; }
-.answers { display: flex; flex-wrap: wrap; gap: .7rem; } .answers figure { margin: 0; text-align: center; }
-figcaption { font-size: .8rem; } .charts { display: flex; flex-wrap: wrap; gap: 1rem; }
-svg.chart text { font: 11px system-ui, sans-serif; fill: var(--soft); }
-svg.chart text.title, svg.chart text.last { fill: var(--ink); font-weight: 600; }
-svg.chart .grid { stroke: var(--line); stroke-width: 1; }
-svg.chart polyline { fill: none; stroke: var(--curve); stroke-linejoin: round; }
-svg.chart .raw { stroke-width: 1; opacity: .3; } svg.chart .smooth { stroke-width: 2; }
-"""
 
 LABELS = {
     "creation_accuracy": "Creation: drawn digits that are right",
@@ -62,13 +35,14 @@ LABELS = {
     "creation_copied": "Creation: drawings that repeat a training picture",
     "comprehension_accuracy": "Comprehension: digits recognized",
     "document_accuracy": "Documents: unseen counts and sums, every word and picture right",
-    "document_accuracy_count": "&emsp;of them counts",
-    "document_accuracy_sum": "&emsp;of them sums",
+    "document_accuracy_count": "\u2003of them counts",
+    "document_accuracy_sum": "\u2003of them sums",
     "document_accuracy_next": "Documents: what comes after an unseen picture",
     "judge_accuracy": "The judge itself, on unseen real digits",
     "seconds_total": "Seconds of training and evaluation",
     "peak_rss_gib": "Peak memory, GiB",
 }
+TITLES = {"count": "Unseen counts", "sum": "Unseen sums", "next": "Continuing an unseen picture"}
 
 
 class Results(NamedTuple):
@@ -82,187 +56,140 @@ class Results(NamedTuple):
     curves: Mapping[str, Curves]
 
 
+class Picture(NamedTuple):
+    """A picture on the page: framed where the judge misread it, with a tooltip."""
+
+    image: Image.Image
+    misread: bool = False
+    title: str = ""
+
+
 def page(results: Results) -> str:
-    """The whole page."""
+    """The whole page as HTML."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     metrics = results.metrics
-    sections = (
-        _scores(metrics),
-        _documents(results.written),
-        _creation(results.creation, results.training),
-        _comprehension(results.comprehension),
-        _curves(results.curves),
-        _stages(metrics["stages"]),
-        _settings(metrics),
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>What a small DreamLLM wrote</title><style>{STYLE}</style></head><body>"
-        "<h1>What a small DreamLLM wrote</h1>"
-        f'<p class="note">Trained through {len(metrics["stages"]) - 1} stages of the recipe '
-        f"{html.escape(metrics['recipe'])!r} on scikit-learn's handwritten digits, in "
-        f"{metrics['seconds_training'] / 60:.1f} minutes. The counts, the sums and the pictures that it is "
-        "asked about below never occurred in training.</p>"
-        f"{''.join(sections)}</body></html>\n"
+    return environment.get_template("report.html.jinja").render(
+        image_html=image_html,
+        scale=SCALE,
+        small_scale=SMALL_SCALE,
+        metrics=metrics,
+        scores=[_score(metrics, name, label) for name, label in LABELS.items()],
+        documents=[_group(results.written, kind, title) for kind, title in TITLES.items()],
+        drawings=[_drawings(results.creation, results.training, digit) for digit in range(10)],
+        question=QUESTION,
+        comprehension=_comprehension(results.comprehension),
+        curves={stage: _charts(records) for stage, records in results.curves.items()},
+        machine=_listed(metrics["machine"]),
+        generation=_listed(metrics["generation"]),
     )
 
 
-def _scores(metrics: Mapping[str, Any]) -> str:
-    rows = []
-    for name, label in LABELS.items():
-        target, verdict = "", ""
-        if name in metrics["targets"]:
-            wanted = metrics["targets"][name]
-            target = f"{'at least' if 'least' in wanted else 'at most'} {next(iter(wanted.values())):g}"
-            verdict = _verdict(metrics["reached"][name], "reached", "missed")
-        rows.append(
-            f'<tr><td>{label}</td><td class="number"><b>{_number(metrics[name])}</b></td>'
-            f'<td class="short">{target}</td>'
-            f'<td class="short">{verdict}</td>'
-            f'<td class="soft">{html.escape(metrics["measured_on"][name])}</td></tr>'
-        )
-    head = (
-        '<tr><th>Measure</th><th class="number">Score</th><th>Target</th><th></th><th>Measured on</th></tr>'
-    )
-    return f'<h2>Scores</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
+def _score(metrics: Mapping[str, Any], name: str, label: str) -> dict[str, Any]:
+    """A row of the table of scores."""
+    target, value = "", metrics[name]
+    if name in metrics["targets"]:
+        ((bound, wanted),) = metrics["targets"][name].items()
+        target = f"at {bound} {wanted:g}"
+    return {
+        "label": label,
+        "score": f"{value:.0f}" if value >= 100 else f"{value:.3f}",
+        "target": target,
+        "reached": metrics["reached"][name] if target else None,
+        "measured_on": metrics["measured_on"][name],
+    }
 
 
-def _documents(written: Sequence[Written]) -> str:
-    out = [
-        "<h2>Documents</h2><p class='note'>A prompt, and what the model wrote and drew: it decides itself "
-        "when to draw, and sees its own drawings. A frame marks a picture that the judge reads as another "
-        "digit.</p>"
-    ]
-    titles = {"count": "Unseen counts", "sum": "Unseen sums", "next": "Continuing an unseen picture"}
-    for kind, title in titles.items():
-        chosen = [w for w in written if w.case.kind == kind]
-        right = sum(w.right for w in chosen)
-        out.append(f"<h3>{title}: {right} of {len(chosen)} right</h3>")
-        cards = (_case(list(group)) for _, group in groupby(chosen, key=lambda w: id(w.case)))
-        out.append(f'<div class="{kind} cards">{"".join(cards)}</div>')
-    return "".join(out)
+def _group(written: Sequence[Written], kind: str, title: str) -> dict[str, Any]:
+    """The documents of one kind of prompt, in a card for each prompt."""
+    chosen = [w for w in written if w.case.kind == kind]
+    return {
+        "kind": kind,
+        "title": title,
+        "right": sum(w.right for w in chosen),
+        "number": len(chosen),
+        "cases": [_case(list(group)) for _, group in groupby(chosen, key=lambda w: id(w.case))],
+    }
 
 
-def _case(group: Sequence[Written]) -> str:
-    """One prompt with its documents."""
+def _case(group: Sequence[Written]) -> dict[str, Any]:
+    """One prompt with its documents; what was expected, where one of them is wrong."""
     case = group[0].case
     prompt = [case.prompt] if isinstance(case.prompt, str) else case.prompt
-    shown = " ".join(html.escape(p) if isinstance(p, str) else _picture(p) for p in prompt)
     expected = " ".join(f"[{WORDS[p]}]" if isinstance(p, int) else p for p in case.expected)
-    hint = (
-        f'<div class="soft">expected, pictures in brackets: {expected}</div>'
-        if not all(w.right for w in group)
-        else ""
-    )
-    return f'<div class="card"><b>{shown}</b>{"".join(map(_writing, group))}{hint}</div>'
+    return {
+        "prompt": [p if isinstance(p, str) else Picture(p) for p in prompt],
+        "written": [
+            {"parts": _parts(w), "ended": w.document.finish_reason == "stop", "right": w.right} for w in group
+        ],
+        "expected": "" if all(w.right for w in group) else expected,
+    }
 
 
-def _writing(written: Written) -> str:
-    parts = []
-    for i, (part, judged) in enumerate(zip(written.document, written.judged, strict=True)):
-        if isinstance(part, str):
-            parts.append(f"<span>{html.escape(part)}</span>")
-            continue
-        wanted = written.case.expected[i] if i < len(written.case.expected) else None
-        misread = judged != wanted
-        title = f"judged {WORDS[judged]}" if isinstance(judged, int) else ""
-        parts.append(_picture(part, misread, title))
-    if written.document.finish_reason != "stop":
-        parts.append('<span class="soft">(no end)</span>')
-    verdict = f'<span class="verdict">{_verdict(written.right, "right", "wrong")}</span>'
-    return f'<div class="written">{" ".join(parts)}{verdict}</div>'
-
-
-def _creation(creation: Creation, training: Digits) -> str:
-    out = [
-        "<h2>Drawings</h2><p class='note'>From the captions alone, beside real training pictures. "
-        "A frame marks a drawing that the judge reads as another digit.</p>"
+def _parts(written: Written) -> list[str | Picture]:
+    """The parts of a document, its pictures as the judge read them."""
+    wanted = [*written.case.expected, *[None] * len(written.judged)]
+    return [
+        part if isinstance(part, str) else Picture(part, judged != want, _reading(judged))
+        for part, judged, want in zip(written.document, written.judged, wanted, strict=False)
     ]
-    for digit in range(10):
-        real = training.images[training.labels == digit][:REAL_PER_DIGIT]
-        drawn = (
-            _picture(Image.fromarray(picture), bool(judged != digit), f"judged {WORDS[judged]}", SMALL_SCALE)
-            for picture, judged in zip(creation.pictures[digit], creation.judged[digit], strict=True)
-        )
-        right = creation.right[digit]
-        out.append(f"<h3>{caption(digit)}: {right.sum()} of {len(right)} right</h3>")
-        out.append(_row("real", (_picture(Image.fromarray(p), scale=SMALL_SCALE) for p in real)))
-        out.append(_row("drawn", drawn))
-    return "".join(out)
 
 
-def _row(label: str, pictures: Iterable[str]) -> str:
-    return f'<div class="row"><span class="label">{label}</span><span>{"".join(pictures)}</span></div>'
+def _reading(judged: Part | np.integer) -> str:
+    return "" if isinstance(judged, str) else f"judged {WORDS[int(judged)]}"
 
 
-def _comprehension(comprehension: Comprehension) -> str:
+def _drawings(creation: Creation, training: Digits, digit: int) -> dict[str, Any]:
+    """Drawings of a digit, beside real training pictures."""
+    real = training.images[training.labels == digit][:REAL_PER_DIGIT]
+    drawn = zip(creation.pictures[digit], creation.judged[digit], strict=True)
+    return {
+        "caption": caption(digit),
+        "right": int(creation.right[digit].sum()),
+        "number": len(creation.right[digit]),
+        "real": [Picture(Image.fromarray(p)) for p in real],
+        "drawn": [Picture(Image.fromarray(p), bool(read != digit), _reading(read)) for p, read in drawn],
+    }
+
+
+def _comprehension(comprehension: Comprehension) -> dict[str, Any]:
+    """Some right answers of every digit, and the mistakes."""
     right, labels = comprehension.right, comprehension.digits.labels
     mistakes = np.flatnonzero(~right).tolist()
     by_digit = [np.flatnonzero(right & (labels == digit)).tolist() for digit in range(10)]
     examples = [i for indices in by_digit for i in indices[:ANSWERS_SHOWN]]
-    more = f" (the first {MISTAKES_SHOWN})" if len(mistakes) > MISTAKES_SHOWN else ""
-    return (
-        f"<h2>{QUESTION}</h2><p class='note'>Asked about all {len(labels)} unseen pictures: "
-        f"{int(right.sum())} answers are right.</p>"
-        f"<h3>Some right answers</h3>{_answers(comprehension, examples)}"
-        f"<h3>Mistakes: {len(mistakes)}{more}</h3>{_answers(comprehension, mistakes[:MISTAKES_SHOWN])}"
-    )
+    return {
+        "number": len(labels),
+        "right": int(right.sum()),
+        "examples": _answers(comprehension, examples),
+        "mistakes": _answers(comprehension, mistakes[:MISTAKES_SHOWN]),
+        "more": len(mistakes) > MISTAKES_SHOWN,
+    }
 
 
-def _answers(comprehension: Comprehension, chosen: Iterable[int]) -> str:
-    figures = []
-    for i in chosen:
-        answer = html.escape(comprehension.answers[i]) or "(nothing)"
-        wanted = WORDS[comprehension.digits.labels[i]]
-        said = answer if comprehension.right[i] else f'<span class="bad">{answer}</span><br>it is {wanted}'
-        picture = image_html(Image.fromarray(comprehension.digits.images[i]), SCALE)
-        figures.append(f"<figure>{picture}<figcaption>{said}</figcaption></figure>")
-    return f'<div class="answers">{"".join(figures) or "none"}</div>'
+def _answers(comprehension: Comprehension, chosen: Iterable[int]) -> list[dict[str, Any]]:
+    digits = comprehension.digits
+    return [
+        {
+            "image": Image.fromarray(digits.images[i]),
+            "answer": comprehension.answers[i] or "(nothing)",
+            "right": bool(comprehension.right[i]),
+            "wanted": WORDS[digits.labels[i]],
+        }
+        for i in chosen
+    ]
 
 
-def _curves(curves: Mapping[str, Curves]) -> str:
-    out = ["<h2>Curves of every stage</h2><p class='note'>With the last value of the moving average.</p>"]
-    for stage, records in curves.items():
-        names = sorted({k for r in records for k in r if k.startswith("loss") or k in SHARES})
-        charts = []
-        for name in names:
-            chosen = [r for r in records if name in r]
-            steps, values = [r["step"] for r in chosen], [r[name] for r in chosen]
-            charts.append(line_chart(name, steps, values, may_be_logarithmic=name not in SHARES))
-        out.append(
-            f'<h3>{html.escape(stage)}</h3><div class="charts">{"".join(charts) or "no records"}</div>'
-        )
-    return "".join(out)
+def _charts(records: Curves) -> list[dict[str, str]]:
+    """A chart of every loss and share in a stage's records."""
+    charts = []
+    for name in sorted({k for r in records for k in r if k.startswith("loss") or k in SHARES}):
+        chosen = [r for r in records if name in r]
+        steps, values = [r["step"] for r in chosen], [r[name] for r in chosen]
+        svg = line_chart(name, steps, values, may_be_logarithmic=name not in SHARES)
+        charts.append({"name": name, "svg": b64encode(svg).decode()})
+    return charts
 
 
-def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
-    rows = "".join(
-        f'<tr><td>{html.escape(s["name"])}</td><td class="number">{s["steps"] or ""}</td>'
-        f'<td class="number">{s["seconds"]:.0f}</td><td class="number">{s["peak_rss_gib"]:.2f}</td></tr>'
-        for s in stages
-    )
-    head = "".join(f'<th class="number">{name}</th>' for name in ("Steps", "Seconds", "Peak memory, GiB"))
-    return f"<h2>Time and memory</h2><table><tr><th>Stage</th>{head}</tr>{rows}</table>"
-
-
-def _settings(metrics: Mapping[str, Any]) -> str:
-    def listed(values: Mapping[str, Any]) -> str:
-        return html.escape(", ".join(f"{k} {v}" for k, v in values.items() if v is not None))
-
-    return (
-        f"<h2>How</h2><p>Machine: {listed(metrics['machine'])}.<br>"
-        f"Generation: {listed(metrics['generation'])}.<br>Seed of the training: {metrics['seed']}.</p>"
-    )
-
-
-def _picture(image: Image.Image, misread: bool = False, title: str = "", scale: int = SCALE) -> str:
-    tip = f' title="{html.escape(title)}"' if title else ""
-    return f'<span class="picture{" misread" if misread else ""}"{tip}>{image_html(image, scale)}</span>'
-
-
-def _verdict(good: bool, yes: str, no: str) -> str:
-    return f'<span class="good">✓ {yes}</span>' if good else f'<span class="bad">✗ {no}</span>'
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in values.items() if v is not None)
