@@ -235,7 +235,7 @@ def test_headers_tell_what_it_takes(path):
         (
             ("stages", 0, "data", "sources", 0, "kind"),
             "pear",
-            r"sources\[0\].kind: got 'pear'; expected one of",
+            r"sources\[0\]: Unknown format 'pear'; known: pairs;",
         ),
         (("stages", 0, "trainable"), "llama", "trainable: got 'llama'; expected a list"),
     ],
