@@ -112,7 +112,7 @@ def _full(dtype: Dtype) -> Size:
         dtype=dtype,
         remat=RematConfig(llama="dots"),
     )
-    optim = OptimConfig(mu_dtype="bfloat16", second_moment="factored")
+    optim = OptimConfig(optimizer="adafactor", mu_dtype="bfloat16")
     stages = dict(training=("stage1", "stage2"), exclusive=("stage2",), optim=optim)
     return Size("full", model, 4, 2048, 1024, 128, 8, 4, 25, **stages)
 

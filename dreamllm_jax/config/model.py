@@ -7,6 +7,7 @@ import math
 from typing import Any, Literal
 
 from dreamllm_jax.config.base import build, check_sizes
+from dreamllm_jax.config.registry import check_name
 from dreamllm_jax.config.towers import (
     ClipTextConfig,
     ClipVisionConfig,
@@ -134,10 +135,11 @@ class DreamLLMConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """What generation does unless a call says otherwise; saved with the model.
+    """The defaults of generation, which a call may override; saved with the model.
 
-    `guidance_scale` 1 is without guidance (and half the work); `template` is the conversation template
-    that prompts are put into (None: prompts are continued as they are).
+    `sampler` names a function of `diffusion.samplers`, or one of your own as `package.module:function` (see
+    `config.registry`). `guidance_scale=1` turns guidance off, which halves the work. `template` is the
+    conversation template that prompts are put into (None: prompts are continued as they are).
     """
 
     max_new_tokens: int = 256
@@ -147,11 +149,12 @@ class GenerationConfig:
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
-    sampler: Literal["ddpm", "ddim", "euler", "dpmpp_2m"] = "dpmpp_2m"
+    sampler: str = "dpmpp_2m"
     eta: float = 0.0
     template: str | None = None
 
     def __post_init__(self):
+        check_name("sampler", self.sampler)
         for name, least in (("max_new_tokens", 1), ("max_images", 0), ("num_inference_steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")

@@ -9,22 +9,28 @@ another. An installed package may give its own code a short name, by an entry po
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
 import importlib
+import importlib.util
 import operator
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """One kind of code: its entry point group, and the package's own short names, each with where it is.
+    """One kind of code: its entry point group, and the package's own short names.
 
-    The places are strings, so that a name is checked without an import.
+    `built_in` maps a name to `module:attribute`. Every public function of `module` is built in under its own
+    name. Both are strings, so that a name is checked without an import.
     """
 
     group: str
     built_in: Mapping[str, str] = {}
+    module: str | None = None
 
 
 KINDS: Mapping[str, Kind] = {
@@ -39,8 +45,8 @@ KINDS: Mapping[str, Kind] = {
         },
     ),
     "corpus": Kind("dreamllm_jax.corpora"),
-    "sampler": Kind("dreamllm_jax.samplers"),
-    "optimizer": Kind("dreamllm_jax.optimizers"),
+    "sampler": Kind("dreamllm_jax.samplers", module="dreamllm_jax.diffusion.samplers"),
+    "optimizer": Kind("dreamllm_jax.optimizers", module="dreamllm_jax.train.optimizers"),
 }
 
 
@@ -80,13 +86,14 @@ def check_name(kind: str, name: str) -> None:
 
 def known_names(kind: str) -> list[str]:
     """The short names of this kind, built in and from installed packages, sorted."""
-    return sorted({*KINDS[kind].built_in, *(point.name for point in _entry_points(kind))})
+    return sorted({*_built_in(kind), *(point.name for point in _entry_points(kind))})
 
 
 def _place(kind: str, name: str) -> str:
     """`module:attribute` of a name."""
-    if name in KINDS[kind].built_in:
-        return KINDS[kind].built_in[name]
+    built_in = _built_in(kind)
+    if name in built_in:
+        return built_in[name]
     module, colon, attribute = name.partition(":")
     if colon:
         if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
@@ -106,6 +113,23 @@ def _place(kind: str, name: str) -> str:
     near = difflib.get_close_matches(name, known, n=3) or known
     hint = f"known: {', '.join(near)}; for one of your own" if near else "none is built in"
     raise ValueError(f"Unknown {kind} {name!r}; {hint}, write package.module:attribute.")
+
+
+def _built_in(kind: str) -> dict[str, str]:
+    """The package's own names, each with its `module:attribute`."""
+    module = KINDS[kind].module
+    functions = () if module is None else _public_functions(module)
+    return {**KINDS[kind].built_in, **{name: f"{module}:{name}" for name in functions}}
+
+
+@functools.cache
+def _public_functions(module: str) -> tuple[str, ...]:
+    """The public functions that a module defines, read from its source without running it."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return tuple(name for name in names if not name.startswith("_"))
 
 
 def _entry_points(kind: str) -> list[EntryPoint]:

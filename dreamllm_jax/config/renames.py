@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 class New(NamedTuple):
     """What replaces an old key: the new `key`, or `mapping.key` for one inside a free mapping.
 
-    With `only` = (another old key, its values), the old key meant something beside these values alone; beside
-    others it is left out.
+    `only` = (another old key, some of its values) says that the old key counted only together with one of
+    these values; otherwise it is dropped.
     """
 
     key: str
@@ -40,32 +40,37 @@ RENAMED: Mapping[str, Mapping[str, New]] = {
         "template": New("options.template", _TALKING),
     },
     "MeshConfig": {"whole": New("replicated")},
-    "OptimConfig": {"accumulation": New("grad_accum_steps")},
+    "OptimConfig": {"accumulation": New("grad_accum_steps"), "second_moment": New("optimizer")},
 }
 
-# Config class -> key -> old value -> new value.
+# Config class -> key as it was saved -> old value -> new value.
 VALUES: Mapping[str, Mapping[str, Mapping[Any, Any]]] = {
     "DataConfig": {"source": {"handwriting": "examples.handwriting.source:Handwriting"}},
+    "OptimConfig": {"second_moment": {"full": "adamw", "factored": "adafactor"}},
     "TokenizerConfig": {"corpus": {"handwriting": "examples.handwriting.words:corpus_text"}},
 }
 
 
 def renamed(cls: str) -> Mapping[str, New]:
-    """The old keys of a config class."""
+    """Returns the old keys of a config class, each with what replaces it."""
     return RENAMED[cls] if cls in RENAMED else {}
 
 
 def translate(cls: str, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved mapping of a config class in today's keys and values.
+    """Returns a saved mapping of a config class with today's keys and values.
 
     Example:
       >>> translate("SourceConfig", {"kind": "pairs", "caption_key": "text", "template": "plain"})
       {'kind': 'pairs', 'options': {'caption_key': 'text'}}
+      >>> translate("OptimConfig", {"accumulation": 4, "second_moment": "factored"})
+      {'grad_accum_steps': 4, 'optimizer': 'adafactor'}
     """
     old, values, new = renamed(cls), VALUES[cls] if cls in VALUES else {}, {}
     for key, value in saved.items():
+        if key in values and value in values[key]:
+            value = values[key][value]
         if key not in old:
-            new[key] = values[key][value] if key in values and value in values[key] else value
+            new[key] = value
             continue
         replacement = old[key]
         if replacement.only is not None and saved.get(replacement.only[0]) not in replacement.only[1]:

@@ -60,18 +60,21 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW under warm-up and a cosine; `grad_accum_steps` micro-batches make one step.
+    """The optimizer and its learning rates; `grad_accum_steps` micro-batches make one step.
 
-    `gather` says when what fsdp has sliced is gathered: in every micro-batch, layer by layer ("layer",
-    least memory), or once a step, before the micro-batches ("step": all weights lie whole on each device
-    in the model's dtype, and only gradients travel in between).
+    `optimizer` names a function of `train.optimizers`, or one of your own as `package.module:function` (see
+    `config.registry`). Adam holds 8 bytes a weight: "adafactor" (arXiv 1804.04235) needs 4 less, and
+    `mu_dtype="bfloat16"`, for the first moment of either, 2 less. Adafactor has its own decay of the second
+    moment and its own clipping of updates; it does not use `b2` and `eps`.
 
-    To save memory, Adam's first moment may be held in bfloat16 (`mu_dtype`: 2 bytes a weight less), and its
-    second "factored": Adafactor's means over rows and columns (arXiv 1804.04235) in place of one number per
-    weight (4 bytes less). Adafactor brings its own decay and clipping of updates; `b2` and `eps` are not used
-    with it.
+    `schedule` follows a linear warm-up over `warmup_ratio` of the steps.
+
+    `gather` says when parameters that are sharded along fsdp are gathered: layer by layer in every
+    micro-batch ("layer", least memory), or once a step, before the micro-batches ("step": each device holds
+    all weights in the model's dtype, and only gradients are communicated in between).
     """
 
+    optimizer: str = "adamw"
     learning_rate: float = 2e-5
     warmup_ratio: float = 0.003
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -79,7 +82,6 @@ class OptimConfig:
     b2: float = 0.999
     eps: float = 1e-8
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    second_moment: Literal["full", "factored"] = "full"
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     grad_accum_steps: int = 1
@@ -87,6 +89,7 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self):
+        check_name("optimizer", self.optimizer)
         for name in ("learning_rate", "eps"):
             _require(getattr(self, name) > 0, self, f"optim.{name}", "be positive")
         for name in ("b1", "b2", "ema_decay"):

@@ -1,4 +1,4 @@
-"""The diffusion process: noising with its training targets (`schedule`), and samplers (`sampling`).
+"""The diffusion process: noising and its training targets (`schedule`), and sampling (`samplers`).
 
 In: latents, noise and timesteps; for sampling, a `denoise` function.
 Out: noisy latents, targets and loss weights for training; clean latents for generation.

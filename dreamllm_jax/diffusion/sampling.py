@@ -1,58 +1,26 @@
-"""The reverse process: DDPM, DDIM, Euler and DPM-Solver++ 2M as one loop over one table of coefficients.
+"""The reverse process: one loop over the table of coefficients that a sampler computes.
 
-The next latents of each sampler are a linear combination of four terms: the current latents x, the network's
-estimate of the clean latents x_0, its estimate from the previous step, and fresh noise z. With
-a = sqrt(abar), s = sqrt(1 - abar), and a prime for the next noise level, DDIM (arXiv 2010.02502, eq. 12) is
-
-    x' = k x + (a' - k a) x_0 + f z,     f = eta (s'/s) sqrt(1 - abar/abar'),     k = sqrt(s'^2 - f^2) / s
-
-The others are variants of it:
-
-    ddpm      eta = 1 (arXiv 2006.11239)
-    euler     eta = 0 with noise levels of its own: Euler's step on the probability-flow ODE in x / a
-              (arXiv 2206.00364)
-    dpmpp_2m  like euler, with x_0 extrapolated linearly in log(a / s) from two steps (arXiv 2211.01095)
+The next latents of each sampler (see `samplers`) are a linear combination of four terms: the current latents
+x, the network's estimate of the clean latents x_0, its estimate from the previous step, and fresh noise z.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from dreamllm_jax.config.registry import resolve
 from dreamllm_jax.config.towers import ScheduleConfig
-from dreamllm_jax.diffusion.schedule import (
-    alphas_cumprod,
-    inference_timesteps,
-    row_normal,
-    to_clean_and_noise,
-)
-
-METHODS = ("ddpm", "ddim", "euler", "dpmpp_2m")
+from dreamllm_jax.diffusion.plan import Plan
+from dreamllm_jax.diffusion.schedule import row_normal, to_clean_and_noise
 
 # (latents [B h w c], timesteps [B] float32) -> the network's prediction [B h w c]
 Denoise = Callable[[Array, Array], Array]
-
-
-class Plan(NamedTuple):
-    """A sampler's table: float32 columns of length `num_steps`, one row per step.
-
-    `timestep` and `alpha_bar` (abar) describe the noise level at which the network is evaluated. The other
-    columns are the coefficients of the next latents:
-
-        next = latents * x + clean * x_0 + previous_clean * (x_0 of the previous step) + noise * z
-    """
-
-    timestep: np.ndarray
-    alpha_bar: np.ndarray
-    latents: np.ndarray
-    clean: np.ndarray
-    previous_clean: np.ndarray
-    noise: np.ndarray
 
 
 def sample(
@@ -60,7 +28,7 @@ def sample(
     init_noise: Float[Array, "B h w c"],
     config: ScheduleConfig,
     *,
-    method: str = "dpmpp_2m",
+    sampler: str = "dpmpp_2m",
     num_steps: int = 25,
     eta: float = 0.0,
     keys: Key[Array, "B"] | None = None,
@@ -68,27 +36,27 @@ def sample(
 ) -> Float[Array, "B h w c"]:
     """Returns clean latents sampled from noise by `num_steps` calls of `denoise` in one `lax.scan`.
 
-    Call it inside jit, with `config`, `method`, `num_steps` and `eta` static.
+    Call it inside jit, with `config`, `sampler`, `num_steps` and `eta` static.
 
     Args:
       denoise: maps latents [B, h, w, c] and timesteps [B] to the network's prediction, of the kind
         `config.prediction_type`. Timesteps are float32, because those of Euler may be fractional. For
         classifier-free guidance, wrap the network in `guided`.
-      init_noise: standard normal noise, whatever the method.
-      method: one of METHODS.
+      init_noise: standard normal noise, whatever the sampler.
+      sampler: a function of `samplers`, or `package.module:function`.
       eta: the share of fresh noise in DDIM, from 0 (deterministic) to 1 (as in DDPM).
       keys: one key per row for the fresh noise of DDPM, and of DDIM with eta > 0. A row's result depends
         only on its own key. Generate `init_noise` from different keys.
       step_noise: the fresh noise itself, one entry per step, instead of `keys`.
 
     Raises:
-      ValueError: `method` is unknown; `num_steps` does not suit the schedule; `eta` does not suit the
-        method; or the method needs noise and not exactly one of `keys` and `step_noise` was given.
+      ValueError: `sampler` is unknown; `num_steps` does not suit the schedule; `eta` does not suit the
+        sampler; or the sampler needs noise and not exactly one of `keys` and `step_noise` was given.
     """
-    plan = make_plan(config, method, num_steps, eta)
+    plan = make_plan(config, sampler, num_steps, eta)
     stochastic = bool(plan.noise.any())
     if stochastic and (keys is None) == (step_noise is None):
-        raise ValueError(f"Method {method!r} adds noise at every step; pass either keys or step_noise.")
+        raise ValueError(f"Sampler {sampler!r} adds noise at every step; pass either keys or step_noise.")
     if stochastic and step_noise is not None and step_noise.shape != (num_steps, *init_noise.shape):
         raise ValueError(
             f"step_noise has shape {step_noise.shape}; it must be {(num_steps, *init_noise.shape)}."
@@ -96,7 +64,8 @@ def sample(
 
     def step(carry, inputs):
         latents, previous = carry
-        index, at, noise = inputs
+        index, columns, noise = inputs
+        at = Plan(*columns)
         prediction = denoise(latents, jnp.full(latents.shape[:1], at.timestep)).astype(jnp.float32)
         clean, _ = to_clean_and_noise(config.prediction_type, prediction, latents, at.alpha_bar)
         latents = at.latents * latents + at.clean * clean + at.previous_clean * previous
@@ -106,8 +75,9 @@ def sample(
             latents += at.noise * noise
         return (latents, clean), None
 
-    latents = _initial_scale(config, method, plan) * init_noise.astype(jnp.float32)
-    inputs = (jnp.arange(num_steps), Plan(*map(jnp.asarray, plan)), step_noise if stochastic else None)
+    latents = plan.initial_scale * init_noise.astype(jnp.float32)
+    columns = [jnp.asarray(column) for column in plan[:-1]]
+    inputs = (jnp.arange(num_steps), columns, step_noise if stochastic else None)
     (latents, _), _ = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), inputs)
     return latents
 
@@ -137,10 +107,10 @@ def guided(
     return guided_denoise
 
 
-def make_plan(config: ScheduleConfig, method: str, num_steps: int, eta: float = 0.0) -> Plan:
-    """Returns the table of `sample`: the equations in the module's docstring, evaluated in float64.
+def make_plan(config: ScheduleConfig, sampler: str, num_steps: int, eta: float = 0.0) -> Plan:
+    """Returns the table of `sample`, as float32, from the sampler of this name (see `config.registry`).
 
-    Example: DDIM in 4 steps on Stable Diffusion's schedule (`ScheduleConfig()`). The first step scales the
+    Example: "ddim" in 4 steps on Stable Diffusion's schedule (`ScheduleConfig()`). The first step scales the
     latents by 0.876 and adds 0.318 of the clean estimate; the last step returns the clean estimate itself.
 
         timestep   alpha_bar   latents   clean   previous_clean   noise
@@ -150,54 +120,24 @@ def make_plan(config: ScheduleConfig, method: str, num_steps: int, eta: float = 
                1       0.998     0.000   1.000                0       0
 
     Raises:
-      ValueError: `method`, `num_steps` or `eta` is invalid, as in `sample`.
+      ValueError: `sampler`, `num_steps` or `eta` is invalid, as in `sample`, or the sampler returned no plan.
     """
-    if method not in METHODS:
-        raise ValueError(f"Sampling method {method!r} is unknown; choose one of {', '.join(METHODS)}.")
-    if not 0 <= eta <= 1 or (eta and method != "ddim"):
-        raise ValueError(
-            f"eta is {eta} for method {method!r}; it must be between 0 and 1, and 0 except for 'ddim'."
-        )
-    timesteps, abar = _noise_levels(config, method, num_steps)
-    eta = 1.0 if method == "ddpm" else eta
-    at_end = 1.0 if method != "ddim" or config.set_alpha_to_one else alphas_cumprod(config)[0]
-    next_abar = np.append(abar[1:], at_end)  # the level visited next, even where the spacing is uneven
-    a, s, next_a, next_s = np.sqrt(abar), np.sqrt(1 - abar), np.sqrt(next_abar), np.sqrt(1 - next_abar)
-
-    noise = eta * next_s / s * np.sqrt(1 - abar / next_abar)
-    latents = np.sqrt(np.maximum(next_s**2 - noise**2, 0)) / s
-    clean = next_a - latents * a
-    extrapolated = np.zeros_like(clean)
-    if method == "dpmpp_2m":  # the first and last steps are of first order
-        h = np.diff(np.log(a / s))
-        extrapolated[1:-1] = clean[1:-1] * h[1:] / (2 * h[:-1])
-    columns = (timesteps, abar, latents, clean + extrapolated, -extrapolated, noise)
-    return Plan(*(column.astype(np.float32) for column in columns))
-
-
-def _noise_levels(config: ScheduleConfig, method: str, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the timestep and abar of every step in float64, with each method's conventions in diffusers."""
-    total = config.num_train_timesteps
-    extra_step = method == "dpmpp_2m" and config.timestep_spacing != "trailing"
-    if extra_step and num_steps >= total - 1:
-        raise ValueError(f"num_steps is {num_steps}; method 'dpmpp_2m' allows 1 to {total - 2}.")
-    timesteps = inference_timesteps(config, num_steps)
-    abar = alphas_cumprod(config).astype(np.float64)
-    if method in ("ddpm", "ddim"):
-        return timesteps, abar[timesteps]
-    if extra_step:  # the spacing counts the noise-free end as a step
-        timesteps = inference_timesteps(config, num_steps + 1)[:-1]
-    elif method == "euler" and config.timestep_spacing == "linspace":  # timesteps are not rounded
-        timesteps = np.linspace(0, total - 1, num_steps)[::-1]
-    abar = np.maximum(abar, 2.0**-24)  # keeps sigma and its logarithm finite at zero terminal SNR
-    sigma = np.interp(timesteps, np.arange(total), np.sqrt((1 - abar) / abar))
-    return timesteps, 1 / (1 + sigma**2)
-
-
-def _initial_scale(config: ScheduleConfig, method: str, plan: Plan) -> float:
-    """Returns the factor of the initial noise: Euler treats its first latents as pure noise.
-
-    With "leading" spacing, which stops short of the last training step, its factor is 1 as elsewhere.
-    """
-    pure = method == "euler" and config.timestep_spacing != "leading"
-    return float(np.sqrt(1 - plan.alpha_bar[0])) if pure else 1.0
+    function = resolve("sampler", sampler)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must be between 0 and 1.")
+    if not eta:
+        plan = function(config, num_steps)
+    elif "eta" in inspect.signature(function).parameters:
+        plan = function(config, num_steps, eta=eta)
+    else:
+        raise ValueError(f"eta is {eta}, but sampler {sampler!r} has no eta; set it to 0, or use 'ddim'.")
+    if not isinstance(plan, Plan):
+        raise ValueError(f"sampler {sampler!r} returned {type(plan).__name__}; it must return a Plan.")
+    columns = [np.asarray(column, np.float32) for column in plan[:-1]]
+    for name, column in zip(Plan._fields, columns, strict=False):
+        if column.shape != (num_steps,) or not np.isfinite(column).all():
+            raise ValueError(
+                f"sampler {sampler!r} returned {name} of shape {column.shape}; it must be {num_steps} finite "
+                "numbers, one for each step."
+            )
+    return Plan(*columns, float(plan.initial_scale))

@@ -107,12 +107,12 @@ def _draw(params, condition, unconditional, keys, scale, rescale, *, model, plan
     def denoise(latents, timesteps):
         return model.apply(variables, latents, timesteps, context, added, method=DreamLLMModule.denoise)
 
-    method, steps, eta = plan
+    sampler, steps, eta = plan
     latents = sample(
         guided(denoise, scale, rescale) if guide else denoise,
         init,
         c.schedule,
-        method=method,
+        sampler=sampler,
         num_steps=steps,
         eta=eta,
         keys=fold(keys, 1),

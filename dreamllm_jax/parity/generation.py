@@ -131,7 +131,7 @@ def _draw(case: Case, states: np.ndarray, steps: int) -> tuple[np.ndarray, np.nd
 
         process = guided(denoise, scale)
         latents = sample(
-            process, init, config.schedule, method="ddpm", num_steps=steps, step_noise=step_noise
+            process, init, config.schedule, sampler="ddpm", num_steps=steps, step_noise=step_noise
         )
         return latents, case.module.apply(variables, latents / factor, method=lambda m, x: m.vae.decode(x))
 

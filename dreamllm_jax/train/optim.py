@@ -1,4 +1,4 @@
-"""The optimizer of a stage: clipping, AdamW, warm-up and cosine, by optax.
+"""A stage's learning rates and its optimizer, with clipping before it and weight decay after it, by optax.
 
 The learning rate is an argument of the train step, not a constant in it: stages that differ in
 their rates and lengths alone share one compiled program.
@@ -6,14 +6,15 @@ their rates and lengths alone share one compiled program.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dreamllm_jax.config.registry import resolve
 from dreamllm_jax.config.train import OptimConfig
-
-UPDATE_CLIP = 1.0  # root mean square of a factored update at most: arXiv 1804.04235, section 6
 
 
 def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
@@ -29,21 +30,46 @@ def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW at rate 1 (uphill); weight decay spares vectors (norms and biases).
+    """Returns clipping by global norm, the recipe's optimizer, then decoupled weight decay, all at rate 1.
 
-    With a factored second moment it is Adafactor with momentum and without its scaling by parameters.
+    Its updates have the sign of the gradients: the train step subtracts `rate * update`. Vectors (norms and
+    biases) do not decay.
+
+    Raises:
+      ValueError: the optimizer is unknown, or is not a function that returns a GradientTransformation.
     """
-    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    mu_dtype = jnp.dtype(config.mu_dtype)
-    if config.second_moment == "factored":
-        momentum = optax.ema(config.b1, debias=False, accumulator_dtype=mu_dtype)
-        parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(UPDATE_CLIP), momentum]
-    else:
-        parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=mu_dtype))
-    parts += [
-        optax.add_decayed_weights(
-            config.weight_decay,
-            mask=lambda params: {k: not k.endswith(("/scale", "/bias", "logit_scale")) for k in params},
-        ),
-    ]
-    return optax.chain(*parts)
+    direction = resolve("optimizer", config.optimizer)(config)
+    if not isinstance(direction, optax.GradientTransformation):
+        raise ValueError(
+            f"optim.optimizer={config.optimizer!r} returned {type(direction).__name__}; it must return an "
+            "optax.GradientTransformation."
+        )
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    decay = optax.add_decayed_weights(
+        config.weight_decay,
+        mask=lambda params: {k: not k.endswith(("/scale", "/bias", "logit_scale")) for k in params},
+    )
+    return optax.chain(*clip, direction, decay)
+
+
+def check_optimizer(config: OptimConfig) -> None:
+    """Tries the optimizer on one small matrix.
+
+    Raises:
+      ValueError: the optimizer is unknown, or fails, or its update points against the gradient, as that of a
+        complete `optax.adamw(rate)` does: training would climb.
+    """
+    ones = {"probe/kernel": jnp.ones((2, 2))}
+    tx = make_optimizer(dataclasses.replace(config, weight_decay=0.0))
+    try:
+        updates, _ = tx.update(ones, tx.init(ones), ones)
+        sign = float(updates["probe/kernel"].sum())
+    except Exception as error:  # the code of others may raise anything
+        raise ValueError(
+            f"optim.optimizer={config.optimizer!r} fails on a 2 x 2 matrix ({type(error).__name__}: {error})."
+        ) from error
+    if not sign > 0:
+        raise ValueError(
+            f"optim.optimizer={config.optimizer!r} points against the gradient; return the direction alone, "
+            "such as optax.scale_by_adam(), without the negative learning rate of optax.adam(rate)."
+        )

@@ -17,6 +17,7 @@ from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.models.parameters import Flat, abstract_params
 from dreamllm_jax.ops.attention.selection import MIN_KERNEL_LENGTH, select_implementation
 from dreamllm_jax.sharding import parameter_shardings
+from dreamllm_jax.train.optim import check_optimizer
 from dreamllm_jax.train.state import partition
 
 # The towers without which an objective has nothing to minimize.
@@ -33,8 +34,8 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
 
     Raises:
       ValueError: parameters or rows that the mesh does not divide; a kernel that its devices lack; a stage
-        whose trainable patterns, data or objective do not fit the model; a vocabulary smaller than the
-        tokenizer's.
+        whose trainable patterns, data or objective do not fit the model; an optimizer that is unknown or
+        unusable; a vocabulary smaller than the tokenizer's.
     """
     _check_generation(recipe, tokenizer)
     check_attention_kernels(recipe.model, mesh)
@@ -102,6 +103,7 @@ def _check_stage(
             f"data.length is {stage.data.length}; the text tower takes at most "
             f"{model.text.max_position_embeddings} tokens."
         )
+    check_optimizer(stage.optim)
     _check_loss(stage, model)
     check_batch_size(stage, mesh)
     row_layout(stage.data, model, null_dream=stage.loss.condition_dropout > 0)

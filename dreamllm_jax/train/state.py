@@ -21,6 +21,9 @@ from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import parameter_shardings, path_string, replicated
 from dreamllm_jax.train.optim import make_optimizer
 
+# Arrays of an optimizer's state that belong to no parameter are replicated up to this number of elements.
+SMALL = 1024
+
 
 @typing.no_type_check  # shapes, shardings and checkpoint masks travel in the same container
 @flax.struct.dataclass
@@ -117,26 +120,37 @@ def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, trainable: Flat, mesh: Mesh) -> Any:
-    """Moments lie where their parameters lie, means over rows or columns as what is left of them.
+    """Returns the sharding of every array of the optimizer's state.
 
-    Counters, and the place-holders of moments that a parameter has not, are replicated.
+    An array that belongs to a parameter (its path ends with the parameter's) is sharded as that parameter is:
+    along all axes if the shapes are the same, along the remaining ones if it is a mean over rows (`v_row`) or
+    columns (`v_col`), as `optax.scale_by_factored_rms` holds. Scalars, placeholders of shape (1,) and small
+    arrays that belong to no parameter, such as random keys, are replicated.
+
+    Raises:
+      ValueError: an array of any other shape: no rule says how to shard it.
     """
     shardings = parameter_shardings(trainable, mesh)
 
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         names = path_string(path).split("/")
         name = next((n for i in range(len(names)) if (n := "/".join(names[i:])) in shardings), None)
-        if name is None or not leaf.shape:
+        if leaf.shape in ((), (1,)) or (name is None and leaf.size <= SMALL):
             return replicated(mesh)
-        shape = trainable[name].shape
-        if leaf.shape == shape:
+        shape = None if name is None else trainable[name].shape
+        if name is not None and leaf.shape == shape:
             return shardings[name]
-        if leaf.shape == (1,):
-            return replicated(mesh)
-        axis = _averaged_axis(shape, rows="v_row" in names)
-        assert leaf.shape == shape[:axis] + shape[axis + 1 :], f"{'/'.join(names)} has shape {leaf.shape}"
-        spec = [*shardings[name].spec, *[None] * len(shape)][: len(shape)]
-        return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+        if name is not None and shape is not None and len(shape) > 1 and {"v_row", "v_col"} & {*names}:
+            axis = _averaged_axis(shape, rows="v_row" in names)
+            if leaf.shape == shape[:axis] + shape[axis + 1 :]:
+                spec = [*shardings[name].spec, *[None] * len(shape)][: len(shape)]
+                return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+        whose = "no parameter" if name is None else f"a parameter of shape {shape}"
+        raise ValueError(
+            f"the optimizer's state {'/'.join(names)} has shape {leaf.shape} and belongs to {whose}; no rule "
+            "says how to shard it: an optimizer may hold arrays of the parameters' shapes, scalars, and the "
+            "means v_row and v_col of optax.scale_by_factored_rms."
+        )
 
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trainable))
 

@@ -97,7 +97,21 @@ def test_a_kind_without_names_says_what_to_write():
         resolve("corpus", "x")
 
 
+def test_the_public_functions_of_a_module_are_built_in(project, monkeypatch):
+    """Their names are read from the source: nothing is imported until one is resolved."""
+    (project / "their_samplers.py").write_text(
+        "import their_code\n\n\ndef heun():\n    return their_code.heun()\n\n\ndef _helper():\n    pass\n"
+    )
+    kinds = {**KINDS, "sampler": Kind("dreamllm_jax.samplers", module="their_samplers")}
+    monkeypatch.setattr(registry, "KINDS", kinds)
+    assert known_names("sampler") == ["heun"]
+    check_name("sampler", "heun")
+    assert "their_samplers" not in sys.modules
+    assert resolve("sampler", "heun")() == "heun"
+    del sys.modules["their_samplers"]
+
+
 def test_every_built_in_name_can_be_imported():
     for kind in KINDS:
-        for name in KINDS[kind].built_in:
-            resolve(kind, name)
+        for name in known_names(kind):
+            assert callable(resolve(kind, name))

@@ -1,13 +1,16 @@
 """Files that version 0.1 saved still load; recipes must use today's names."""
 
+import dataclasses
+
 import pytest
 
 from dreamllm_jax.config.base import build, to_dict
-from dreamllm_jax.config.data import DataConfig
+from dreamllm_jax.config.data import DataConfig, SourceConfig
 from dreamllm_jax.config.registry import resolve
 from dreamllm_jax.config.renames import RENAMED, translate
-from dreamllm_jax.config.train import MeshConfig, TokenizerConfig, recipe
+from dreamllm_jax.config.train import MeshConfig, OptimConfig, TokenizerConfig, recipe
 
+CLASSES = {cls.__name__: cls for cls in (DataConfig, SourceConfig, MeshConfig, OptimConfig)}
 OLD = {
     "name": "old",
     "model": {
@@ -19,7 +22,7 @@ OLD = {
             "trainable": ["llama"],
             "steps": 1,
             "data": {"rows": 12},
-            "optim": {"accumulation": 3},
+            "optim": {"accumulation": 3, "second_moment": "factored"},
         }
     ],
     "mesh": {"whole": ["vision"]},
@@ -28,7 +31,8 @@ OLD = {
 
 def test_a_saved_recipe_of_0_1_loads():
     built = recipe(OLD, saved=True)
-    assert built.stages[0].data.batch_size == 12 and built.stages[0].optim.grad_accum_steps == 3
+    assert built.stages[0].data.batch_size == 12
+    assert built.stages[0].optim == OptimConfig(optimizer="adafactor", grad_accum_steps=3)
     assert built.mesh == MeshConfig(replicated=("vision",))
 
 
@@ -108,6 +112,16 @@ def test_a_saved_corpus_of_0_1_can_be_imported():
 def test_what_is_saved_today_is_left_alone():
     data = to_dict(build(DataConfig, {"source": "a.b:C", "source_options": {"kinds": {"pairs": 1.0}}}))
     assert translate("DataConfig", data) == data
+
+
+@pytest.mark.parametrize(("cls", "old"), [(cls, old) for cls, table in RENAMED.items() for old in table])
+def test_every_new_name_is_a_key_of_today(cls, old):
+    fields = {field.name for field in dataclasses.fields(CLASSES[cls])}
+    assert RENAMED[cls][old].key.split(".")[0] in fields and old not in fields
+
+
+def test_adam_stays_adam():
+    assert translate("OptimConfig", {"second_moment": "full"}) == {"optimizer": "adamw"}
 
 
 def test_new_names_are_not_old_ones():

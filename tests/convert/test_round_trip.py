@@ -141,7 +141,7 @@ def our_latents(trained, init):
         return module.apply(variables, latents, timesteps, context, None, method=DreamLLMModule.denoise)
 
     process = guided(denoise, SCALE)
-    return sample(process, init, ours.config.schedule, method="ddim", num_steps=STEPS)
+    return sample(process, init, ours.config.schedule, sampler="ddim", num_steps=STEPS)
 
 
 @pytest.mark.parity

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamllm_jax.config.registry import known_names
 from dreamllm_jax.config.towers import ScheduleConfig
-from dreamllm_jax.diffusion.sampling import METHODS, guided, make_plan, sample
+from dreamllm_jax.diffusion.sampling import guided, make_plan, sample
 from dreamllm_jax.diffusion.schedule import alphas_cumprod
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -18,6 +19,7 @@ SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
 }
+SAMPLERS = tuple(SCHEDULERS)
 MEAN, DEVIATION = 0.7, 0.3
 
 
@@ -34,7 +36,7 @@ def network(xp, latents, timesteps):
     return xp.tanh(0.8 * latents + 0.3) + xp.cos(0.01 * timesteps) * 0.4
 
 
-def our_trajectory(config, method, num_steps, noise, step_noise, eta=0.0):
+def our_trajectory(config, sampler, num_steps, noise, step_noise, eta=0.0):
     """Returns the network's inputs at every step, and the result."""
     inputs = []
 
@@ -46,7 +48,7 @@ def our_trajectory(config, method, num_steps, noise, step_noise, eta=0.0):
 
     @jax.jit
     def run(noise, step_noise):
-        options = dict(method=method, num_steps=num_steps, eta=eta, step_noise=step_noise)
+        options = dict(sampler=sampler, num_steps=num_steps, eta=eta, step_noise=step_noise)
         return sample(denoise, noise, config, **options)
 
     result = np.asarray(run(noise, step_noise))
@@ -54,11 +56,11 @@ def our_trajectory(config, method, num_steps, noise, step_noise, eta=0.0):
     return inputs, result
 
 
-def their_trajectory(monkeypatch, config, method, num_steps, noise, step_noise, eta=0.0):
+def their_trajectory(monkeypatch, config, sampler, num_steps, noise, step_noise, eta=0.0):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    name, options = SCHEDULERS[method]
+    name, options = SCHEDULERS[sampler]
     fields = {**dataclasses.asdict(config), **options}
-    if method != "ddim":
+    if sampler != "ddim":
         del fields["set_alpha_to_one"]
     scheduler = getattr(diffusers, name)(**fields)
     scheduler.set_timesteps(num_steps)
@@ -69,14 +71,14 @@ def their_trajectory(monkeypatch, config, method, num_steps, noise, step_noise, 
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, t)
         inputs.append((scaled.numpy(), float(t)))
-        kwargs = dict(eta=eta) if method == "ddim" else {}
+        kwargs = dict(eta=eta) if sampler == "ddim" else {}
         latents = scheduler.step(network(torch, scaled, t.float()), t, latents, **kwargs).prev_sample
     return inputs, latents.numpy()
 
 
-def assert_same_trajectory(monkeypatch, config, method, num_steps, eta=0.0, tolerance=3e-6):
+def assert_same_trajectory(monkeypatch, config, sampler, num_steps, eta=0.0, tolerance=3e-6):
     noise, step_noise = normal(0, 2, 4, 4, 3), normal(1, num_steps, 2, 4, 4, 3)
-    arguments = (config, method, num_steps, noise, step_noise, eta)
+    arguments = (config, sampler, num_steps, noise, step_noise, eta)
     theirs, their_result = their_trajectory(monkeypatch, *arguments)
     ours, our_result = our_trajectory(*arguments)
     assert len(ours) == len(theirs) == num_steps
@@ -87,37 +89,41 @@ def assert_same_trajectory(monkeypatch, config, method, num_steps, eta=0.0, tole
     np.testing.assert_allclose(our_result, their_result, rtol=0, atol=tolerance * np.abs(their_result).max())
 
 
+def test_every_sampler_is_compared():
+    assert set(SAMPLERS) == set(known_names("sampler"))
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
-    ("method", "spacing"),
+    ("sampler", "spacing"),
     # DDIM with linspace is left out: there diffusers steps to a level other than the one it visits next.
-    sorted({(m, s) for m in METHODS for s in ("leading", "trailing", "linspace")} - {("ddim", "linspace")}),
+    sorted({(m, s) for m in SAMPLERS for s in ("leading", "trailing", "linspace")} - {("ddim", "linspace")}),
 )
-def test_every_step_equals_diffusers(monkeypatch, method, spacing, prediction):
+def test_every_step_equals_diffusers(monkeypatch, sampler, spacing, prediction):
     config = ScheduleConfig(prediction_type=prediction, timestep_spacing=spacing)
-    assert_same_trajectory(monkeypatch, config, method, 10)
+    assert_same_trajectory(monkeypatch, config, sampler, 10)
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("curve", ["linear", "squaredcos_cap_v2"])
-def test_other_curves_equal_diffusers(monkeypatch, method, curve):
+def test_other_curves_equal_diffusers(monkeypatch, sampler, curve):
     config = ScheduleConfig(beta_schedule=curve, prediction_type="v_prediction")
-    assert_same_trajectory(monkeypatch, config, method, 20)
+    assert_same_trajectory(monkeypatch, config, sampler, 20)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-@pytest.mark.parametrize("method", METHODS)
-def test_zero_terminal_snr_equals_diffusers(monkeypatch, method, prediction):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_zero_terminal_snr_equals_diffusers(monkeypatch, sampler, prediction):
     config = ScheduleConfig(
         prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
     # The latents of diffusers' Euler are 4096 times larger here. Half a unit in the last place of float32 at
     # 4096 is 2.4e-4; how much of it an addition loses depends on the CPU.
-    tolerance = 4096 * 2**-24 if method == "euler" else 3e-6
-    assert_same_trajectory(monkeypatch, config, method, 5, tolerance=tolerance)
+    tolerance = 4096 * 2**-24 if sampler == "euler" else 3e-6
+    assert_same_trajectory(monkeypatch, config, sampler, 5, tolerance=tolerance)
 
 
 @pytest.mark.parity
@@ -129,9 +135,9 @@ def test_ddim_with_noise_equals_diffusers(monkeypatch, eta, to_one):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 30])
-@pytest.mark.parametrize("method", METHODS)
-def test_few_and_uneven_steps_equal_diffusers(monkeypatch, method, num_steps):
-    assert_same_trajectory(monkeypatch, ScheduleConfig(), method, num_steps)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_few_and_uneven_steps_equal_diffusers(monkeypatch, sampler, num_steps):
+    assert_same_trajectory(monkeypatch, ScheduleConfig(), sampler, num_steps)
 
 
 def gaussian_denoiser(config):
@@ -157,17 +163,17 @@ def test_the_plan_in_the_docstring():
         (251, 0.672, 0.072, 0.940, 0, 0),
         (1, 0.998, 0, 1, 0, 0),
     ]
-    np.testing.assert_allclose(np.stack(plan, axis=1), expected, atol=5e-4)
+    np.testing.assert_allclose(np.stack(plan[:-1], axis=1), expected, atol=5e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_gaussian_is_recovered(method, prediction):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_gaussian_is_recovered(sampler, prediction):
     config = ScheduleConfig(prediction_type=prediction, timestep_spacing="trailing")
 
     @jax.jit
     def run(noise, keys):
-        options = dict(method=method, num_steps=1000, keys=keys)
+        options = dict(sampler=sampler, num_steps=1000, keys=keys)
         return sample(gaussian_denoiser(config), noise, config, **options)
 
     abar = alphas_cumprod(config)[-1]  # not quite 0: start from the data's distribution at that level
@@ -184,8 +190,8 @@ def test_orders_of_convergence():
     spread = np.sqrt(abar * DEVIATION**2 + 1 - abar)
     exact = MEAN + DEVIATION * (noise - np.sqrt(abar) * MEAN) / spread
 
-    def error(method, num_steps):
-        result = sample(gaussian_denoiser(config), noise, config, method=method, num_steps=num_steps)
+    def error(sampler, num_steps):
+        result = sample(gaussian_denoiser(config), noise, config, sampler=sampler, num_steps=num_steps)
         return float(jnp.abs(result - exact).mean())
 
     assert 0.4 < error("ddim", 160) / error("ddim", 80) < 0.65
@@ -197,14 +203,14 @@ def test_euler_is_ddim_without_noise():
     """On the same noise levels, the two are one step under two names and two parametrizations."""
     config, noise = ScheduleConfig(prediction_type="v_prediction"), normal(0, 2, 4, 4, 3)
     euler, ddim = (
-        sample(gaussian_denoiser(config), noise, config, method=method, num_steps=9)
-        for method in ("euler", "ddim")
+        sample(gaussian_denoiser(config), noise, config, sampler=sampler, num_steps=9)
+        for sampler in ("euler", "ddim")
     )
     np.testing.assert_allclose(euler, ddim, atol=1e-5)
 
 
-@pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 0.5), ("euler", 0.0), ("dpmpp_2m", 0.0)])
-def test_rows_do_not_depend_on_the_batch(method, eta):
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.5), ("euler", 0.0), ("dpmpp_2m", 0.0)])
+def test_rows_do_not_depend_on_the_batch(sampler, eta):
     config = ScheduleConfig()
     noise, keys = normal(0, 5, 4, 4, 3), row_keys(1, 5)
 
@@ -212,7 +218,7 @@ def test_rows_do_not_depend_on_the_batch(method, eta):
         def denoise(x, t):
             return network(jnp, x, t.reshape(-1, 1, 1, 1))
 
-        return sample(denoise, noise, config, method=method, num_steps=6, eta=eta, keys=keys)
+        return sample(denoise, noise, config, sampler=sampler, num_steps=6, eta=eta, keys=keys)
 
     full = run(noise, keys)
     np.testing.assert_allclose(run(noise[3:4], keys[3:4])[0], full[3], atol=1e-6)
@@ -224,9 +230,9 @@ def test_zero_terminal_snr_is_finite_everywhere():
         config = ScheduleConfig(
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing=spacing
         )
-        for method in METHODS:
+        for sampler in SAMPLERS:
             for num_steps in (1, 2, 3, 50, 998):
-                assert all(np.isfinite(x).all() for x in make_plan(config, method, num_steps))
+                assert all(np.isfinite(x).all() for x in make_plan(config, sampler, num_steps))
 
 
 def halves(latents, timesteps):
@@ -261,7 +267,7 @@ def test_one_compilation_serves_all_guidance_scales():
     @jax.jit
     def run(noise, keys, scale, rescale):
         traces.append(1)
-        return sample(guided(halves, scale, rescale), noise, config, method="ddpm", num_steps=4, keys=keys)
+        return sample(guided(halves, scale, rescale), noise, config, sampler="ddpm", num_steps=4, keys=keys)
 
     noise, keys = normal(0, 2, 4, 4, 3), row_keys(1, 2)
     results = [run(noise, keys, scale, rescale) for scale, rescale in ((1.0, 0.0), (7.5, 0.0), (7.5, 0.7))]
@@ -272,14 +278,17 @@ def test_one_compilation_serves_all_guidance_scales():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(method="plms"), "'plms' is unknown; choose one of ddpm"),
+        (
+            dict(sampler="plms"),
+            "Unknown sampler 'plms'; known: ddim, ddpm, dpmpp_2m, euler; for",
+        ),
         (dict(num_steps=0), "num_steps is 0"),
         (dict(num_steps=1000), "1 to 998"),
-        (dict(method="euler", num_steps=1001), "1 to 1000"),
-        (dict(method="ddim", eta=1.5), "eta is 1.5"),
-        (dict(method="euler", eta=0.5), "0 except for 'ddim'"),
-        (dict(method="ddpm"), "pass either keys or step_noise"),
-        (dict(method="ddpm", step_noise=jnp.zeros((3, 1, 2, 2, 1))), "step_noise has shape"),
+        (dict(sampler="euler", num_steps=1001), "1 to 1000"),
+        (dict(sampler="ddim", eta=1.5), "eta is 1.5"),
+        (dict(sampler="euler", eta=0.5), "eta is 0.5, but sampler 'euler' has no eta; set it to 0"),
+        (dict(sampler="ddpm"), "pass either keys or step_noise"),
+        (dict(sampler="ddpm", step_noise=jnp.zeros((3, 1, 2, 2, 1))), "step_noise has shape"),
     ],
 )
 def test_invalid_options_are_refused(options, message):
