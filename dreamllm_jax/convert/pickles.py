@@ -224,7 +224,9 @@ def _read_legacy(file: Path, stream: io.BufferedIOBase) -> tuple[Any, dict[str, 
     for key in _TensorUnpickler(stream, file).load():
         dtype, count = unpickler.storages[str(key)]
         if struct.unpack("<q", stream.read(8))[0] != count:
-            raise ValueError(f"{file}: storage {key} has another size than the pickle says; it is damaged.")
+            raise ValueError(
+                f"{file}: storage {key} does not have the size that the pickle states; the file is damaged."
+            )
         storages[str(key)] = ByteRange(file, stream.tell(), count * dtype.itemsize)
         stream.seek(count * dtype.itemsize, 1)
     return content, storages

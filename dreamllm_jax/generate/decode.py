@@ -1,4 +1,4 @@
-"""DecodeState and decoding on a static cache: the jitted pieces of every kind of generation.
+"""Prefill and decoding on a static cache: the jitted functions of every kind of generation.
 
 A batch of rows goes on together; a row that waits, has ended or does not draw takes part with no
 valid token, which leaves its cache as it is.

@@ -95,7 +95,7 @@ def draw_and_append(
     settings: GenerationConfig,
     unconditional: UnconditionalState | None,
 ) -> tuple[DecodeState, dict[int, np.ndarray]]:
-    """StepNoise one picture in each active row, and reads it there; returns the pictures by row."""
+    """Draws one picture in each active row and appends it there. Returns the pictures by row."""
     special = engine.tokenizer.special
     row_keys = jax.vmap(jax.random.fold_in)(keys, state.cache.lengths)
     mask = jnp.asarray(active)

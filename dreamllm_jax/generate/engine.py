@@ -75,5 +75,5 @@ def prompt_keys(seed: int | Sequence[int], prompts: int) -> jax.Array:
         raise ValueError(f"{len(seeds)} seeds for {prompts} prompts; give one seed each, or a single one.")
     outside = [int(s) for s in seeds if not 0 <= s < 1 << 32]
     if outside:
-        raise ValueError(f"seed {outside[0]} does not lie between 0 and {(1 << 32) - 1}; take another.")
+        raise ValueError(f"seed {outside[0]} is not between 0 and {(1 << 32) - 1}; choose another.")
     return jnp.stack([jax.random.key(int(s)) for s in seeds])

@@ -55,7 +55,7 @@ def step_batch(case: Case) -> Batch:
 
 
 def step_noise_of(case: Case, mask: np.ndarray) -> StepNoise:
-    """The reference's step_noise; the VAE's noise is what makes its latents of its moments."""
+    """Returns the noise of the reference's step. The VAE's is recovered from its latents and moments."""
     reference = case.reference
     assert case.config.vae is not None
     latents = reference["rand.latents"] / case.config.vae.scaling_factor

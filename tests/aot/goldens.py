@@ -1,6 +1,6 @@
-"""Where the 7B recipe's parameters and activations lie, written down: `python -m tests.aot.goldens`.
+"""Records how the 7B recipe's parameters and activations are sharded: `python -m tests.aot.goldens`.
 
-Run it after a wanted change of `sharding.py` or of a model's `constrain`, and read the difference.
+Run it after an intended change of `sharding.py` or of a model's `constrain` calls, and review the difference.
 """
 
 import json
@@ -26,7 +26,7 @@ ROWS = 16
 
 
 def shardings() -> dict[str, dict[str, str]]:
-    """Parameter -> spec; activation (logical axes and sizes) -> spec, for every one that a step pins."""
+    """Returns the specs of all parameters by path, and of all constrained activations by axes and sizes."""
     recipe = load_recipe(str(ROOT / "configs" / "stage2.py"))
     types = (AxisType.Auto,) * len(SIZES)
     mesh = AbstractMesh(tuple(SIZES.values()), tuple(SIZES), axis_types=types)

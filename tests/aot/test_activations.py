@@ -1,4 +1,4 @@
-"""What waits for the backward pass, of programs compiled for CPUs."""
+"""The activations that are kept for the backward pass, in programs compiled for CPUs."""
 
 import functools
 
@@ -10,7 +10,7 @@ from dreamllm_jax.aot.activations import activations
 from dreamllm_jax.aot.hlo import parse
 
 LAYERS, ROWS, WIDTH = 5, 24, 16
-ONE = ROWS * WIDTH * 4  # bytes of a layer's states
+ONE = ROWS * WIDTH * 4  # bytes of a layer's output
 
 
 def layer(x, kernel):
@@ -31,7 +31,7 @@ def inputs():
 
 
 def test_a_scan_keeps_its_states(inputs):
-    """Of each layer its input and the sine's slopes; not the weights, and nothing that is made backward."""
+    """Each layer keeps its input and the derivative of the sine, but no weights and no backward results."""
     assert waiting(jax.grad(functools.partial(loss, body=layer)), *inputs) == 2 * LAYERS * ONE
 
 

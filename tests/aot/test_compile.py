@@ -1,4 +1,4 @@
-"""Small programs through the real TPU compiler, without a TPU: what they move, hold and compute."""
+"""Small programs compiled by the real TPU compiler, without a TPU: traffic, memory and FLOPs."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import MeshConfig, Recipe
 from tests.train import tiny
 
-# Programs that are kept cannot be loaded without their devices, and are compiled again.
+# Cached programs cannot be loaded without their devices, so they are compiled again.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
 TOPOLOGY = "v5e:2x2"
 ROWS, LENGTH = 8, 104  # no dimension of a parameter is a multiple of this length
 
-# The recipe of a file, for the command line: a vision projector learns, before a frozen language model.
+# A recipe file for the command line: it trains a vision projector, and the language model is frozen.
 FILE = """
 from tests.train.tiny import MODEL
 
@@ -46,7 +46,7 @@ def devices():
 
 
 def recipe(mesh, towers=("llama", "vision"), **stage):
-    """A joint stage of the tiny model; without `unet` nothing is drawn."""
+    """Returns a joint stage of the tiny model; without a U-Net it has no dreams."""
     config = tiny.config(dtype="bfloat16")
     absent = {name: None for name in ("vision", "unet", "vae") if name not in towers}
     data = DataConfig(batch_size=ROWS, length=LENGTH, max_images=2, max_dreams=2)
@@ -60,12 +60,12 @@ def compiled_step(recipe, devices, effort="low"):
 
 
 def run(*arguments) -> int:
-    """The exit code of `dreamllm compile`."""
+    """Runs `dreamllm compile` and returns its exit code."""
     return main(["compile", *arguments])
 
 
 def use_chip(monkeypatch, chip):
-    """Every device is this chip."""
+    """Makes every described device this chip."""
     for module in (chips, compilation):
         monkeypatch.setattr(module, "chip_of", lambda kind: chip)
 
@@ -78,23 +78,26 @@ def file(tmp_path):
 
 
 def test_the_command_and_a_frozen_language_model(devices, file, tmp_path, capsys):
-    """Nothing is kept for frozen weights, no gradient of them is made or sent."""
+    """Frozen weights have no optimizer state, and their gradients are neither computed nor sent."""
     assert run(file, f"--topology={TOPOLOGY}", f"--out={tmp_path}") == 0
     found = json.loads((tmp_path / "compile.json").read_text())
-    costs = found["memory"]["bytes"]
+    memory = found["memory"]["bytes"]
     assert found["memory"]["fits"] and "small, seeing on v5e:2x2" in capsys.readouterr().out
     assert Image.open(tmp_path / "compile.png").width > 500
 
-    assert 0 < costs["optimizer"] <= 2.5 * costs["parameters"] < 0.2 * costs["frozen"]
-    assert costs["activations"] > 0 and costs["temporaries"] > 0
-    # Model FLOPs are those of two passes: forward, and towards the projector. A third would be for weights.
+    assert 0 < memory["optimizer"] <= 2.5 * memory["parameters"] < 0.2 * memory["frozen"]
+    assert memory["activations"] > 0 and memory["temporaries"] > 0
+    # The model FLOPs are those of two passes: forward, and the gradients of the activations. The gradients of
+    # the weights would be a third.
     ratio = found["compiled_flops"]["llama"] / found["model_flops"]["llama"]
     assert 0.7 < ratio < 1.2
     moved = {c["kind"]: c["bytes"] for c in found["collectives"]}
     assert set(moved) == {"all-gather", "all-reduce"} and all(
         c["axes"] == ["fsdp"] for c in found["collectives"]
     )
-    assert moved["all-reduce"] < 8 * costs["parameters"]  # float32 gradients of what learns, and the loss
+    assert (
+        moved["all-reduce"] < 8 * memory["parameters"]
+    )  # float32 gradients of the trained parameters, and the loss
 
 
 def test_the_command_says_what_is_impossible(devices, file, capsys):
@@ -115,21 +118,23 @@ def test_what_does_not_fit(devices, file, monkeypatch, capsys):
     use_chip(monkeypatch, dataclasses.replace(chips.chip_of("TPU v5 lite"), hbm=1e6))
     assert run(file, f"--topology={TOPOLOGY}", "--config.mesh.fsdp=4") == 1
     assert "does not fit on v5e:2x2" in capsys.readouterr().err
-    said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used "
-    assert too_large(RuntimeError(said + "107.13G of 95.74G hbm.")) == (
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used "
+    )
+    assert too_large(RuntimeError(message + "107.13G of 95.74G hbm.")) == (
         "it needs 107.1 GiB of the chip's 95.7 GiB of memory"
     )
     assert too_large(RuntimeError("INTERNAL: something else")) is None
 
 
 def test_the_search_by_command(devices, file, tmp_path, monkeypatch, capsys):
-    """What it prints are overrides that the command itself takes; where nothing fits it says so."""
+    """The search prints overrides that the command accepts, and reports when no candidate fits."""
     assert run(file, f"--topology={TOPOLOGY}", "--search=1", f"--out={tmp_path}") == 0
-    found, said = json.loads((tmp_path / "search.json").read_text()), capsys.readouterr().out
+    found, output = json.loads((tmp_path / "search.json").read_text()), capsys.readouterr().out
     (trials,) = found["trials"]
     assert trials["fits"] and found["candidates"] == found["fit_by_estimate"] > 50
     assert trials["compiled"]["mesh"]["fsdp"] == trials["mesh"]["fsdp"]
-    assert "--config.mesh.replicated=" in said and all(o.split("=")[0] in said for o in found["best"])
+    assert "--config.mesh.replicated=" in output and all(o.split("=")[0] in output for o in found["best"])
     assert run(file, f"--topology={TOPOLOGY}", *found["best"]) == 0
 
     use_chip(monkeypatch, dataclasses.replace(chips.chip_of("TPU v5 lite"), hbm=2e6))
@@ -139,7 +144,7 @@ def test_the_search_by_command(devices, file, tmp_path, monkeypatch, capsys):
 
 
 def test_collectives_of_a_step_on_a_tensor_axis(devices):
-    """Weights are gathered along fsdp, their gradients scattered; heads and widths are summed over tensor."""
+    """Weights are gathered along fsdp, gradients reduce-scattered; heads and widths are summed over tensor."""
     found, _ = compiled_step(recipe(MeshConfig(1, 2, 2), ("llama",), trainable=("llama",)), devices)
     kinds = by_kind(found.census)
     assert set(kinds) == {
@@ -150,7 +155,7 @@ def test_collectives_of_a_step_on_a_tensor_axis(devices):
         ("all-reduce", ("fsdp", "tensor")),
     }
     weights = bytes_held(found.program.arguments["parameters"]) / 2  # in bfloat16
-    # Each layer's for the forward and the backward pass, of which a device has half.
+    # Each layer's weights are gathered in both passes; half of them are already on the device.
     assert kinds["all-gather", ("fsdp",)][1] < 2.2 * weights
     states = ROWS // 2 * LENGTH * 64 * 2  # of one device, bfloat16
     largest = max(c.operand for c in found.census.collectives if c.axes == ("tensor",))
@@ -159,7 +164,7 @@ def test_collectives_of_a_step_on_a_tensor_axis(devices):
 
 
 def test_a_joint_step_in_micro_batches(devices):
-    """Every tower: only gradients cross `data`; no activation and no logits travel, parameters alone."""
+    """With all towers, only gradients cross `data`, and no collective moves activations or logits."""
     trainable = ("llama", "dream_queries", "vision_projector", "condition_projector")
     wanted = recipe(
         MeshConfig(2, 2),
@@ -169,9 +174,9 @@ def test_a_joint_step_in_micro_batches(devices):
     )
     found, text = compiled_step(wanted, devices)
     assert found.memory.fits
-    costs = {k: v for k, v in found.program.arguments.items() if k != "batch"}
+    state = {k: v for k, v in found.program.arguments.items() if k != "batch"}
     donated = text.split("\n", 1)[0].count("-alias)")
-    assert donated == len(jax.tree.leaves(costs)) + 2  # the whole state, its step and its key too
+    assert donated == len(jax.tree.leaves(state)) + 2  # all of the state, including its step and its key
     across = {kind for kind, axes in by_kind(found.census) if "data" in axes}
     assert across == {"all-reduce"}
     parameters = max(x.size for x in jax.tree.leaves(found.program.arguments))
@@ -186,14 +191,14 @@ def test_a_joint_step_in_micro_batches(devices):
 
 
 def test_weights_are_gathered_once_a_step_where_asked(devices):
-    """Layer by layer each of two micro-batches would gather them for both passes: four times in all."""
+    """Otherwise each of the two micro-batches gathers every layer for both passes: four times in all."""
     optim = dict(grad_accum_steps=2, gather="step")
     wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=optim)
     found, _ = compiled_step(wanted, devices)
-    weights = 4 * bytes_held(found.program.arguments["parameters"]) / 2  # whole, in bfloat16
+    weights = 4 * bytes_held(found.program.arguments["parameters"]) / 2  # unsharded, in bfloat16
     kinds = {kind: received for (kind, _), (_, received) in by_kind(found.census).items()}
     assert 0.5 * weights < kinds["all-gather"] < 1.1 * weights
-    # Gradients are scattered in each micro-batch; of one table XLA makes an all-reduce, here as there.
+    # Gradients are reduce-scattered in each micro-batch, except that of a table, which XLA all-reduces.
     assert kinds["reduce-scatter"] + kinds["all-reduce"] < 2 * weights
 
 
@@ -208,10 +213,10 @@ def test_offloaded_states_wait_on_the_host(devices):
 
 
 def test_micro_batches_compile_with_full_effort(devices):
-    """As a run compiles: what moves sums out of loops ends with an internal error where it may move these."""
+    """Compiles as a run does. XLA's default pass that moves reductions out of loops fails here."""
     wanted = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",), optim=dict(grad_accum_steps=2))
     found, _ = compiled_step(wanted, devices, "full")
-    # Each micro-batch scatters its gradients: none lie whole on a device until the last.
+    # Each micro-batch scatters its gradients, so that no device holds unsharded gradients.
     scattered = found.census.collectives
     assert sum(c.times for c in scattered if c.kind == "reduce-scatter") >= 2 and found.memory.fits
 

@@ -1,4 +1,4 @@
-"""The parser of compiled programs: on written text, and on programs whose arithmetic is known."""
+"""The parser of compiled programs, on handwritten text and on programs with known FLOPs."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from dreamllm_jax.aot.hlo import Shape, bits, parse, replica_groups, shapes, tri
 
 MESH = {"data": 2, "fsdp": 4}
 
-# A loop over three layers whose weights lie in one array. Its product is written as TPUs write it: batch
-# rows are a dilated spatial dimension. A kernel has line breaks in its attributes, one before a bracket.
+# A loop over three layers whose weights are in one array. Its product is written as TPUs write it: batch rows
+# are a dilated spatial dimension. A kernel has line breaks in its attributes, one of them before a bracket.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %all-reduce-scatter (input: f32[16,8]) -> f32[4,8] {
@@ -77,7 +77,7 @@ def test_a_program_is_counted_with_its_loops():
     assert trip_count(program, main.instructions["loop"], main) == 3  # from 1 to below 4
 
     census = take_census(program, MESH)
-    assert census.flops == {"other": 3 * (100 + 2 * 4 * 2 * 8 * 16)}  # the batch is met once, not 4 times
+    assert census.flops == {"other": 3 * (100 + 2 * 4 * 2 * 8 * 16)}  # the batch is counted once, not 4 times
     found = {(c.kind, c.axes): (c.times, c.group, c.received) for c in census.collectives}
     assert found == {
         ("all-gather", ("fsdp",)): (3, 4, 3 * 3 / 4 * 4 * 2 * 32 * 2),
@@ -124,7 +124,7 @@ def test_replica_groups(written, groups, axes):
 
 
 def test_the_flops_are_those_that_xla_counts():
-    """A convolution, strided and padded, its gradients, a product; then a scan's by hand."""
+    """Compares a strided, padded convolution, its gradients and a product with XLA's count, a scan by hand."""
 
     def loss(kernel, x, w):
         y = jax.lax.conv_general_dilated(
@@ -136,7 +136,7 @@ def test_the_flops_are_those_that_xla_counts():
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
     counted = take_census(parse(compiled.as_text()), MESH).total_flops
     xla = compiled.cost_analysis()["flops"]
-    assert 0.9 * xla < counted <= xla  # XLA also counts the additions of single numbers
+    assert 0.9 * xla < counted <= xla  # XLA also counts elementwise additions
 
     def layers(x, stack):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, stack)[0]

@@ -1,4 +1,4 @@
-"""The bound of a program: links of described networks, and seconds by hand."""
+"""The lower bound of a program's time: the links of described networks, and seconds computed by hand."""
 
 import pytest
 
@@ -66,7 +66,7 @@ def test_seconds_within_a_slice():
 
 
 def test_seconds_between_slices():
-    """Four chips a slice have a fourth each, which two slices exchange: once to add up, once to tell."""
+    """Two slices of four chips: each chip exchanges its fourth, once to reduce and once to broadcast."""
     mesh, chip = mesh_of("v5e:2x2*2", 2, 4), CHIPS["v5e"]
     both = roofline(
         Census(collectives=[collective("all-reduce", ("data", "fsdp"), 8, 8e9, 8e9)]), 1.0, mesh, chip

@@ -1,4 +1,4 @@
-"""Candidates, the estimate, and the order in which they are compiled; the compiler itself only for memory."""
+"""Candidates, the estimate, and the order of compilation. The compiler itself runs only to check memory."""
 
 import dataclasses
 import math
@@ -36,11 +36,11 @@ def test_meshes_are_those_that_the_rows_and_the_parameters_allow():
     replicated = {
         c.replicated for c, _ in meshes(JOINT, JOINT.stages[0], abstract_params(JOINT.model), jax.devices())
     }
-    assert replicated == {(), ("vision", "unet", "vae")}  # what is frozen
+    assert replicated == {(), ("vision", "unet", "vae")}  # frozen
 
 
 def test_remat_varies_where_gradients_flow():
-    """Through the language model and the U-Net, not through the frozen tower before them."""
+    """Gradients pass through the language model and the U-Net, not through the frozen tower before them."""
     towers = dict.fromkeys(("llama", "vision", "unet", "vae"), 1.0)
     found = remats(JOINT, StageWork(towers, passes(JOINT.model, JOINT.stages[0])))
     assert len(set(found)) == 25 and {r.vision for r in found} == {JOINT.model.remat.vision}
@@ -56,7 +56,7 @@ def test_overrides_say_what_the_candidate_is():
 
 
 def test_the_state_is_exact():
-    """Parameters, both moments in float32, and the batch: matrices and rows in parts, vectors whole."""
+    """Counts parameters, float32 moments and the batch: matrices and rows are sharded, vectors replicated."""
     stage, mesh = LLAMA.stages[0], make_mesh(MeshConfig(1, 4, 2))
     params = abstract_params(LLAMA.model)
     matrices, vectors = (
@@ -66,12 +66,12 @@ def test_the_state_is_exact():
     found = mesh_costs(LLAMA, stage, stage_work(LLAMA, stage), params, mesh)
     learning = 4 * (matrices / 8 + vectors)
     assert found.gradients == learning
-    columns = 5 * 4 + 2 * 4  # of a token, at most: integers, weights, slots
+    columns = 5 * 4 + 2 * 4  # the largest size of a token: integers, weights, slots
     assert 0 < found.state - 3 * learning < ROWS // 4 * (LENGTH * columns + 100)
 
 
 def test_the_estimate_orders_memory_as_the_compiler_does(devices):  # noqa: F811
-    """By remat and by micro-batch; none is off by more than a factor of two."""
+    """Estimates by remat policy and micro-batch are within a factor of two of the compiler."""
     base = recipe(MeshConfig(1, 4), ("llama",), trainable=("llama",))
     stage = dataclasses.replace(base.stages[0], data=dataclasses.replace(base.stages[0].data, batch_size=128))
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, length=128))
@@ -99,7 +99,7 @@ def test_the_estimate_orders_memory_as_the_compiler_does(devices):  # noqa: F811
 
 @pytest.fixture
 def four(monkeypatch):
-    """Candidates of known estimates; the number of micro-batches tells them apart."""
+    """Returns candidates with the given estimates; they differ in the number of micro-batches."""
     gib = 2.0**30
     first, second = RematConfig("none"), RematConfig("full")
     table = [(first, 1, 12, 1.0), (first, 2, 9, 1.1), (first, 4, 5, 1.2), (second, 1, 6, 1.5)]
@@ -111,15 +111,15 @@ def four(monkeypatch):
     return [candidate for candidate, _ in made]
 
 
-def looked(results, number=10):
-    """A search in which the compiler finds what `results` says: (GiB, seconds), or an error."""
+def run_search(results, number=10):
+    """Runs a search in which the compiler returns `results`: (GiB, seconds) or an error."""
 
     def compiled(recipe, stage):
         result = results[recipe.model.remat.llama, stage.optim.grad_accum_steps]
         if isinstance(result, Exception):
             raise result
         memory = Memory({"temporaries": float(result[0]) * 2.0**30}, CHIP.hbm)
-        found = object.__new__(CompileReport)  # with only what a search looks at
+        found = object.__new__(CompileReport)  # with only the fields that a search reads
         object.__setattr__(found, "memory", memory)
         object.__setattr__(found, "roofline", Roofline({"compute": result[1]}, 1.0, 1.0))
         return found
@@ -128,22 +128,22 @@ def looked(results, number=10):
 
 
 def test_the_search_learns_from_what_does_not_fit(four):
-    """After the first has no program, the second is not tried: by the same factor it has none either."""
-    found = looked({("none", 1): DoesNotFit("no"), ("none", 4): (9, 1.25), ("full", 1): (5, 1.6)})
+    """The first does not fit. The second is not tried: by the same factor it would not fit either."""
+    found = run_search({("none", 1): DoesNotFit("no"), ("none", 4): (9, 1.25), ("full", 1): (5, 1.6)})
     assert [t.candidate for t in found.trials] == [four[0], four[2]]
     assert found.best.candidate == four[2] and not found.trials[0].fits
     assert found.trials[0].failure == "no" and found.candidates == 4
 
 
 def test_the_search_goes_on_where_another_may_be_faster(four):
-    """One fits, but takes more than was estimated: so will the next with its remat, but not another.
+    """A candidate fits but takes more than estimated: the next with its remat policy will too, others not.
 
-    A fault of the compiler ends nothing.
+    An internal error of the compiler does not end the search.
     """
     fault = jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
     results = {("none", 1): fault, ("none", 2): (8, 2.0), ("full", 1): (6, 1.5)}
-    found = looked(results)
+    found = run_search(results)
     assert [t.candidate for t in found.trials] == [four[0], four[1], four[3]]
     assert found.best.candidate == four[3]
     assert found.trials[0].failure == "INTERNAL: RET_CHECK failure"
-    assert len(looked(results, number=1).trials) == 1 and looked(results, number=1).best is None
+    assert len(run_search(results, number=1).trials) == 1 and run_search(results, number=1).best is None

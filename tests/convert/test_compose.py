@@ -1,4 +1,4 @@
-"""Towers of several sources as one model: where stage I begins."""
+"""Towers from several checkpoints composed into one model, the start of stage I."""
 
 import dataclasses
 import importlib.util
@@ -32,7 +32,7 @@ def command(*arguments) -> int:
 
 @pytest.fixture(scope="module")
 def sources(golden, tmp_path_factory):
-    """Folders as they are published: a Vicuna without control tokens, a CLIP tower, a Stable Diffusion."""
+    """Writes published formats: a Vicuna without control tokens, a CLIP tower and a Stable Diffusion."""
     home = tmp_path_factory.mktemp("sources")
     convert_to_jax(open_checkpoint(golden / "dreamllm-a" / "checkpoint"), home / "jax")
     for name, towers in (("llama", ("llama",)), ("clip", ("vision",)), ("sd", ("unet", "vae"))):
@@ -63,13 +63,13 @@ def start(sources, tmp_path_factory):
     return folder
 
 
-def test_what_is_made_and_what_is_left_out_is_said(sources, tmp_path, capsys):
+def test_new_and_unused_parameters_are_reported(sources, tmp_path, capsys):
     towers = (f"--llm={sources['llm']}", f"--vision={sources['vision']}", f"--diffusion={sources['all']}")
     assert command("to-jax", tmp_path / "start", *towers, "--quiet") == 0
     out = capsys.readouterr().out
     assert "made (5):" in out and "dream_queries/dream_queries (64, 64), initialized" in out
     assert "rows 512 to 519 of the vocabulary, for control tokens: the mean of the others" in out
-    assert f"{sources['all']}: llama, " in out  # of that source only the decoder was asked for
+    assert f"{sources['all']}: llama, " in out  # only the decoder of that source was requested
 
 
 def test_faults_of_every_source_are_named(sources):
@@ -86,11 +86,13 @@ def test_the_start_of_stage_one(sources, start):
     assert loaded.params.keys() == whole.keys()
     for path, theirs in whole.items():
         ours, tower = loaded.params[path], path.split("/")[0]
-        wanted = (64, theirs.shape[1]) if tower == "dream_queries" else theirs.shape  # the paper's number
+        wanted = (
+            (64, theirs.shape[1]) if tower == "dream_queries" else theirs.shape
+        )  # the number in the paper
         assert ours.shape == wanted
         if tower in ("vision", "unet", "vae"):
             np.testing.assert_array_equal(ours, theirs, err_msg=path)
-        elif tower != "llama":  # connectors are new, and not zero
+        elif tower != "llama":  # the connectors are initialized, and not with zeros
             assert not np.array_equal(ours, theirs) and (ours.std() > 0 or path.endswith("bias"))
     rows, first = loaded.params["llama/embed_tokens/embedding"], whole["llama/embed_tokens/embedding"][:ROWS]
     np.testing.assert_array_equal(rows[:ROWS], first)
@@ -112,7 +114,7 @@ def test_it_generates(start):
 
 
 def test_a_bare_vicuna_loads_and_writes(sources):
-    """The same rows as in the whole checkpoint, hence the same text, control tokens apart."""
+    """The rows are those of the complete checkpoint, so the text is the same except for control tokens."""
     bare, whole = (DreamLLM.from_pretrained(sources[name]) for name in ("llm", "all"))
     assert bare.config.vision is None and bare.generation.template is None
     assert bare.tokenizer.special == whole.tokenizer.special
@@ -123,7 +125,7 @@ def test_a_bare_vicuna_loads_and_writes(sources):
 
 
 def test_a_tower_is_exchanged_with_its_connector(sources, tmp_path):
-    """The image decoder of a DreamLLM replaced: its queries and condition are drawn, its sight stays."""
+    """Replaces a DreamLLM's image decoder: dream queries and condition are new, the vision tower stays."""
     source = compose(open_checkpoint(sources["all"]), diffusion=open_checkpoint(sources["diffusion"]))
     assert source.fresh == ("dream_queries", "condition_projector", "global_projector")
     convert_to_jax(source, tmp_path / "exchanged")
@@ -158,7 +160,7 @@ def test_extended_tensors_read_in_parts(axis):
 
 
 def test_a_tokenizer_of_another_model(sources, tmp_path, capsys):
-    """More tokens than rows, or far fewer: named at once, loading or converting, and nothing is written."""
+    """More tokens than rows, or far fewer, are an error on loading and converting; nothing is written."""
     folder = tmp_path / "mixed"
     shutil.copytree(sources["llm"], folder)
     (folder / "tokenizer.model").unlink()
@@ -191,8 +193,8 @@ def test_a_chat_model_answers_in_its_own_template(sources, tmp_path):
         assert text == plain.generate_text("user hello assistant", max_new_tokens=6)
 
 
-def test_a_chat_template_that_cannot_be_used_is_said(sources, tmp_path):
-    """It leaves out the prompt: prompts are continued as they are, and the conversion says why."""
+def test_an_unusable_chat_template_is_reported(sources, tmp_path):
+    """The template leaves out the prompt, so prompts are used without it, and the conversion reports why."""
     folder = tmp_path / "chat"
     shutil.copytree(sources["llm"], folder)
     (folder / "chat_template.jinja").write_text(
@@ -200,5 +202,5 @@ def test_a_chat_template_that_cannot_be_used_is_said(sources, tmp_path):
     )
     source = open_checkpoint(folder)
     assert source.template is None
-    (said,) = (line for line in source.params()[1].differing if "chat template" in line)
-    assert f"The chat template of the tokenizer in {folder} cannot be used: it leaves out what is" in said
+    (line,) = (line for line in source.params()[1].differing if "chat template" in line)
+    assert f"The chat template of the tokenizer in {folder} cannot be used: it leaves out what is" in line

@@ -39,7 +39,7 @@ def command(*arguments) -> int:
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the checkpoint files in a folder, as `file stem of its role: name`."""
+    """Returns all tensors of a folder's checkpoint files, named `role: name`."""
     found = {}
     for file in sorted(folder.iterdir()):
         if file.suffix in (".bin", ".safetensors"):
@@ -76,7 +76,7 @@ def test_there_and_back_gives_the_same_bits(tmp_path, golden, name, capsys):
         assert {k: new[k] for k in options if k in new and not k.startswith("pretrained")} == {
             k: v for k, v in options.items() if k in new and not k.startswith("pretrained")
         }
-    # what was exported is a source again, with the same model
+    # the export can be converted again, to the same model
     again = open_checkpoint(tmp_path / "torch")
     assert again.model == open_checkpoint(source).model and again.loss == open_checkpoint(source).loss
     convert_to_jax(again, tmp_path / "again")
@@ -86,7 +86,7 @@ def test_there_and_back_gives_the_same_bits(tmp_path, golden, name, capsys):
 
 @pytest.fixture
 def sdxl(tmp_path):
-    """A small DreamLLM with SDXL's decoder, and random weights, as we save it."""
+    """Saves a small DreamLLM with SDXL's decoder and random weights."""
     small = tiny.config(unet=tiny.MODEL["unet"] | tiny.SDXL_CONDITIONS, image_size=16)
     model = dataclasses.replace(small, vae=dataclasses.replace(small.vae, sample_size=16))
     tokenizer = train_tokenizer(["one two three"], 400)
@@ -95,7 +95,7 @@ def sdxl(tmp_path):
 
 
 def test_sdxl_there_and_back(sdxl, tmp_path):
-    """In the files of the reference's own variant for it, pooled condition included."""
+    """SDXL is exported in the files of the reference's variant for it, including the pooled condition."""
     pytest.importorskip("torch")  # writes the plugins' files
     folder, model = sdxl
     convert_to_torch(folder, tmp_path / "torch")
@@ -144,7 +144,7 @@ def test_dtype_halves_the_files(tmp_path, golden):
 
 
 def test_a_config_that_contradicts_its_tokenizer(tmp_path, golden, capsys):
-    """As in the published checkpoints: config.json has other ids, which is said; the tokenizer is right."""
+    """config.json has wrong ids, as in published checkpoints. The tokenizer's are used, and this is reported."""
     pytest.importorskip("torch")  # writes the plugins' files
     source = tmp_path / "a" / "checkpoint"
     shutil.copytree(golden / "dreamllm-a", tmp_path / "a")
@@ -154,8 +154,8 @@ def test_a_config_that_contradicts_its_tokenizer(tmp_path, golden, capsys):
     (source / "config.json").write_text(json.dumps(raw))
     assert command("to-jax", source, tmp_path / "jax", "--quiet") == 0
     out = capsys.readouterr().out
-    for name, said, right in (("<s>", 0, 1), ("[PAD]", -1, 512), ("<dream>", 513, 519)):
-        assert f"config.json says that {name} is {said}; the tokenizer says {right}, which is used" in out
+    for name, stated, right in (("<s>", 0, 1), ("[PAD]", -1, 512), ("<dream>", 513, 519)):
+        assert f"config.json says that {name} is {stated}; the tokenizer says {right}, which is used" in out
     assert "differing (3)" in out and "differing (3)" in describe(source)
     with pytest.warns(UserWarning, match="config.json says that <s> is 0; the tokenizer says 1"):
         special = open_model(source).tokenizer.special
@@ -199,7 +199,7 @@ def test_bad_sources_are_one_sentence_and_leave_nothing(tmp_path, golden, capsys
 
 @pytest.mark.parametrize("direction", ["to-jax", "to-torch"])
 def test_a_killed_conversion_leaves_no_model(tmp_path, golden, direction):
-    """Killed without a warning while it writes: under the target's name there is nothing."""
+    """A conversion that is killed while it writes leaves nothing under the target's name."""
     source = golden / "dreamllm-a/checkpoint"
     if direction == "to-torch":
         pytest.importorskip("torch")  # writes the plugins' files
@@ -221,7 +221,7 @@ def test_a_killed_conversion_leaves_no_model(tmp_path, golden, direction):
         process.wait()
     assert not (tmp_path / "out").exists()
     (left,) = tmp_path.glob(".out.partial-*")
-    with pytest.raises(ValueError):  # nor does what is left pass for a model
+    with pytest.raises(ValueError):  # and its leftovers are not accepted as a model
         open_model(left)
     assert command(direction, source, tmp_path / "out", "--quiet") == 0
 
@@ -333,7 +333,7 @@ def test_a_diffusers_pipeline_is_recognized(tmp_path, golden):
 
 
 def test_plugins_inside_the_language_models_file(golden, tmp_path):
-    """As a checkpoint is saved whole: every plugin under the model's name for it."""
+    """A complete checkpoint has each plugin under the model's name for it."""
     shutil.copytree(golden / "dreamllm-b", tmp_path / "b")
     source = tmp_path / "b" / "checkpoint"
     before = {path: t.read() for path, t in open_checkpoint(source).params()[0].items()}

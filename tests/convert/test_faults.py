@@ -1,4 +1,4 @@
-"""Bad checkpoints, targets and configs: one sentence that names the fault, before any damage."""
+"""Invalid checkpoints, targets and configs: one sentence names the fault before anything is written."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from tests.folders import take_towers
 
 @pytest.fixture
 def source(golden, tmp_path):
-    """A checkpoint to spoil."""
+    """Returns a copy of a checkpoint, which a test can damage."""
     shutil.copytree(golden / "dreamllm-b", tmp_path / "b")
     return tmp_path / "b" / "checkpoint"
 
@@ -34,7 +34,7 @@ def converted(golden, tmp_path_factory):
 
 
 def rewrite(file, edit):
-    """A pickle's tensors, edited, in a safetensors file in its place."""
+    """Replaces a pickle by a safetensors file with its tensors, edited."""
     tensors = {name: t.read() for name, t in read_pickle(file)[0].items()}
     edit(tensors)
     file.unlink()
@@ -43,7 +43,7 @@ def rewrite(file, edit):
 
 
 def test_tensors_of_another_rank_or_with_too_much_in_an_axis(source):
-    """All of them by name, and nothing of them is cut off in silence."""
+    """All faulty tensors are named, and none is truncated silently."""
 
     def queries(tensors):
         tensors["dream_queries"] = np.repeat(tensors["dream_queries"], 2, axis=0)
@@ -135,14 +135,14 @@ def edited(source, edit):
 def test_configs_that_cannot_be_used(edit, words, source, tmp_path, capsys):
     edited(source, edit)
     assert command("to-jax", source, tmp_path / "out", "--quiet") == 2
-    said = capsys.readouterr().err
-    assert str(source) in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert str(source) in message and "Traceback" not in message
     with pytest.raises(ValueError, match=words):
         open_checkpoint(source)
     assert not (tmp_path / "out").exists()
 
 
-def test_options_that_are_not_known_are_said(source, capsys):
+def test_unknown_options_are_reported(source, capsys):
     edited(source, lambda r, p: p["stable_diffusion_head"].update(tune_unet=True))
     assert command("inspect", source) == 0
     assert "stable_diffusion_head.tune_unet is an unknown option" in capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_overwriting_destroys_no_source_and_nothing_else_than_a_model(source, co
 
 
 def in_shards(source, suffix):
-    """The language model's file as two shards with an index, as transformers writes it."""
+    """Splits the language model's file into two shards with an index, as transformers does."""
     (whole,) = (f for f in source.iterdir() if f.name.startswith(("model.", "pytorch_model.")))
     tensors = load_file(whole) if whole.suffix == ".safetensors" else None
     if tensors is None:
@@ -190,7 +190,7 @@ def in_shards(source, suffix):
 
 @pytest.mark.parametrize("suffix", ["safetensors", pytest.param("bin", marks=pytest.mark.parity)])
 def test_shards_of_a_source(suffix, golden, source, tmp_path, capsys):
-    """Read through their index; one that is torn, absent or there twice is named."""
+    """Shards are read through their index; a truncated, missing or duplicate one is named."""
     if suffix == "bin":
         pytest.importorskip("torch")
     before = {path: t.read() for path, t in open_checkpoint(source).params()[0].items()}

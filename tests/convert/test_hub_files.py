@@ -1,4 +1,4 @@
-"""Downloads against the digests that the hub's library leaves beside them."""
+"""Downloaded files are compared with the digests that huggingface_hub stores with them."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from dreamllm_jax.convert.recognize import open_checkpoint
 
 
 def flip(file, at=-1):
-    """One bit of a file, without touching its time."""
+    """Flips one bit of a file and keeps its modification time."""
     status, data = file.stat(), bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
@@ -31,7 +31,7 @@ def test_the_cache_of_the_hub(tmp_path):
     (blobs / digest).write_bytes(b"weights")
     file = snapshot / "model.safetensors"
     file.symlink_to(blobs / digest)
-    # this is the layout of the library's cache: it finds the file there
+    # the library finds the file there: this is the layout of its cache
     assert huggingface_hub.try_to_load_from_cache("someone/model", file.name, tmp_path) == str(file)
     assert recorded_digest(file) == digest
     check_downloads([file])
@@ -51,7 +51,7 @@ def test_a_folder_downloaded_into(tmp_path):
     flip(file)
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
         check_downloads([file])
-    os.utime(file, (time.time() + 60,) * 2)  # written anew: its owner's business
+    os.utime(file, (time.time() + 60,) * 2)  # the user has rewritten the file, so it is not checked
     assert recorded_digest(file) is None
     os.utime(file)
     write_download_metadata(tmp_path, "unet/model.safetensors", "abcdef", "0" * 40)  # a small file's Git hash

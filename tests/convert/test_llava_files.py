@@ -1,4 +1,4 @@
-"""LLaVA-1.5 as its authors publish it: its own names, its own config, its tower apart."""
+"""LLaVA-1.5 in its authors' format: their names, their config, and a separate vision tower."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ CONFIG = dict(
 
 @pytest.fixture(scope="module")
 def published(golden, tmp_path_factory):
-    """dreamllm-a without its decoder, in LLaVA's files, and its vision tower in a folder beside."""
+    """Writes dreamllm-a without its decoder in LLaVA's format, with its vision tower in a sibling folder."""
     home = tmp_path_factory.mktemp("llava")
     convert_to_jax(open_checkpoint(golden / "dreamllm-a" / "checkpoint"), home / "jax")
     convert_to_torch(take_towers(home / "jax", home / "clip-jax", "vision"), home / "clip-small")
@@ -51,7 +51,7 @@ def published(golden, tmp_path_factory):
 
 @pytest.fixture
 def spoiled(published, tmp_path):
-    """A copy with a changed config."""
+    """Returns a copy of a folder with a changed config."""
 
     def change(**changes):
         shutil.copytree(published.parent, tmp_path / "copy", dirs_exist_ok=True)
@@ -146,7 +146,7 @@ def test_the_port_leaves_out_what_transformers_knows(port, monkeypatch):
     assert source.model.llama == LlamaConfig(
         vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096
     )
-    # where a file names no width of the projection, it is that of CLIP B/32; this model has no projection
+    # a file without the width of the projection means that of CLIP B/32; this model has no projection
     assert source.model.vision == ClipVisionConfig(image_size=336, projection_dim=512)
     assert source.model.vision_select_layer == -2 and source.stated == {"<image>": 32000}
 

@@ -14,7 +14,7 @@ from dreamllm_jax.convert.pickles import LEGACY_MAGIC, read_pickle
 
 
 def torch_zip(path, data_pkl: bytes, members: dict[str, bytes] | None = None, compression=zipfile.ZIP_STORED):
-    """A file laid out as torch.save lays it out."""
+    """Writes a file with the layout of torch.save."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", data_pkl)
         for name, data in (members or {}).items():
@@ -23,7 +23,7 @@ def torch_zip(path, data_pkl: bytes, members: dict[str, bytes] | None = None, co
 
 
 def tensor_ops(key: str, count: int, shape: tuple, storage="FloatStorage", function="_rebuild_tensor_v2"):
-    """Pickle opcodes that build one contiguous tensor."""
+    """Returns pickle opcodes that build one contiguous tensor."""
     strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
     numbers = [pickle.dumps(x, 2)[2:-1] for x in (count, 0, shape, strides)]
     return b"".join(
@@ -43,7 +43,7 @@ def state_dict(**tensors: bytes) -> bytes:
 
 
 class Global:
-    """Pickles as a reference to any global, called with arguments."""
+    """An object that is pickled as a call of any global with arguments."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -138,7 +138,7 @@ def test_compressed_storages_and_foreign_archives_are_refused(tmp_path):
 
 
 def legacy_file(path, values: np.ndarray):
-    """As torch.save wrote before 1.6: pickles one after the other, then the storages."""
+    """Reads the format of torch.save before 1.6: consecutive pickles, then the storages."""
     out = io.BytesIO()
     for content in (LEGACY_MAGIC, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}):
         pickle.dump(content, out, protocol=2)

@@ -1,4 +1,4 @@
-"""Trained here, judged by PyTorch: an exported model gives the same logits, latents and picture there."""
+"""A model trained here and exported gives the same logits, latents and picture in PyTorch."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ RECIPE = dict(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The model as we load it, and as PyTorch does."""
+    """Returns the model as this package loads it and as PyTorch loads it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     diffusers = pytest.importorskip("diffusers")
@@ -104,7 +104,7 @@ def test_logits_after_a_picture(trained):
 
 
 def their_context(trained, prompt):
-    """The U-Net's context after a prompt, by PyTorch."""
+    """Returns the U-Net's context after a prompt, computed by PyTorch."""
     torch, ours = trained.torch, trained.ours
     tokens = [*encode_prompt(prompt, ours.tokenizer, 4, 64).tokens, ours.tokenizer.special.dream_start]
     embeds = trained.llama.model.embed_tokens(torch.tensor([int(t) for t in tokens]))
@@ -114,7 +114,7 @@ def their_context(trained, prompt):
 
 
 def their_latents(trained, init):
-    """Guided DDIM by diffusers, from the same noise."""
+    """Runs guided DDIM of diffusers from the same noise."""
     torch, scheduler = trained.torch, trained.scheduler
     with torch.no_grad():
         context = torch.cat([their_context(trained, ""), their_context(trained, PROMPT)])
@@ -127,7 +127,7 @@ def their_latents(trained, init):
 
 
 def our_latents(trained, init):
-    """The same by our own functions."""
+    """Runs the same with this package."""
     ours, module = trained.ours, trained.ours._engine.module
     start, contexts = jnp.int32(ours.tokenizer.special.dream_start), []
     for prompt in ("", PROMPT):
@@ -163,4 +163,4 @@ def test_latents_and_picture(trained):
         PROMPT, seed=SEED, sampler="ddim", num_inference_steps=STEPS, guidance_scale=1.0
     )
     assert dataclasses.asdict(trained.ours.config.schedule)["prediction_type"] == "v_prediction"
-    assert np.any(np.asarray(plain) != np.asarray(picture))  # guidance was at work
+    assert np.any(np.asarray(plain) != np.asarray(picture))  # guidance had an effect

@@ -1,4 +1,4 @@
-"""The tables: every golden tensor has one place and comes back; faults are reported together."""
+"""The mapping rules: every golden tensor maps to one parameter and back; faults are reported together."""
 
 import dataclasses
 import math
@@ -184,7 +184,7 @@ def test_published_towers_are_known_without_their_folders(tmp_path, golden):
     model = configs_from_dreamllm(tmp_path).model
     assert model.vision.num_patches == 256 and model.unet.cross_attention_dim == 1024
     plugins["stable_diffusion_head"].pop("resolution", None)
-    for name, count, size in (  # the numbers of parameters that are published
+    for name, count, size in (  # the published numbers of parameters
         ("stable-diffusion-2-1-base", 865_910_724, 512),
         ("stable-diffusion-2-1", 865_910_724, 768),
         ("stable-diffusion-xl-base-1.0", 2_567_463_684, 1024),

@@ -1,4 +1,4 @@
-"""Stable Diffusion in one file: the names and configs that diffusers' own reader finds in it."""
+"""Stable Diffusion in one file: the same names and configs as diffusers' own reader."""
 
 import functools
 
@@ -46,7 +46,7 @@ def model_of(family: str) -> DreamLLMConfig:
 
 @functools.cache
 def their_tensors(model: DreamLLMConfig) -> dict[str, dict[str, np.ndarray]]:
-    """Random weights under diffusers' names."""
+    """Returns random weights under diffusers' names."""
     rng = np.random.default_rng(0)
     params = {
         path: ArrayTensor(path, rng.normal(size=shape).astype(np.float32))
@@ -57,7 +57,7 @@ def their_tensors(model: DreamLLMConfig) -> dict[str, dict[str, np.ndarray]]:
 
 
 def published_names(unet: UNetConfig) -> list[str]:
-    """The names of a U-Net's tensors in one file, written down from the structure of its authors' code."""
+    """Returns the names of a U-Net's tensors in one file, from the structure of its authors' code."""
     resnet = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
     attention = ("norm", "proj_in", "proj_out")
     inner = [f"attn{i}.{m}" for i in (1, 2) for m in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -103,7 +103,7 @@ def published_names(unet: UNetConfig) -> list[str]:
     block = 0
     for level in reversed(range(len(widths))):
         for i in range(unet.layers_per_block + 1):
-            skips.pop()  # its channels join those from below: every residual block changes its width
+            skips.pop()  # the skip channels are concatenated, so every residual block changes its width
             add_resnet(f"output_blocks.{block}.0", True)
             if crosses[level]:
                 add_attention(f"output_blocks.{block}.1", depths[level])
@@ -116,7 +116,7 @@ def published_names(unet: UNetConfig) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_published_name_has_its_place(family):
-    """One to one onto the names of diffusers' model of the same configuration."""
+    """The names map one to one to those of diffusers' model with the same config."""
     model = model_of(family)
     wanted = their_tensors(model)["unet"]
     layers = model.unet.layers_per_block
@@ -128,7 +128,7 @@ def test_every_published_name_has_its_place(family):
 
 @functools.cache
 def one_file(model: DreamLLMConfig) -> dict[str, np.ndarray]:
-    """A checkpoint in one file out of diffusers' tensors, with a text encoder and buffers beside."""
+    """Builds a one-file checkpoint from diffusers' tensors, plus a text encoder and buffers."""
     theirs = their_tensors(model)
     layers = model.unet.layers_per_block
     back = {single_file.unet_name(name, layers): name for name in published_names(model.unet)}
@@ -139,7 +139,9 @@ def one_file(model: DreamLLMConfig) -> dict[str, np.ndarray]:
         for new, short in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
             if f"attn_1.{new}" in old:
                 old = old.replace(new, short)
-                value = value[:, :, None, None] if value.ndim == 2 else value  # once 1x1 convolutions
+                value = (
+                    value[:, :, None, None] if value.ndim == 2 else value
+                )  # these were 1x1 convolutions in older files
         old = old.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
         old = old.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         for i in range(levels):

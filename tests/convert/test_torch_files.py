@@ -1,4 +1,4 @@
-"""The plugins' files: PyTorch reads the same values back; its absence is said before anything is written."""
+"""The plugins' files: PyTorch reads the same values; without PyTorch, an error comes before any writing."""
 
 import sys
 
@@ -33,7 +33,7 @@ KINDS = (
 def test_pytorch_reads_the_same_bits(kind, tmp_path):
     torch = pytest.importorskip("torch")
     values = np.array([[-1.5, 0, 3.25], [0.1, 7, 250]]).astype(kind)
-    values.flags.writeable = False  # as arrays of JAX are
+    values.flags.writeable = False  # as JAX arrays are
     tensors = {
         "matrix": ArrayTensor("matrix", values),
         "transposed": Mapped(ArrayTensor("transposed", values), lambda array: array.T),
@@ -69,10 +69,10 @@ def test_a_dtype_that_older_releases_cannot_load_is_refused(tmp_path):
 
 
 def test_without_pytorch(golden, tmp_path, monkeypatch, capsys):
-    """A whole DreamLLM is refused before anything is written; towers alone are exported."""
+    """Exporting a complete DreamLLM is refused before anything is written; towers alone are exported."""
     convert_to_jax(open_checkpoint(golden / "dreamllm-a" / "checkpoint"), tmp_path / "jax")
     take_towers(tmp_path / "jax", tmp_path / "clip", "vision")
-    monkeypatch.setitem(sys.modules, "torch", None)  # what importing it then raises is an ImportError
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it now raises an ImportError
     before = sorted(tmp_path.iterdir())
     assert command("to-torch", tmp_path / "jax", tmp_path / "out", "--quiet") == 2
     assert "run pip install 'dreamllm-jax[torch]'" in capsys.readouterr().err

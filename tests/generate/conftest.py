@@ -47,7 +47,7 @@ GENERATION = GenerationConfig(
 
 
 def random_params(config, seed=0):
-    """Weights in which every bias and norm counts, drawn without compiling an initializer."""
+    """Returns weights such that every bias and norm matters, without compiling an initializer."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, like):
@@ -66,7 +66,7 @@ def _layers(path, like):
 
 
 def lean_towards(params, biases):
-    """Adds a constant to the scores of some tokens: one coordinate is large in every embedding."""
+    """Adds a constant to the logits of some tokens, by a coordinate that is large in every embedding."""
     params = {path: np.array(value) for path, value in params.items()}
     params["llama/embed_tokens/embedding"][:, 0] = 4.0
     for token, bias in biases.items():
@@ -81,7 +81,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    """Writes nonsense, and pictures of noise now and then."""
+    """Returns a model that writes random text and sometimes a picture of noise."""
     special = tokenizer.special
     params = lean_towards(random_params(CONFIG), {special.dream_start: 1.6, special.eos: 1.0})
     return DreamLLM(CONFIG, params, tokenizer, GENERATION)
@@ -89,7 +89,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="session")
 def variant(model):
-    """Makes a model of a changed config, with the weights of `model` where they fit and `changes` applied."""
+    """Returns a model with a changed config, and with the weights of `model` where their shapes fit."""
 
     def make(params=None, generation=GENERATION, **config):
         config = dataclasses.replace(CONFIG, **config)
@@ -106,14 +106,14 @@ def flatten_params():
 
 
 def flat(tree):
-    """Nested parameters as path -> numpy array."""
+    """Returns nested parameters as {path: numpy array}."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in leaves}
 
 
 @pytest.fixture
 def picture():
-    """Makes a random PIL image."""
+    """Returns a random PIL image."""
     from PIL import Image
 
     def make(seed, size=20):

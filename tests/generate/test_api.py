@@ -1,4 +1,4 @@
-"""`DreamLLM` as its users meet it: batches equal single calls, seeds, guidance, folders, wrong calls."""
+"""`DreamLLM` as users call it: batches equal single calls, seeds, guidance, folders, invalid calls."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from dreamllm_jax.sharding import make_mesh
 
 
 def same_pictures(a, b):
-    """Equal up to rounding: batches of different sizes are computed in different orders."""
+    """Asserts equality up to rounding: batches of different sizes are summed in different orders."""
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         assert np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 2
@@ -64,7 +64,9 @@ def test_batched_images_are_single_images(model, prompts):
 def test_batched_documents_are_single_documents(model, prompts):
     together = model.generate_document(prompts, temperature=0.7, seed=11)
     assert any(d.images for d in together) and any(d.text for d in together)
-    assert len({tuple(isinstance(p, str) for p in d) for d in together}) > 1  # rows of different courses
+    assert (
+        len({tuple(isinstance(p, str) for p in d) for d in together}) > 1
+    )  # rows that end at different times
     for i, prompt in enumerate(prompts):
         same_documents(model.generate_document(prompt, temperature=0.7, seed=11 + i), together[i])
 
@@ -74,13 +76,13 @@ def test_guidance_and_negative_prompts(model):
         return model.generate_images("one", seed=1, **settings)[0]
 
     plain = draw(guidance_scale=1.0)
-    assert difference(plain, draw(guidance_scale=1.0 + 1e-6)) < 0.1  # scale 1 is no guidance at all
+    assert difference(plain, draw(guidance_scale=1.0 + 1e-6)) < 0.1  # scale 1 turns guidance off
     assert difference(plain, draw(guidance_scale=1.0, negative_prompt="two")) == 0
     guided = draw()
     assert difference(plain, guided) > 0.5
     negative = draw(negative_prompt="two plus two")
     assert difference(guided, negative) > 0.5
-    # Away from the prompt itself, guidance leads nowhere.
+    # With the prompt itself as the negative prompt, guidance has no effect.
     assert difference(plain, draw(negative_prompt="one")) < 0.1
     assert difference(guided, draw()) == 0
     assert difference(guided, draw(guidance_rescale=1.0)) > 0.1
@@ -89,7 +91,7 @@ def test_guidance_and_negative_prompts(model):
 def test_more_pictures_than_one_batch_holds(model, monkeypatch):
     monkeypatch.setattr("dreamllm_jax.generate.images.BATCH_SIZES", (1, 4))
     many = model.generate_images("one", num_images_per_prompt=6, seed=2)
-    assert len(many) == 6  # as 4 and 1 and 1
+    assert len(many) == 6  # in batches of 4, 1 and 1
     same_pictures(model.generate_images("one", num_images_per_prompt=2, seed=2), many[:2])
     assert difference(many[0], many[4]) > 1 and difference(many[1], many[5]) > 1
 
@@ -155,7 +157,7 @@ def test_an_incomplete_folder(model, tmp_path, flatten_params):
 
 
 def test_saving_spares_what_is_no_model(model, tmp_path):
-    """An older model is replaced, and nothing else is."""
+    """Saving replaces an older model, but nothing else."""
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds something else than a saved model"):
         model.save_pretrained(tmp_path)
@@ -167,13 +169,13 @@ def test_saving_spares_what_is_no_model(model, tmp_path):
 
 @pytest.fixture
 def nothing_compiles(model, monkeypatch):
-    """Every way into compiled code is an error; types are unchecked, as in a user's session."""
+    """Fails on every call of compiled code. Runtime type checks are off, as in a user's session."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
     def refuse(*args, **kwargs):
         raise AssertionError("This came as far as the model.")
 
-    monkeypatch.setattr(model._conditions, "_unconditional", {})  # forget earlier calls
+    monkeypatch.setattr(model._conditions, "_unconditional", {})  # discards the records of earlier calls
     for function in ("api.decode_text", "conditions.dream"):
         monkeypatch.setattr(f"dreamllm_jax.generate.{function}", refuse)
     monkeypatch.setattr("dreamllm_jax.generate.engine.prefill", refuse)
@@ -271,7 +273,7 @@ def test_models_without_language_or_with_another_tokenizer(model):
 
 
 def test_sdxl_conditions_reach_the_picture(model, variant):
-    """The pooled condition and the negative prompt's own."""
+    """Tests the pooled condition, and that of the negative prompt."""
     unet = dataclasses.replace(
         model.config.unet,
         addition_embed_type="text_time",

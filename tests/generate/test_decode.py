@@ -1,4 +1,4 @@
-"""DecodeState and decoding on the cache equals the full forward of the same tokens, pictures and dreams."""
+"""Prefill and decoding on the cache equal a full forward pass over the same tokens, pictures and dreams."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ CAPACITY = 64
 
 
 def as_batch(sequences, config, images):
-    """Rows of whole sequences, one document each."""
+    """Returns rows of complete sequences, with one document in each."""
     length = max(len(s) for s in sequences)
 
     def rows(name, fill):
@@ -44,7 +44,7 @@ def as_batch(sequences, config, images):
 
 
 def test_what_is_read_step_by_step_is_what_one_forward_reads(model, picture):
-    """Prompt, dream and own drawing, of rows of different lengths; the U-Net's conditions too."""
+    """Prompts, dreams and appended drawings in rows of different lengths, and the U-Net's conditions."""
     engine, config, special = model._engine, model.config, model.tokenizer.special
     texts, drawn = ["one", "Count from three to six."], [picture(1), picture(2)]
     sequences = [
@@ -95,7 +95,7 @@ def test_a_drawing_changes_what_follows_it_and_waiting_rows_stay(model, picture)
 
 
 def test_greedy_decoding_is_the_argmax_of_full_forwards(model, picture):
-    """Token by token, ragged rows, one of them with a picture; only text and `</s>` may be written."""
+    """Decodes rows of different lengths, one with a picture; only text and `</s>` are allowed."""
     engine, config, tokenizer = model._engine, model.config, model.tokenizer
     prompts = ["Write two plus five.", Document([picture(4), "What comes next?"])]
     batch = prompt_batch(prompts, tokenizer, config, None)

@@ -1,4 +1,4 @@
-"""`Document`: strings and pictures in order, as a prompt and as what comes back."""
+"""`Document`: strings and pictures in order, as a prompt and as a result."""
 
 import base64
 import io
@@ -38,7 +38,9 @@ def test_one_part_needs_no_list(images):
 
 
 def test_other_parts_are_refused(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types unchecked, as a user has it
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # without runtime type checks, as for a user
     with pytest.raises(ValueError, match="Part 1 of the document is a int; a document holds strings"):
         Document(["a", 3])
 

@@ -5,7 +5,7 @@ import pytest
 
 from dreamllm_jax.config.model import GenerationConfig
 
-# In order of preference; after a drawing the model has read `<im_end>`.
+# Next tokens in order of preference. After a drawing, the last token that the model has read is `<im_end>`.
 SCRIPT = {
     "six": ["three"],
     "three": ["<dream_start>", "</s>"],
@@ -18,7 +18,7 @@ SCRIPT = {
 
 @pytest.fixture(scope="module")
 def scripted(variant, tokenizer, model, flatten_params):
-    """A model whose layers pass the last embedding through, and whose head follows the script."""
+    """Returns a model whose layers pass the last embedding through and whose head follows the script."""
     params = flatten_params(model.params)
 
     def token(name):
@@ -53,7 +53,7 @@ def shape(document):
 
 
 def test_text_and_pictures_follow_the_model(scripted):
-    """It draws twice; a third drawing is beyond max_images, and it takes its next best token."""
+    """The model draws twice. A third drawing would exceed max_images, so the next best token is decoded."""
     document = scripted.generate_document("six")
     assert shape(document) == ["three", "PICTURE", "four", "PICTURE", "four plus equals"]
     assert document.finish_reason == "stop"
@@ -69,12 +69,12 @@ def test_limits_on_pictures_and_text(scripted):
     short = scripted.generate_document("six", max_new_tokens=3)
     assert shape(short) == ["three", "PICTURE", "four", "PICTURE", "four"]
     assert short.finish_reason == "length"
-    # The budget is of text: with none left, a picture may still follow.
+    # The budget limits text only: a picture may still follow when it is used up.
     assert shape(scripted.generate_document("six", max_new_tokens=1))[:2] == ["three", "PICTURE"]
 
 
 def test_no_picture_is_begun_that_does_not_fit(scripted):
-    """Of 96 tokens, 70 are taken; two drawings take 11 each and a third does not fit."""
+    """70 of 96 tokens are used. Two drawings take 11 tokens each; a third does not fit."""
     prompt = "one " * 68 + "six"
     assert 1 + len(scripted.tokenizer.encode(prompt)) == 70
     document = scripted.generate_document(prompt, max_images=5)
@@ -98,7 +98,7 @@ def test_text_alone_never_draws(scripted):
 
 
 def test_a_document_ends_at_what_closes_an_answer(scripted, tokenizer, monkeypatch):
-    """Whatever control token that is in the model's template."""
+    """The closing token may be any control token of the model's template."""
     (plus,) = tokenizer.encode("plus")
     for room in ("documents", "api"):
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What all generation shares: seeds, and what decoding may write."""
+"""The parts that all generation shares: seeds, and the tokens that decoding may write."""
 
 import dataclasses
 
@@ -17,7 +17,9 @@ def test_a_prompt_of_a_batch_has_the_key_it_would_have_alone(monkeypatch):
     batch = data(prompt_keys(7, 3))
     assert batch == [data(prompt_keys(7 + i, 1))[0] for i in range(3)] == data(prompt_keys([7, 8, 9], 3))
     assert len({tuple(key) for key in batch}) == 3
-    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # types unchecked, as a user has it
+    monkeypatch.setattr(
+        "jaxtyping.config.jaxtyping_disable", True
+    )  # without runtime type checks, as for a user
     assert data(prompt_keys(np.int64(7), 1)) == data(prompt_keys(7, 1))
 
 
@@ -26,12 +28,14 @@ def test_a_prompt_of_a_batch_has_the_key_it_would_have_alone(monkeypatch):
     [
         ([1, 2], 3, "2 seeds for 3 prompts"),
         ([1, 2.5], 2, "give an int, or a list of them"),
-        (-1, 1, "seed -1 does not lie between 0 and 4294967295"),
+        (-1, 1, "seed -1 is not between 0 and 4294967295"),
         ([0, 2**32], 2, "seed 4294967296 does not lie"),
     ],
 )
 def test_what_is_no_seed(seed, prompts, words, monkeypatch):
-    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # types unchecked, as a user has it
+    monkeypatch.setattr(
+        "jaxtyping.config.jaxtyping_disable", True
+    )  # without runtime type checks, as for a user
     with pytest.raises(ValueError, match=words):
         prompt_keys(seed, prompts)
 

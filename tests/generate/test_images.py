@@ -1,4 +1,4 @@
-"""How many pictures are drawn at once."""
+"""The batch sizes in which pictures are drawn."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Prompts as rows."""
+"""Prompts as rows of a batch."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def test_a_template_makes_the_prompt_a_turn(model):
 
 
 def test_what_ends_an_answer(model, tmp_path):
-    """The tokenizer's end token, and the token by which the template closes an answer."""
+    """Generation stops at the tokenizer's end token and at the template's token that closes an answer."""
     eos = model.tokenizer.special.eos
     assert end_tokens(model.tokenizer, None) == end_tokens(model.tokenizer, "vicuna_v1.1") == [eos]
     for name, kind, template in (("llama2", "llama", LLAMA2), ("qwen", "qwen", CHATML)):
@@ -65,9 +65,9 @@ def test_what_ends_an_answer(model, tmp_path):
     for name, template in (("chatml", CHATML), ("thinking", THINKING)):
         write_tokenizer("qwen", tmp_path / name, template)
         config = tmp_path / name / "tokenizer_config.json"
-        config.write_text(json.dumps({"eos_token": "<|endoftext|>"}))  # as base models have it
+        config.write_text(json.dumps({"eos_token": "<|endoftext|>"}))  # as in base models
         tokenizer = Tokenizer.load(tmp_path / name, extend=True)
         ends = [tokenizer.token_id(name) for name in ("<|endoftext|>", "<|im_end|>")]
         assert end_tokens(tokenizer, "tokenizer") == ends
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"  # never closes
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"  # never closes an answer
     assert end_tokens(tokenizer, "tokenizer") == [tokenizer.special.eos]

@@ -1,4 +1,4 @@
-"""Every number of the reference's, within its bound; and a wrong model, which is found out."""
+"""All numbers of the reference are within their bounds, and a wrong model is detected."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ def test_sequences_for_both_settings(golden):
 
 
 def test_a_wrong_weight_is_found_out(golden):
-    """One matrix of the language model, and one of the U-Net, a little off."""
+    """Changes one matrix of the language model and one of the U-Net slightly."""
     case = open_case(golden / "dreamllm-a")
     for path in ("llama/layers/mlp/down_proj/kernel", "unet/mid_block/resnets_0/conv1/kernel"):
         case.params[path] = case.params[path] * np.float32(1.05)
@@ -118,8 +118,10 @@ def test_the_command(golden, tmp_path, capsys):
     content["tokenizer"][0]["ids"] = [1]
     (tmp_path / "wrong.json").write_text(json.dumps(content))
     assert main(["parity", str(tmp_path / "wrong.json"), tokenizer]) == 1
-    said = capsys.readouterr()
-    assert json.loads(said.out)["tokenizer (legacy)"] == 1 and "tokenizer (legacy) is off by 1" in said.err
+    output = capsys.readouterr()
+    assert (
+        json.loads(output.out)["tokenizer (legacy)"] == 1 and "tokenizer (legacy) is off by 1" in output.err
+    )
     for arguments, words in (
         ([str(golden / "sequences.json")], "name the folder of their tokenizer: --tokenizer"),
         ([str(tmp_path)], "has no checkpoint; give a folder laid out as tests/golden/dreamllm-a"),
@@ -131,7 +133,7 @@ def test_the_command(golden, tmp_path, capsys):
 
 @pytest.fixture
 def copied(golden, tmp_path):
-    """A folder whose reference can be changed."""
+    """Returns a copy of the folder, whose reference a test can change."""
     shutil.copytree(golden / "dreamllm-b", tmp_path / "case")
     file = tmp_path / "case" / "reference.safetensors"
 
@@ -150,7 +152,7 @@ def command(folder):
 
 
 def test_a_folder_that_disagrees_from_the_command_line(copied):
-    """As a user starts it: every number is printed, and the one that is off is named."""
+    """Runs the command: it prints every number and names the one that exceeds its bound."""
 
     def edit(reference):
         reference["out.unet_out"] = reference["out.unet_out"] + np.float32(1e-3)
@@ -165,7 +167,7 @@ def test_a_folder_that_disagrees_from_the_command_line(copied):
 
 
 def test_a_reference_without_some_gradients(copied, golden):
-    """Of a stage that trained the connectors alone: what is there is compared, what is not is said."""
+    """For a stage that trained only the connectors: compares their gradients and warns of missing ones."""
 
     def edit(reference):
         gone = [n for n in reference if n.startswith("grad.model.layers.") or n == "grad.lm_head.weight"]
@@ -186,14 +188,14 @@ def test_a_reference_without_some_gradients(copied, golden):
         compare_step(open_case(copied(tear)))
 
 
-# A rounding to bfloat16 errs by up to 2^-9. What a value goes through here is about a hundred of them, which
-# add up like a random walk: 10 * 2^-9, and the worst of thousands of values is three times as far. A gradient
-# goes through the network twice. A loss is a mean, in which most of it cancels.
+# One rounding to bfloat16 has an error of up to 2^-9. A value is rounded about a hundred times here, and the
+# errors add up like a random walk, to 10 * 2^-9. The largest error of thousands of values is three times that.
+# A gradient passes through the network twice. A loss is a mean, in which most of the error cancels.
 BFLOAT16 = {"loss": 2**-8, "out": 2**-4, "grad": 0.05}
 
 
 def test_in_bfloat16(folder):
-    """The same step computed in bfloat16 stays near the reference's float32 numbers, and is not float32."""
+    """The step in bfloat16 is close to the reference's float32 numbers, but not equal to float32."""
     case = open_case(folder)
     errors = compare_step(
         dataclasses.replace(case, config=dataclasses.replace(case.config, dtype="bfloat16"))
