@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from dreamllm_jax.aot.chips import CHIPS, Chip
 
-# What libtpu would otherwise ask the chips and the cloud. The type may be any that it knows, since the
-# topology is named in the call.
+# Settings that libtpu would otherwise request from the chips and the cloud. Any type that it knows will do,
+# since the topology is named in the call.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",

@@ -1,4 +1,4 @@
-"""What a subcommand is, and how one is run: parsing, errors and exit codes, the same for all of them."""
+"""Defines and runs a subcommand: parsing, errors and exit codes, the same for all of them."""
 
 from __future__ import annotations
 

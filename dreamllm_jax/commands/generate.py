@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _kind(options: argparse.Namespace) -> str:
-    """What is generated: as the flag says, or by the suffix of --out, or text.
+    """Returns what to generate: by the flag, or else by the suffix of --out, or else text.
 
     Raises:
       ValueError: --out does not fit what is generated, or is missing.

@@ -1,4 +1,4 @@
-"""`dreamllm inspect`: says what a folder of weights holds."""
+"""`dreamllm inspect`: reports what a folder of weights contains."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ AttentionKernel = Literal["auto", "xla", "chunked", "splash", "cudnn", "lean"]
 
 @dataclasses.dataclass(frozen=True)
 class RematConfig:
-    """By tower, what its backward pass computes again instead of keeping: see `ops.scan.remat`."""
+    """The remat policy of each tower: what its backward pass recomputes (see `ops.scan.remat`)."""
 
     llama: Remat = "none"
     vision: Remat = "none"
@@ -33,7 +33,7 @@ class RematConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """By tower, which implementation its long attention runs on: see `ops.attention.selection`."""
+    """The implementation of long attention in each tower (see `ops.attention.selection`)."""
 
     llama: AttentionKernel = "auto"
     vision: AttentionKernel = "auto"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class New(NamedTuple):
-    """What replaces an old key: the new `key`, or `mapping.key` for one inside a free mapping.
+    """The replacement of an old key: the new `key`, or `mapping.key` for one inside a free mapping.
 
     `only` = (another old key, some of its values) says that the old key counted only together with one of
     these values; otherwise it is dropped.

@@ -134,7 +134,7 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Where the tokenizer comes from: a folder, or training on the texts of a corpus.
+    """The origin of the tokenizer: a folder, or training on the texts of a corpus.
 
     `corpus` names a function without arguments that returns the texts, as `package.module:function`.
     """

@@ -202,7 +202,7 @@ def _read_zip(file: Path) -> tuple[Any, dict[str, ByteRange]]:
 
 
 def _data_offset(stream: io.BufferedIOBase, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: after its local header, whose length the directory does not tell."""
+    """Returns the offset of a member's bytes: after its local header, whose length only the header states."""
     stream.seek(info.header_offset)
     header = stream.read(30)
     if len(header) != 30 or header[:4] != b"PK\3\4":
@@ -248,7 +248,7 @@ def _tensors(content: Any, storages: dict[str, ByteRange]) -> tuple[dict[str, Te
             tensors[str(name)] = _tensor(str(name), value, storages)
         elif isinstance(value, Mapping) and any(isinstance(v, _Inert) for v in value.values()):
             raise ValueError(
-                f"tensors lie within {name!r}, one level below the others; which is not supported"
+                f"tensors are nested in {name!r}, one level below the others, which is not supported"
             )
         else:
             others.append(str(name))

@@ -87,17 +87,16 @@ def test_the_command_and_a_frozen_language_model(devices, file, tmp_path, capsys
 
     assert 0 < memory["optimizer"] <= 2.5 * memory["parameters"] < 0.2 * memory["frozen"]
     assert memory["activations"] > 0 and memory["temporaries"] > 0
-    # The model FLOPs are those of two passes: forward, and the gradients of the activations. The gradients of
-    # the weights would be a third.
+    # The model FLOPs are those of two passes: forward, and the gradients of the activations. The gradients
+    # of the weights would be a third.
     ratio = found["compiled_flops"]["llama"] / found["model_flops"]["llama"]
     assert 0.7 < ratio < 1.2
     moved = {c["kind"]: c["bytes"] for c in found["collectives"]}
     assert set(moved) == {"all-gather", "all-reduce"} and all(
         c["axes"] == ["fsdp"] for c in found["collectives"]
     )
-    assert (
-        moved["all-reduce"] < 8 * memory["parameters"]
-    )  # float32 gradients of the trained parameters, and the loss
+    # Float32 gradients of the trained parameters, and the loss.
+    assert moved["all-reduce"] < 8 * memory["parameters"]
 
 
 def test_the_command_says_what_is_impossible(devices, file, capsys):
@@ -118,10 +117,10 @@ def test_what_does_not_fit(devices, file, monkeypatch, capsys):
     use_chip(monkeypatch, dataclasses.replace(chips.chip_of("TPU v5 lite"), hbm=1e6))
     assert run(file, f"--topology={TOPOLOGY}", "--config.mesh.fsdp=4") == 1
     assert "does not fit on v5e:2x2" in capsys.readouterr().err
-    message = (
+    error = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used "
     )
-    assert too_large(RuntimeError(message + "107.13G of 95.74G hbm.")) == (
+    assert too_large(RuntimeError(error + "107.13G of 95.74G hbm.")) == (
         "it needs 107.1 GiB of the chip's 95.7 GiB of memory"
     )
     assert too_large(RuntimeError("INTERNAL: something else")) is None
@@ -144,7 +143,7 @@ def test_the_search_by_command(devices, file, tmp_path, monkeypatch, capsys):
 
 
 def test_collectives_of_a_step_on_a_tensor_axis(devices):
-    """Weights are gathered along fsdp, gradients reduce-scattered; heads and widths are summed over tensor."""
+    """Weights are gathered along fsdp, gradients scattered; heads and widths are summed over tensor."""
     found, _ = compiled_step(recipe(MeshConfig(1, 2, 2), ("llama",), trainable=("llama",)), devices)
     kinds = by_kind(found.census)
     assert set(kinds) == {

@@ -124,7 +124,7 @@ def test_replica_groups(written, groups, axes):
 
 
 def test_the_flops_are_those_that_xla_counts():
-    """Compares a strided, padded convolution, its gradients and a product with XLA's count, a scan by hand."""
+    """Compares a strided convolution, its gradients and a product with XLA's count, a scan by hand."""
 
     def loss(kernel, x, w):
         y = jax.lax.conv_general_dilated(

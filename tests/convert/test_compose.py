@@ -86,9 +86,7 @@ def test_the_start_of_stage_one(sources, start):
     assert loaded.params.keys() == whole.keys()
     for path, theirs in whole.items():
         ours, tower = loaded.params[path], path.split("/")[0]
-        wanted = (
-            (64, theirs.shape[1]) if tower == "dream_queries" else theirs.shape
-        )  # the number in the paper
+        wanted = (64, theirs.shape[1]) if tower == "dream_queries" else theirs.shape  # 64: the paper's
         assert ours.shape == wanted
         if tower in ("vision", "unet", "vae"):
             np.testing.assert_array_equal(ours, theirs, err_msg=path)

@@ -144,7 +144,7 @@ def test_dtype_halves_the_files(tmp_path, golden):
 
 
 def test_a_config_that_contradicts_its_tokenizer(tmp_path, golden, capsys):
-    """config.json has wrong ids, as in published checkpoints. The tokenizer's are used, and this is reported."""
+    """config.json has wrong ids, as in published checkpoints. The tokenizer's are used and reported."""
     pytest.importorskip("torch")  # writes the plugins' files
     source = tmp_path / "a" / "checkpoint"
     shutil.copytree(golden / "dreamllm-a", tmp_path / "a")

@@ -139,9 +139,7 @@ def one_file(model: DreamLLMConfig) -> dict[str, np.ndarray]:
         for new, short in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
             if f"attn_1.{new}" in old:
                 old = old.replace(new, short)
-                value = (
-                    value[:, :, None, None] if value.ndim == 2 else value
-                )  # these were 1x1 convolutions in older files
+                value = value[:, :, None, None] if value.ndim == 2 else value  # 1x1 convolutions in old files
         old = old.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
         old = old.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         for i in range(levels):

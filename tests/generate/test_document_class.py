@@ -38,9 +38,7 @@ def test_one_part_needs_no_list(images):
 
 
 def test_other_parts_are_refused(monkeypatch):
-    monkeypatch.setattr(
-        jaxtyping.config, "jaxtyping_disable", True
-    )  # without runtime type checks, as for a user
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # no runtime type checks
     with pytest.raises(ValueError, match="Part 1 of the document is a int; a document holds strings"):
         Document(["a", 3])
 

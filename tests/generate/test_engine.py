@@ -17,9 +17,7 @@ def test_a_prompt_of_a_batch_has_the_key_it_would_have_alone(monkeypatch):
     batch = data(prompt_keys(7, 3))
     assert batch == [data(prompt_keys(7 + i, 1))[0] for i in range(3)] == data(prompt_keys([7, 8, 9], 3))
     assert len({tuple(key) for key in batch}) == 3
-    monkeypatch.setattr(
-        "jaxtyping.config.jaxtyping_disable", True
-    )  # without runtime type checks, as for a user
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # no runtime type checks
     assert data(prompt_keys(np.int64(7), 1)) == data(prompt_keys(7, 1))
 
 
@@ -33,9 +31,7 @@ def test_a_prompt_of_a_batch_has_the_key_it_would_have_alone(monkeypatch):
     ],
 )
 def test_what_is_no_seed(seed, prompts, words, monkeypatch):
-    monkeypatch.setattr(
-        "jaxtyping.config.jaxtyping_disable", True
-    )  # without runtime type checks, as for a user
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # no runtime type checks
     with pytest.raises(ValueError, match=words):
         prompt_keys(seed, prompts)
 

@@ -189,8 +189,8 @@ def test_a_reference_without_some_gradients(copied, golden):
 
 
 # One rounding to bfloat16 has an error of up to 2^-9. A value is rounded about a hundred times here, and the
-# errors add up like a random walk, to 10 * 2^-9. The largest error of thousands of values is three times that.
-# A gradient passes through the network twice. A loss is a mean, in which most of the error cancels.
+# errors add up like a random walk, to 10 * 2^-9. The largest error among thousands of values is three times
+# that. A gradient passes through the network twice. A loss is a mean, in which most of the error cancels.
 BFLOAT16 = {"loss": 2**-8, "out": 2**-4, "grad": 0.05}
 
 
