@@ -21,7 +21,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Member(NamedTuple):
-    """A file within an archive. `offset` is where its bytes begin (tar) or its header (zip)."""
+    """A file within an archive; `offset` is that of its bytes (tar) or of its header (zip)."""
 
     name: str
     offset: int
@@ -34,29 +34,29 @@ class Images(Protocol):
     """Pictures by name."""
 
     def find(self, name: str) -> bytes | Path:
-        """The file's bytes or its path; no bytes where there is none (which counts as a broken image)."""
+        """The file's bytes or its path; empty bytes (a broken image) if there is no such file."""
         ...
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The files of a zip or tar, in order. One that breaks off gives what came before, and a warning.
+    """The files of a zip or tar, in order; of a truncated tar those before the break, with a warning.
 
     Raises:
-      ValueError: it is neither, or it is compressed as a whole.
+      ValueError: the file is neither, or a compressed tar.
     """
     if path.suffix == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is no whole zip ({error}); fetch it again.") from error
+            raise ValueError(f"{path} is not a complete zip ({error}); download it again.") from error
         yield from (
             Member(i.filename, i.header_offset, i.compress_size, True) for i in infos if not i.is_dir()
         )
     elif path.suffix == ".tar":
         yield from _tar_members(path)
     else:
-        raise ValueError(f"{path} is no .zip or .tar; unpack or rename it, or correct the path.")
+        raise ValueError(f"{path} is not a .zip or .tar; unpack or rename it, or correct the path.")
 
 
 def _tar_members(path: Path) -> Iterator[Member]:
@@ -71,16 +71,18 @@ def _tar_members(path: Path) -> Iterator[Member]:
     except tarfile.TarError as error:
         if not count:
             raise ValueError(
-                f"{path} is no uncompressed tar ({error}); unpack it, or fetch it again."
+                f"{path} is not an uncompressed tar ({error}); unpack it, or download it again."
             ) from error
-        warnings.warn(f"{path} breaks off after {count} files ({error}); the rest is left out.", stacklevel=2)
+        warnings.warn(
+            f"{path} is truncated after {count} files ({error}); the rest is left out.", stacklevel=2
+        )
 
 
 def read_member(path: Path, member: Member) -> bytes:
     """The bytes of one file of an archive.
 
     Raises:
-      ValueError: a zip's entry is damaged or packed in an unusual way.
+      ValueError: a zip's entry is damaged, or compressed by an unsupported method.
     """
     with open(path, "rb") as file:
         file.seek(member.offset)
@@ -95,7 +97,7 @@ def read_member(path: Path, member: Member) -> bytes:
     if method == zipfile.ZIP_STORED:
         return data
     if method != zipfile.ZIP_DEFLATED:
-        raise ValueError(f"{path}: the entry {member.name!r} is packed by method {method}; use deflate.")
+        raise ValueError(f"{path}: the entry {member.name!r} is compressed by method {method}; use deflate.")
     try:
         return zlib.decompress(data, -zlib.MAX_WBITS)
     except zlib.error as error:
@@ -103,22 +105,22 @@ def read_member(path: Path, member: Member) -> bytes:
 
 
 def open_images(paths: Sequence[Path]) -> Images:
-    """A folder, or archives of pictures.
+    """Opens a folder of pictures, or zips and tars of them.
 
     Raises:
-      ValueError: several folders, or files that are no zips or tars.
+      ValueError: several folders are given, or a file is not a zip or tar.
     """
     if paths[0].is_dir():
         if len(paths) > 1:
             raise ValueError(
-                f"images: {paths[0]} is a folder, and so there can be no second place; give one."
+                f"images: {paths[0]} is a folder, and other paths are given too; give one folder or archives."
             )
         return ImageFolder(paths[0])
     return ImageArchives(paths)
 
 
 class ImageFolder:
-    """Pictures in a folder and its subfolders, by their path from there."""
+    """Pictures in a folder and its subfolders, by their path within it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -127,13 +129,13 @@ class ImageFolder:
         path = self.folder / name.lstrip("/")
         if path.is_file():
             return path
-        # Downloaders restore pictures under another suffix than the name in the record has.
+        # Downloaders may save a picture under another suffix than the one in the record.
         others = (path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)
         return next((other for other in others if other.is_file()), path)
 
 
 class ImageArchives:
-    """Pictures in zips and tars, by their path there or by their bare name, whatever its suffix."""
+    """Pictures in zips and tars, by their path within the archive, or else by their name without suffix."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)

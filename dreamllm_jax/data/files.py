@@ -19,19 +19,19 @@ _CHUNK = 1 << 24
 
 
 class BrokenRecord(ValueError):
-    """A record that cannot be used: it is left out and counted, and training goes on."""
+    """A record cannot be used. It is left out and counted, and training continues."""
 
 
 def find_files(pattern: str, where: str) -> list[Path]:
     """The files (or folders) of a pattern with globs and ranges, sorted within each glob.
 
     Raises:
-      ValueError: nothing is there, or one of those that a range names is missing; `where` says
-        which setting to correct.
+      ValueError: nothing matches, or a file that a range names is missing; `where` says which setting to
+        correct.
     """
     found: list[Path] = []
     pattern = str(Path(pattern).expanduser())
-    for name in _expand(pattern):
+    for name in _expand_braces(pattern):
         if Path(name).exists():
             found.append(Path(name))
             continue
@@ -43,8 +43,11 @@ def find_files(pattern: str, where: str) -> list[Path]:
     return found
 
 
-def _expand(pattern: str) -> Iterator[str]:
-    """`{a,b}` and `{00..11}` written out, as a shell does."""
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """The names that a shell makes of `{a,b}` and `{00..11}`.
+
+    Example: "x{0..1}.{a,b}" gives x0.a, x0.b, x1.a and x1.b.
+    """
     match = _BRACES.search(pattern)
     if match is None:
         yield pattern
@@ -55,17 +58,17 @@ def _expand(pattern: str) -> Iterator[str]:
     else:
         choices = match[1].split(",")
     for choice in choices:
-        yield from _expand(pattern[: match.start()] + choice + pattern[match.end() :])
+        yield from _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 class JsonRecords:
-    """The records of several json (a list) and jsonl (one a line) files, one after another.
+    """The records of several json (a list) and jsonl (one record a line) files, one after another.
 
-    Of a jsonl file only the places of its lines are kept in memory: 8 bytes each.
+    Of a jsonl file only the offsets and lengths of its lines are kept in memory.
     """
 
     def __init__(self, paths: Sequence[Path]):
-        """Raises ValueError for a file that is neither, or a json file that cannot be read."""
+        """Raises ValueError for a file of another type, or a json file that cannot be read."""
         self.files = [_open(path) for path in paths]
         self._ends = np.array(list(itertools.accumulate(len(f) for f in self.files)), np.int64)
 
@@ -106,7 +109,7 @@ class _Lines:
             line = file.read(int(self._lengths[number]))
         try:
             return json.loads(line)
-        except ValueError as error:  # bytes that are no UTF-8 too
+        except ValueError as error:  # also raised for bytes that are not UTF-8
             _broken(self.path, number, f"it is not JSON ({error})")
 
 
@@ -131,12 +134,12 @@ class _List:
 
 def _open(path: Path) -> _Lines | _List:
     if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path} is no .json or .jsonl file; unpack it, or correct the path.")
+        raise ValueError(f"{path} is not a .json or .jsonl file; unpack it, or correct the path.")
     return _Lines(path) if path.suffix == ".jsonl" else _List(path)
 
 
 def _line_starts(path: Path) -> Int[np.ndarray, " lines"]:
-    """Where each line begins, and where the file ends."""
+    """The offset of each line, and of the end of the file."""
     starts, at = [np.zeros(1, np.int64)], 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

@@ -16,10 +16,10 @@ ImageLike = Image.Image | np.ndarray | bytes | str | Path
 
 
 def to_vision(image: ImageLike, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """CLIP's geometry: shortest edge to `size` (bicubic), centre crop.
+    """A picture in CLIP's geometry: shortest edge resized to `size` (bicubic), centre crop.
 
     Raises:
-      ValueError: an image that cannot be read, by name.
+      ValueError: the image cannot be read; the message names it.
     """
     if _is_ready(image, size):
         return image  # type: ignore[return-value]
@@ -29,14 +29,14 @@ def to_vision(image: ImageLike, size: int) -> UInt8[np.ndarray, "size size 3"]:
 def to_diffusion(
     image: ImageLike, size: int
 ) -> tuple[UInt8[np.ndarray, "size size 3"], Int[np.ndarray, "6"]]:
-    """The image decoder's geometry: shortest edge to `size` (bilinear), centre crop.
+    """A picture in the image decoder's geometry: shortest edge resized to `size` (bilinear), centre crop.
 
     Returns:
       The picture, and SDXL's size conditions of it in pixels: original height and width (before
       resizing), top and left of the crop (after resizing), target height and width.
 
     Raises:
-      ValueError: an image that cannot be read, by name.
+      ValueError: the image cannot be read; the message names it.
     """
     if _is_ready(image, size):
         return image, np.array([size, size, 0, 0, size, size], np.int32)  # type: ignore[return-value]
@@ -46,10 +46,10 @@ def to_diffusion(
 
 
 def to_rgb(image: ImageLike) -> Image.Image:
-    """Opens and converts: EXIF orientation applied, transparency laid on white, three channels.
+    """Opens a picture and converts it to RGB, with EXIF orientation applied, on white if it is transparent.
 
     Raises:
-      ValueError: an image that cannot be read, by name.
+      ValueError: the image cannot be read; the message names it.
     """
     name = _name(image)
     try:
@@ -69,8 +69,8 @@ def to_rgb(image: ImageLike) -> Image.Image:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except Exception as error:  # decoders of broken files raise nearly anything
-        raise ValueError(f"Cannot read {name}: {error}. A whole, unbroken picture is needed.") from error
+    except Exception as error:  # decoders of broken files raise errors of many types
+        raise ValueError(f"Cannot read {name}: {error}. A complete, undamaged picture is needed.") from error
 
 
 def _name(image: ImageLike) -> str:

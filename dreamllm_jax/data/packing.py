@@ -1,8 +1,20 @@
-"""Sequences to rows: several documents share a row of fixed length and fixed image budgets.
+"""Encoded documents to rows: several documents share a row of fixed length and fixed image budgets.
 
-First fit over the row's own stream: a document that does not fit waits for the stream's next row,
-at most `lookahead` of them do, and the one that waits longest goes first. Nothing is lost, nothing
-crosses a row, and which documents a row holds depends on its own stream alone.
+Each row of the batch has a stream of documents of its own, packed by first fit. A document that does not fit
+waits for the stream's next row. At most `lookahead` documents wait, and the one that has waited longest is
+tried first. No document is split or lost, and what a row holds depends on its own stream alone.
+
+Example: "a b" and "c" in a row of 8 tokens. `targets` has the token that follows; it counts where
+`loss_weights` is 1, never across documents (`-` is padding):
+
+    tokens        <s>  a   b   </s>  <s>  c   </s>  -
+    targets       a    b  </s>  -     c  </s>  -    -
+    loss_weights  1    1   1    0     1   1    0    0
+    segment_ids   1    1   1    1     2   2    2    0
+    positions     0    1   2    3     0   1    2    0
+
+Slots are renumbered by row. If the first document has two images, the first image of the second one is
+the row's third, k = 2; with P patches its slots are 2 P, 2 P + 1, ...
 """
 
 from __future__ import annotations
@@ -18,8 +30,8 @@ from dreamllm_jax.data.images import ImageLike, to_diffusion, to_vision
 from dreamllm_jax.data.sequences import EncodedDocument
 from dreamllm_jax.data.tokenizer import SpecialTokens
 
-# What a stream counts. `empty_documents` had nothing left to learn, `broken_documents` could not be read;
-# they are in no row.
+# What a stream counts. `empty_documents` had nothing left to learn, and `broken_documents` could not be read;
+# neither are in any row.
 COUNTS = (
     "tokens",
     "documents",
@@ -33,11 +45,12 @@ COUNTS = (
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """The static shape of a row, and of the pictures in it (None: the model has no such tower).
+    """The static shape of a row and of its pictures.
 
-    With `null_dream` the row ends with a segment `<s><dream_start> Q <dream_end>`, which takes the
-    last dream. `dream_sizes` adds SDXL's size conditions. No document is longer than `max_document`,
-    the positions that the language model knows (None: than the row).
+    `image_size` and `dream_size` are in pixels; None means that the model has no such tower. With
+    `null_dream` the row ends with a segment `<s><dream_start> Q <dream_end>`, which takes the last dream.
+    `dream_sizes` adds SDXL's size conditions. No document is longer than `max_document`, the number of
+    positions that the language model has (None: no longer than the row).
     """
 
     length: int
@@ -60,21 +73,21 @@ class RowLayout:
 
     @property
     def room(self) -> int:
-        """Tokens that documents may take."""
+        """The number of tokens that documents may take."""
         return self.length - (self.num_queries + 3) * self.null_dream
 
     @property
     def longest(self) -> int:
-        """Tokens that one document may have."""
+        """The number of tokens that one document may have."""
         return self.room if self.max_document is None else min(self.room, self.max_document)
 
     @property
     def dream_room(self) -> int:
-        """Dreams that documents may take."""
+        """The number of dreams that documents may take."""
         return self.max_dreams - self.null_dream
 
     def check(self, sequence: EncodedDocument) -> None:
-        """Raises ValueError for a sequence that no row can hold."""
+        """Raises ValueError for a document that does not fit an empty row."""
         if not self.fits(sequence, self.longest, self.max_images, self.dream_room):
             raise ValueError(
                 f"A document of {len(sequence)} tokens, {len(sequence.images)} images and "
@@ -84,7 +97,7 @@ class RowLayout:
 
     @staticmethod
     def fits(sequence: EncodedDocument, tokens: int, images: int, dreams: int) -> bool:
-        """Whether `sequence` fits what is left of a row."""
+        """Whether a document fits the tokens, images and dreams that are left of a row."""
         return len(sequence) <= tokens and len(sequence.images) <= images and len(sequence.dreams) <= dreams
 
 
@@ -94,7 +107,10 @@ Numbered = tuple[int, EncodedDocument]
 def first_fit(
     layout: RowLayout, lookahead: int, following: Callable[[], Numbered | None]
 ) -> tuple[list[Numbered], list[Numbered]]:
-    """First fit: takes what fits one row, until `lookahead` documents did not or none follows.
+    """Takes documents that fit one row, until `lookahead` documents did not fit or none follows.
+
+    Example: of documents of 6, 7, 3 and 2 tokens, a row of 10 takes those of 6 and 3, and passes 7 over. One
+    token is then left, too few for any document, so the last one is not read.
 
     Returns:
       The documents of the row, and those passed over, each in order.
@@ -118,7 +134,7 @@ class RowStream:
     """Packs one stream of documents, read by number, into rows one after another."""
 
     def __init__(self, read: Callable[[int], EncodedDocument], layout: RowLayout, lookahead: int):
-        """`read(n)` gives document n of the stream, always the same."""
+        """`read(n)` returns document n of the stream, the same one every time."""
         self.read, self.layout, self.lookahead = read, layout, lookahead
         self.next = 0
         self.waiting: collections.deque[Numbered] = collections.deque()
@@ -132,13 +148,14 @@ class RowStream:
         self.counts["documents"] += len(sequences)
         self.counts["tokens"] += sum(map(len, sequences))
         for sequence in sequences:
-            self._count_losses(sequence)
+            self._count_dropped(sequence)
         return sequences
 
     def _following(self) -> Numbered:
-        return self.waiting.popleft() if self.waiting else self._draw()
+        return self.waiting.popleft() if self.waiting else self._read_next()
 
-    def _draw(self, patience: int = 1000) -> Numbered:
+    def _read_next(self, patience: int = 1000) -> Numbered:
+        """The next document that something is learned from; others are counted."""
         for _ in range(patience):
             number, self.next = self.next, self.next + 1
             sequence = self.read(number)
@@ -146,24 +163,24 @@ class RowStream:
                 self.layout.check(sequence)
                 return number, sequence
             self.counts["empty_documents"] += not sequence.broken_documents
-            self._count_losses(sequence)
+            self._count_dropped(sequence)
         raise ValueError(
-            f"{patience} documents in a row left nothing to learn within {self.layout.longest} tokens, "
+            f"{patience} documents in succession left nothing to learn within {self.layout.longest} tokens, "
             f"{self.layout.max_images} images and {self.layout.dream_room} dreams per row; raise these "
-            "limits, or choose kinds of documents and a mode that the model's towers serve."
+            "limits, or choose documents and a mode that the model's towers can use."
         )
 
-    def _count_losses(self, sequence: EncodedDocument) -> None:
+    def _count_dropped(self, sequence: EncodedDocument) -> None:
         for name in ("broken_documents", "dropped_images", "dropped_tokens", "broken_images"):
             self.counts[name] += getattr(sequence, name)
 
     def state(self) -> dict:
-        """Where the stream stands: the next document's number, those that wait, and the counts."""
+        """The stream's position: the next document's number, those that wait, and the counts."""
         waiting = [number for number, _ in self.waiting]
         return {"next": self.next, "waiting": waiting, "counts": dict(self.counts)}
 
     def restore(self, state: dict) -> None:
-        """Stands where `state` was taken, by reading the waiting documents again."""
+        """Returns to the position of `state`, by reading the waiting documents again."""
         self.next, self.counts = int(state["next"]), {**self.counts, **state["counts"]}
         self.waiting = collections.deque((number, self.read(number)) for number in state["waiting"])
 
@@ -171,10 +188,10 @@ class RowStream:
 def pack_rows(
     sequences: Iterable[EncodedDocument], layout: RowLayout, special: SpecialTokens, lookahead: int = 8
 ) -> Batch:
-    """Packs a finite list of sequences into as many rows as they need, as one Batch of numpy arrays.
+    """Packs a finite list of documents into as many rows as they need, as one Batch of numpy arrays.
 
     Raises:
-      ValueError: a sequence that no row can hold, or no sequence at all.
+      ValueError: a document does not fit an empty row, or there are no documents.
     """
     left = collections.deque(enumerate(sequences))
     if not left:
@@ -192,7 +209,7 @@ def pack_rows(
 def assemble_batch(
     rows: Sequence[Sequence[EncodedDocument]], layout: RowLayout, special: SpecialTokens
 ) -> Batch:
-    """Writes rows of sequences (which fit) into the arrays of a Batch, pictures at the towers' sizes."""
+    """Writes rows of documents into the arrays of a Batch, with pictures at the towers' sizes."""
     batch = empty_batch(len(rows), layout, special.pad)
     null = _null_sequence(layout.num_queries, special)
     for b, row in enumerate(rows):
@@ -219,7 +236,7 @@ def assemble_batch(
 
 
 def empty_batch(rows: int, layout: RowLayout, pad: int) -> Batch:
-    """Rows (numpy) in which nothing stands."""
+    """A Batch (numpy) of rows that are all padding."""
     shape = (rows, layout.length)
     i, j, h, h2 = layout.max_images, layout.max_dreams, layout.image_size, layout.dream_size
     return Batch(
@@ -270,5 +287,5 @@ def _null_sequence(num_queries: int, special: SpecialTokens) -> EncodedDocument:
     dream_slots = np.full(n, -1, np.int32)
     dream_slots[2 : 2 + num_queries] = np.arange(num_queries)
     blank = np.full(n, -1, np.int32)
-    # Its dream has no picture: what is drawn from the empty prompt is the other dreams' unconditional side.
+    # Its dream has no picture to learn: its condition only replaces the dropped conditions of other dreams.
     return EncodedDocument(np.array(tokens, np.int32), np.zeros(n, bool), blank, dream_slots, dreams=(b"",))

@@ -1,6 +1,10 @@
-"""A document as pieces: text, pictures, ends; and how pairs and articles become pieces (dialogs: `chat`).
+"""A document as pieces (text, pictures, ends), and how pairs and articles become pieces; `chat` has dialogs.
 
-What the model learns is decided here (`supervised`); what fits, in `sequences`.
+Pieces say what the model learns (`supervised`). `sequences` decides what fits.
+
+Example: `pair(image, "a seven", "comprehension")` is
+
+    [Picture(image, seen=True, dreamed=False, supervised=False), Text("a seven"), End()]
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ MODES = ("comprehension", "creation", "joint")
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """One chunk of plain text; a `shrinkable` one gives way to what follows it in a document.
+    """Plain text.
 
-    `continues`: the chunk goes on after a picture or `</s>` in the same string, as in a conversation.
-    `glued`: it goes on in the chunk of the `Text` before it. The two are encoded as one string, and a token
-    that covers characters of both is learned if one of them is.
+    A `shrinkable` text is cut to make room for what follows it in the document. Text that `continues` follows
+    a picture or `</s>` within one string, as in a conversation. Text that is `glued` is encoded together with
+    the `Text` before it, as one string; a token that covers characters of both is learned if either is.
     """
 
     text: str
@@ -35,7 +39,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture the model sees, dreams, or both; `supervised` is about its `<dream_start>`."""
+    """A picture that the model sees, dreams, or both; `supervised` is about its `<dream_start>`."""
 
     image: ImageLike
     seen: bool
@@ -43,7 +47,7 @@ class Picture:
     supervised: bool = True
 
     def num_tokens(self, num_patches: int, num_queries: int) -> int:
-        """Tokens it takes, markers included."""
+        """The number of tokens it takes, markers included."""
         return _picture_tokens(self, num_patches, num_queries)
 
 
@@ -87,7 +91,7 @@ class UnslottedImage:
 class End:
     """`</s>`: the end of an answer or of the document.
 
-    With `token` False, as the last piece, the document goes without the `</s>` that is put after others.
+    As the last piece, with `token` False, it ends the document without `</s>`.
     """
 
     supervised: bool = True
@@ -96,9 +100,9 @@ class End:
 
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """`<s>` within a document: where some templates begin a question.
+    """`<s>` within a document: some templates begin a question with it.
 
-    With `token` False, as the first piece, the document goes without the `<s>` that is put before others.
+    As the first piece, with `token` False, it begins the document without `<s>`.
     """
 
     supervised: bool = False
@@ -121,7 +125,7 @@ Piece = Text | Picture | TokenPicture | UnslottedImage | End | Begin | Control
 
 
 def part_to_piece(part: str | ImageLike | Piece) -> Piece:
-    """A part of a prompt: text or a picture that is seen, neither of them learned."""
+    """A part of a prompt as a piece: text, or a picture that is seen; neither is learned."""
     if isinstance(part, Piece):
         return part
     if isinstance(part, str):
@@ -130,7 +134,7 @@ def part_to_piece(part: str | ImageLike | Piece) -> Piece:
 
 
 def check_mode(mode: str) -> None:
-    """Raises ValueError for a mode that does not exist."""
+    """Raises ValueError for an unknown mode."""
     if mode not in MODES:
         raise ValueError(f"Unknown mode {mode!r}; known: {', '.join(MODES)}.")
 
@@ -141,11 +145,11 @@ def captioned(image: ImageLike, caption: str) -> list[Piece]:
 
 
 def pair(image: ImageLike, caption: str, mode: str, rng: np.random.Generator | None = None) -> list[Piece]:
-    """An image-text pair.
+    """An image-text pair as pieces.
 
-    comprehension: the image, then its caption, which is learned. creation: the caption, then the
-    image to dream; no token is learned, and a long caption gives way to the image. joint: one of
-    the two, by a fair coin from `rng`.
+    comprehension: the image, then its caption, which is learned. creation: the caption, then the image to
+    dream; no token is learned, and a long caption is cut to make room for the image. joint: one of the two
+    at random, by a fair coin from `rng`.
 
     Raises:
       ValueError: an unknown mode, or joint without `rng`.
@@ -153,7 +157,7 @@ def pair(image: ImageLike, caption: str, mode: str, rng: np.random.Generator | N
     check_mode(mode)
     if mode == "joint":
         if rng is None:
-            raise ValueError("pair(mode='joint') draws one of the two directions and needs rng=.")
+            raise ValueError("pair(mode='joint') chooses one of the two directions at random and needs rng=.")
         mode = "comprehension" if rng.random() < 0.5 else "creation"
     if mode == "comprehension":
         return [Picture(image, seen=True, dreamed=False, supervised=False), Text(caption), End()]
@@ -165,9 +169,9 @@ def pair(image: ImageLike, caption: str, mode: str, rng: np.random.Generator | N
 
 
 def interleaved(parts: Iterable[str | ImageLike | Piece], mode: str) -> list[Piece]:
-    """A document: strings (stripped; empty ones left out) and pictures in reading order, all learned.
+    """An interleaved document as pieces: strings and pictures in reading order, all of it learned.
 
-    A piece among the parts stands as it is, whatever the mode.
+    Strings are stripped, and empty ones left out. A piece among the parts is taken as it is in any mode.
 
     Raises:
       ValueError: an unknown mode.

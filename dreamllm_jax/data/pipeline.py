@@ -1,11 +1,16 @@
-"""Batches without end: every row of the global batch reads its own stream of documents.
+"""Endless batches: every row of the global batch reads its own stream of documents.
 
-Document n of row r is a function of (seed, r, n) alone, so a row is the same on one host or many,
-and the place of a stream is a handful of numbers: resuming reads the few waiting documents again
-and goes on exactly. That, and packing under image budgets, is why no grain loader runs here: its
-packing knows no budgets, its state is a worker's, and its processes would need the pictures sent
-between them. One thread ahead of the device is enough for work of a few milliseconds. Sources over
-files (`records`) take their order from grain's random-access datasets: `index` below counts as those do.
+Document n of row r is a function of (seed, r, n) alone. A row is therefore the same on one host or on many,
+and the state of a stream is a few numbers: resuming reads the few waiting documents again, and continues
+exactly.
+
+Example: with `batch_size` 4, row 1 reads the documents of index 1, 5, 9, ... If 1 and 9 fill its first row
+and 5 does not fit, the state of row 1 is {"next": 3, "waiting": [1], ...}. Document number 3 of the row (index
+13) is read next, and number 1 (index 5) waits.
+
+No grain loader runs here. Its packing has no image budgets, its state belongs to a worker, and its worker
+processes would have to send pictures to one another. One thread ahead of the device is enough for work of a
+few milliseconds. Sources over files (`mixture`) take their order from grain's random-access datasets.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 
 
 def row_layout(config: DataConfig, model: DreamLLMConfig, null_dream: bool) -> RowLayout:
-    """Rows as `config` wants them, with the pictures and slots of `model`'s towers."""
+    """The layout of rows for a stage's data config and a model's towers."""
     draws = model.vae is not None
     return RowLayout(
         length=config.length,
@@ -58,12 +63,12 @@ def batches(
     numbers: Sequence[int] | None = None,
     index_folder: Path | None = None,
 ) -> BatchStream:
-    """The batches of one stage, as numpy arrays, from `start_step` on: the rows of these numbers, or all.
+    """The batches of one stage as numpy arrays, from `start_step` on, with the rows of `numbers` (None: all).
 
-    `index_folder` is as for `open_documents`.
+    `index_folder` is that of `sources.open_documents`.
 
     Raises:
-      ValueError: no source, no room for any document.
+      ValueError: the source cannot be opened, or a row has no room for documents.
     """
     layout = row_layout(config, model, null_dream)
     size = max(layout.image_size or 0, layout.dream_size or 0) or 16
@@ -82,7 +87,7 @@ def batches(
 
 
 class BatchStream(Iterator[Batch]):
-    """An endless iterator of batches whose place can be written down and returned to, exactly."""
+    """An endless iterator of batches whose state can be saved, and restored exactly."""
 
     def __init__(
         self,
@@ -96,7 +101,7 @@ class BatchStream(Iterator[Batch]):
         start_step: int = 0,
         numbers: Sequence[int] | None = None,
     ):
-        """Of the global batch's `rows`, those of these `numbers`, in this order (None: all)."""
+        """`numbers` are the rows of the global batch to make, in this order (None: all of them)."""
         self._source, self._tokenizer, self._layout = source, tokenizer, layout
         self._batch_size, self._lookahead, self._prefetch = batch_size, lookahead, prefetch
         self._numbers = range(batch_size) if numbers is None else list(numbers)
@@ -106,7 +111,7 @@ class BatchStream(Iterator[Batch]):
         self.load_state({"step": start_step, "rows": {}})
 
     def __next__(self) -> Batch:
-        if self._ahead and self._worker is None:  # a closed thread had read further than was delivered
+        if self._ahead and self._worker is None:  # a closed thread had read ahead
             self.load_state(self._delivered)
         if self._prefetch and self._worker is None:
             self._worker, self._ahead = _Worker(self._make, self._prefetch), True
@@ -114,14 +119,13 @@ class BatchStream(Iterator[Batch]):
         return batch
 
     def state_dict(self) -> dict:
-        """The place after the last batch delivered, ready for JSON."""
+        """The state after the last batch delivered, ready for JSON."""
         return self._delivered
 
     def load_state(self, state: dict) -> None:
-        """Goes to the place of a `state_dict()`: the next batch is the one that followed it.
+        """Restores a `state_dict()`: the next batch is the one that followed it.
 
-        Rows that the state does not hold are packed from their beginning again,
-        without their pictures.
+        Rows that the state lacks are packed again from their beginning, without decoding pictures.
         """
         self.close()
         self._ahead = False
@@ -138,11 +142,11 @@ class BatchStream(Iterator[Batch]):
         self._delivered = self._state()
 
     def stats(self) -> dict[str, int | float]:
-        """The `statistics` of this stream's rows so far."""
+        """The `statistics` of this stream's rows since their beginning."""
         return statistics(self._delivered, self._layout.length)
 
     def close(self) -> None:
-        """Ends the thread. The next batch after it is still the one that follows the last delivered."""
+        """Ends the thread. The next batch is still the one that follows the last one delivered."""
         if self._worker is not None:
             self._worker.close()
             self._worker = None
@@ -156,12 +160,12 @@ class BatchStream(Iterator[Batch]):
         return {"step": self._step, "rows": {str(r): s.state() for r, s in self._streams.items()}}
 
     def _read(self, row: int, number: int) -> EncodedDocument:
-        """Document `number` of a row, always the same; pictures that cannot be read are left out of it."""
-        rng, faulty = self._generators.at(row, number), 0
+        """Document `number` of a row, the same one every time, without pictures that cannot be read."""
+        rng, broken_documents = self._generators.at(row, number), 0
         try:
             document = self._source.document(rng, number * self._batch_size + row)
         except BrokenRecord:
-            document, faulty = [End(supervised=False)], 1
+            document, broken_documents = [End(supervised=False)], 1
         pieces, broken = _readable(document)
         layout = self._layout
         sequence = encode_pieces(
@@ -173,33 +177,33 @@ class BatchStream(Iterator[Batch]):
             max_images=layout.max_images,
             max_dreams=layout.dream_room,
         )
-        if broken or faulty:
-            sequence = dataclasses.replace(sequence, broken_images=broken, broken_documents=faulty)
+        if broken or broken_documents:
+            sequence = dataclasses.replace(sequence, broken_images=broken, broken_documents=broken_documents)
         return sequence
 
 
-def merge_iterator_states(places: Sequence[dict]) -> dict:
-    """One place of all rows from the `state_dict()`s of streams that have each some of them, at one step."""
-    assert len({place["step"] for place in places}) == 1, [place["step"] for place in places]
-    rows = {row: state for place in places for row, state in place["rows"].items()}
-    return {"step": places[0]["step"], "rows": {row: rows[row] for row in sorted(rows, key=int)}}
+def merge_iterator_states(states: Sequence[dict]) -> dict:
+    """Joins the `state_dict()`s of streams that each have some of the rows, taken at the same step."""
+    assert len({state["step"] for state in states}) == 1, [state["step"] for state in states]
+    rows = {number: row for state in states for number, row in state["rows"].items()}
+    return {"step": states[0]["step"], "rows": {number: rows[number] for number in sorted(rows, key=int)}}
 
 
-def statistics(place: dict, length: int) -> dict[str, int | float]:
-    """Counts over the rows (of `length` slots) of a `state_dict()` since their beginning.
+def statistics(state: dict, length: int) -> dict[str, int | float]:
+    """The counts (`packing.COUNTS`) of all rows of a `state_dict()`, since their beginning.
 
-    `pad_share` is the share of slots without a document.
+    `length` is that of a row, in tokens. `pad_share` is the share of positions that are padding.
     """
     counts = {name: 0 for name in COUNTS}
-    for state in place["rows"].values():
-        for name, value in state["counts"].items():
+    for row in state["rows"].values():
+        for name, value in row["counts"].items():
             counts[name] += value
-    slots = place["step"] * len(place["rows"]) * length
-    return {**counts, "pad_share": 1 - counts["tokens"] / slots if slots else 0.0}
+    positions = state["step"] * len(state["rows"]) * length
+    return {**counts, "pad_share": 1 - counts["tokens"] / positions if positions else 0.0}
 
 
 class _DocumentGenerator:
-    """One generator that can stand anywhere: moving a counter takes a tenth of making a generator."""
+    """A generator for any document: setting a counter takes a tenth of the time of making a generator."""
 
     def __init__(self, seed: int):
         self._bits = np.random.Philox(key=seed)
@@ -213,7 +217,7 @@ class _DocumentGenerator:
 
 
 def _readable(pieces: list[Piece]) -> tuple[list[Piece], int]:
-    """Opens pictures given as files or bytes; leaves out broken ones, markers and all, and counts them."""
+    """The pieces with opened pictures, and the number of broken pictures, left out with their markers."""
     readable: list[Piece] = []
     for piece in pieces:
         if isinstance(piece, Picture | UnslottedImage) and not isinstance(piece.image, np.ndarray):
@@ -226,7 +230,7 @@ def _readable(pieces: list[Piece]) -> tuple[list[Piece], int]:
 
 
 class _Worker:
-    """One thread that stays a few results ahead; its error is raised where the result was wanted."""
+    """A thread that stays a few results ahead; its error is raised by `get`."""
 
     def __init__(self, make: Callable[[], tuple[Batch, dict]], ahead: int):
         self._make, self._results = make, queue.Queue(maxsize=ahead)
@@ -254,7 +258,7 @@ class _Worker:
     def get(self) -> tuple[Batch, dict]:
         result = self._results.get()
         if isinstance(result, BaseException):
-            self._results.put(result)  # asked again, it fails again
+            self._results.put(result)  # the next call fails again
             raise result
         return result
 

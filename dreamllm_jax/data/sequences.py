@@ -1,14 +1,23 @@
-"""Documents to tokens: which token stands where, and which of them the model learns to write.
+"""Documents to tokens: which token is at which position, and which of them the model learns to write.
 
 With P patches per image and Q dream queries, a picture becomes
 
     seen              <im_start> P*<im_patch> <im_end>
     dreamed           <dream_start> Q*<im_patch> <dream_end>
-    dreamed and seen  the dream, then the sight of it
+    dreamed and seen  the first, then the second
 
-(query slots carry `<im_patch>`'s id: the learned queries replace their embeddings). A `TokenPicture` has
-the same layout, with tokens in the slots and no image. Text and `</s>` are learned; of a picture's markers
-only `<dream_start>`: the model decides when to draw.
+Query slots have the id of `<im_patch>`; the learned queries replace their embeddings. A `TokenPicture` has
+the same layout, with tokens in the slots and no image. Text and `</s>` are learned. Of a picture's markers
+only `<dream_start>` is: the model decides when to draw.
+
+Example: "one", a picture that is dreamed and seen, and "two", with P = Q = 2 (`.` is -1, or not learned):
+
+    tokens       <s> one <dream_start> patch patch <dream_end> <im_start> patch patch <im_end> two </s>
+    supervised    .   x        x         .     .        .          .        .     .      .      x   x
+    dream_slots   .   .        .         0     1        .          .        .     .      .      .   .
+    image_slots   .   .        .         .     .        .          .        0     1      .      .   .
+
+`packing` puts several such documents into a row.
 """
 
 from __future__ import annotations
@@ -40,9 +49,9 @@ from dreamllm_jax.document import Document
 class EncodedDocument:
     """One document in tokens.
 
-    `supervised[l]`: token l is a training target. Slots as in `batch.Batch`, images and dreams
-    counted within the sequence. `dropped_images` and `dropped_tokens` (of text) did not fit,
-    `broken_images` could not be read, nor `broken_documents` (1: this one, and nothing is left of it).
+    `supervised[l]` says that token l is a training target. Slots are those of `batch.Batch`, with images and
+    dreams counted within the document. `dropped_images` and `dropped_tokens` (of text) did not fit.
+    `broken_images` could not be read. `broken_documents` is 1 if this document could not be read at all.
     """
 
     tokens: Int[np.ndarray, "L"]
@@ -61,18 +70,18 @@ class EncodedDocument:
 
     @property
     def has_targets(self) -> bool:
-        """Whether anything in it is learned: a token, a dream, or a picture beside its caption."""
-        beside = bool(self.images) and (self.image_slots < 0).all()
-        return bool(self.dreams or beside or self.supervised.any())
+        """Whether anything is learned from it: a token, a dream, or an image without slots."""
+        unslotted = bool(self.images) and (self.image_slots < 0).all()
+        return bool(self.dreams or unslotted or self.supervised.any())
 
     @property
     def dropped(self) -> int:
-        """Images and tokens of text that did not fit."""
+        """The number of images and text tokens that did not fit."""
         return self.dropped_images + self.dropped_tokens
 
 
 class _Writer:
-    """Appends tokens and keeps the four parallel lists of the same length."""
+    """Appends pieces to four lists of the same length, and collects images and dreams."""
 
     def __init__(self, tokenizer: Tokenizer, num_patches: int, num_queries: int):
         self.tokenizer, self.ids = tokenizer, tokenizer.special
@@ -92,7 +101,7 @@ class _Writer:
         self.dream_slots += [-1] * n
 
     def is_full(self, piece: Piece, max_images: int | None, max_dreams: int | None) -> bool:
-        """Whether no image or no dream may follow. UnslottedImage the text, one of the two is enough."""
+        """Whether the budgets leave no room for the piece; an `UnslottedImage` needs room in one of them."""
         no_image = max_images is not None and len(self.images) >= max_images
         no_dream = max_dreams is not None and len(self.dreams) >= max_dreams
         if isinstance(piece, UnslottedImage):
@@ -100,7 +109,7 @@ class _Writer:
         return isinstance(piece, Picture) and (piece.seen and no_image or piece.dreamed and no_dream)
 
     def piece(self, piece: Piece, max_images: int | None = None, max_dreams: int | None = None) -> None:
-        """Writes anything but text."""
+        """Writes any piece but text."""
         if isinstance(piece, Picture):
             self.picture(piece)
         elif isinstance(piece, TokenPicture):
@@ -172,13 +181,16 @@ def encode_pieces(
     max_images: int | None = None,
     max_dreams: int | None = None,
 ) -> EncodedDocument:
-    """Writes `<s>`, the pieces, and (with `eos`, unless they end so themselves) `</s>`.
+    """Encodes `<s>`, the pieces, and with `eos` (unless the pieces end with `End`) `</s>`.
 
-    What does not fit ends the document before it: text is cut at the last token that fits, an
-    image that does not fit (in `max_length`, `max_images` or `max_dreams`) is left out whole, and
-    so is everything after either. A document cut so has its `</s>`, but is not taught to stop
-    there. The closing `</s>` is learned if the last piece is. A document that begins with `Begin` or
-    ends with `End` says by it whether it has that token.
+    A document ends where something does not fit. Text is cut after the last token that fits. A picture that
+    does not fit `max_length`, `max_images` or `max_dreams` is left out entirely. Whatever follows is left
+    out, too. A document cut short has a `</s>`, but it is not learned, since the document did not end there.
+    Otherwise the closing `</s>` is learned if the last piece is. A `Begin` at the start and an `End` at the
+    end say themselves whether there is such a token.
+
+    Raises:
+      ValueError: `max_length` has no room for a single token beside `</s>`.
     """
     pieces = list(pieces)
     if eos and not (pieces and isinstance(pieces[-1], End)):
@@ -198,10 +210,10 @@ def encode_pieces(
             if piece.shrinkable:
                 room = max(0, room - sum(_num_tokens(p, writer) for rest in body[i + 1 :] for p in rest))
             writer.write(tokens[:room], supervised[:room])
-            lost = max(0, len(tokens) - room)
-            if lost and not piece.shrinkable:
-                return _cut(writer, body[i + 1 :], closing, shrunk + lost, tokenizer)
-            shrunk += lost
+            dropped = max(0, len(tokens) - room)
+            if dropped and not piece.shrinkable:
+                return _cut(writer, body[i + 1 :], closing, shrunk + dropped, tokenizer)
+            shrunk += dropped
         elif _num_tokens(piece, writer) > room or writer.is_full(piece, max_images, max_dreams):
             return _cut(writer, body[i:], closing, shrunk, tokenizer)
         else:
@@ -249,7 +261,7 @@ def _is_learned(piece: Piece) -> bool:
 
 
 def _num_tokens(piece: Piece, writer: _Writer) -> int:
-    """Tokens of anything but text."""
+    """The number of tokens of any piece but text."""
     if isinstance(piece, Picture | TokenPicture):
         return piece.num_tokens(writer.num_patches, writer.num_queries)
     return int(isinstance(piece, Control) or (isinstance(piece, End | Begin) and piece.token))
@@ -258,7 +270,7 @@ def _num_tokens(piece: Piece, writer: _Writer) -> int:
 def _cut(
     writer: _Writer, rest: list[list[Piece]], closing: bool, dropped_tokens: int, tokenizer: Tokenizer
 ) -> EncodedDocument:
-    """Ends a document early and counts what is left of it."""
+    """Ends a document early, and counts what is left out."""
     if closing:
         writer.write([writer.ids.eos], False)
     return writer.sequence(
@@ -275,13 +287,13 @@ def encode_prompt(
     max_images: int | None = None,
     template: str | None = None,
 ) -> EncodedDocument:
-    """A prompt to continue: `<s>`, then text and pictures (seen only) in order, no `</s>`.
+    """Encodes a prompt to continue: `<s>`, then text and pictures in order, without `</s>`.
 
-    With a conversation `template` the prompt is the user's turn, and begins as the template says. Strings are
-    plain text throughout.
+    Pictures are seen, not dreamed. With a conversation `template` the prompt is the user's turn, and begins
+    as the template says. Strings are always plain text.
 
     Raises:
-      ValueError: more tokens than `max_length` or more pictures than `max_images`, or a template that
+      ValueError: there are more tokens than `max_length` or more pictures than `max_images`, or the template
         cannot be used.
     """
     parts = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -43,7 +43,7 @@ from examples.handwriting.judge import (
 )
 from examples.handwriting.report import Results, page
 
-# Parts of a model that only stage 0 needs; the checkpoint is without them.
+# Parts of a model that only stage 0 needs; the checkpoint leaves them out.
 STAGE_0_ONLY = ("text", "contrastive")
 
 TARGETS: dict[str, dict[str, float]] = {
@@ -85,10 +85,10 @@ def main() -> None:
 
 
 def evaluate(workdir: Path) -> bool:
-    """Measures the last stage's model; False where that was done before.
+    """Evaluates the model of the last stage; returns False if that was done before.
 
     Raises:
-      ValueError: no work folder, one that is not trained to its end, one of another corpus.
+      ValueError: the folder is not a work folder, is not trained to the end, or is of another recipe.
     """
     recipe = read_recipe(workdir)
     model_folder = finished_model(workdir, recipe)
@@ -118,7 +118,7 @@ def evaluate(workdir: Path) -> bool:
 
 
 def summary(workdir: Path) -> str:
-    """The scores that have a target, a line each, from `metrics.json`."""
+    """The scores that have a target, one a line, from `metrics.json`."""
     metrics = json.loads((workdir / "metrics.json").read_text(encoding="utf-8"))
     lines = []
     for name, target in metrics["targets"].items():
@@ -128,22 +128,22 @@ def summary(workdir: Path) -> str:
 
 
 def read_recipe(workdir: Path) -> Recipe:
-    """The recipe that a work folder was trained by.
+    """The recipe of a work folder.
 
     Raises:
-      ValueError: there is none, or it is not one of the handwriting corpus.
+      ValueError: the folder has no recipe, or its documents are not the demonstration's.
     """
     path = workdir / "recipe.json"
     if not path.is_file():
         raise ValueError(
-            f"{workdir} is no work folder of a training run (it has no recipe.json); train first: "
+            f"{workdir} is not a work folder of a training run (it has no recipe.json); train first: "
             f"python -m dreamllm_jax.train --config=examples/handwriting/config.py --workdir={workdir}"
         )
     try:
         recipe = build_recipe(json.loads(path.read_text(encoding="utf-8")), saved=True)
     except ValueError as error:  # unreadable JSON too
         raise ValueError(
-            f"{path} is no recipe ({error}); the folder is damaged or of another version."
+            f"{path} is not a recipe ({error}); the folder is damaged or of another version."
         ) from error
     if recipe.stages[-1].data.source != SOURCE:
         raise ValueError(
@@ -154,7 +154,7 @@ def read_recipe(workdir: Path) -> Recipe:
 
 
 def finished_model(workdir: Path, recipe: Recipe) -> Path:
-    """The last stage's model.
+    """The folder of the last stage's model.
 
     Raises:
       ValueError: a stage is not done.
@@ -162,8 +162,8 @@ def finished_model(workdir: Path, recipe: Recipe) -> Path:
     for stage in recipe.stages:
         if not (stage_folder(workdir, recipe, stage) / "done.json").is_file():
             raise ValueError(
-                f"{workdir} is not trained to its end (stage {stage.name!r} is not done); run the training "
-                "again with the same --workdir: it goes on where it stopped."
+                f"{workdir} is not trained to the end (stage {stage.name!r} is not done); run the training "
+                "again with the same --workdir: it continues where it stopped."
             )
     return stage_folder(workdir, recipe, recipe.stages[-1]) / "model"
 
@@ -178,7 +178,7 @@ def fingerprint_of(model_folder: Path) -> str:
 
 
 def is_done(workdir: Path, fingerprint: str) -> bool:
-    """Whether all three results are there, of this very model."""
+    """Whether all three results exist, and are those of the model with this fingerprint."""
     metrics = workdir / "metrics.json"
     others = (workdir / "report.html", workdir / "checkpoint" / "config.json")
     if not metrics.is_file() or not all(path.is_file() for path in others):
@@ -190,7 +190,7 @@ def is_done(workdir: Path, fingerprint: str) -> bool:
 
 
 def export(model_folder: Path, folder: Path) -> None:
-    """Writes the model without what only stage 0 needs."""
+    """Writes the model without the parts that only stage 0 needs."""
     loaded = open_pretrained(model_folder)
     config = dataclasses.replace(loaded.config, text=None, contrastive=False)
     params = {k: v for k, v in loaded.params.items() if k.split("/")[0] not in STAGE_0_ONLY}
@@ -243,7 +243,7 @@ def _scores(
 
 
 def _circumstances(workdir: Path, recipe: Recipe, meter: Meter, model: DreamLLM) -> dict[str, Any]:
-    """Seconds and memory of every stage, the machine, the settings."""
+    """Seconds and memory of every stage, the machine, and the settings of generation."""
     stages = []
     for stage in recipe.stages:
         done = json.loads((stage_folder(workdir, recipe, stage) / "done.json").read_text(encoding="utf-8"))
@@ -270,7 +270,7 @@ def _circumstances(workdir: Path, recipe: Recipe, meter: Meter, model: DreamLLM)
 
 
 def _verdicts(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Targets, which of them are reached, and what time and memory were measured on."""
+    """The targets, whether each is reached, and what time and memory were measured on."""
     reached = {}
     for name, target in TARGETS.items():
         value = metrics[name]

@@ -1,7 +1,7 @@
-"""What a model of the handwriting recipe can do, in numbers, judged by a classifier that it never met.
+"""Scores of a model of the handwriting recipe, by a classifier that is independent of the model.
 
-The judge is a support vector machine over the 8x8 originals of the *training* pictures; whatever is
-judged is first averaged down to their size. Distances between pictures are taken in that space.
+The judge is a support vector machine trained on the 8x8 originals of the training pictures. Pictures to judge
+are first averaged down to that size. Distances between pictures are taken at that size, too.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from examples.handwriting.digits import Digits, load_digits
 from examples.handwriting.words import QUESTION, WORDS, Part, caption
 
 ANSWER_TOKENS = 8
-# A picture nearer to a training picture than all but this share of real, unseen digits are, counts as copied.
+# A picture counts as copied if it is nearer to a training picture than all but this share of held-out ones.
 COPY_QUANTILE = 0.01
 
 
 def as_originals(pictures: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n 8 8"]:
-    """Pictures in the form of the 8x8 originals: gray, averaged down, 0 to 16.
+    """Pictures as the 8x8 originals are: gray, averaged down, values from 0 to 16.
 
     Raises:
-      ValueError: a size that 8 does not divide.
+      ValueError: the size is not a multiple of 8.
     """
     size = pictures.shape[1]
     if size % 8:
@@ -39,10 +39,10 @@ def as_originals(pictures: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n
 
 
 class Judge:
-    """Tells digits apart, independently of the model; `accuracy` is its own, on held-out pictures."""
+    """A classifier of digits; `accuracy` is its own, on the held-out pictures."""
 
     def __init__(self, size: int):
-        """Trains on the training originals; `size` is that of the pictures it will see."""
+        """Trains on the training originals; `size` is that of the pictures to judge, in pixels."""
         self.training, self.held_out = load_digits(size)
         self._machine = SVC(gamma=0.001).fit(_rows(self.training.originals), self.training.labels)
         guesses = self._machine.predict(_rows(self.held_out.originals))
@@ -55,7 +55,7 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Creation:
-    """Pictures drawn of each digit, and what the judge reads in them."""
+    """The pictures that the model drew of each digit, and the judge's reading of them."""
 
     pictures: UInt8[np.ndarray, "10 n s s 3"]
     judged: Int[np.ndarray, "10 n"]
@@ -82,7 +82,7 @@ class Comprehension:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Written:
-    """A document that the model wrote for a case, what the judge reads in its pictures, and the verdict."""
+    """A document that the model wrote for a case, its parts as the judge reads them, and the verdict."""
 
     case: Case
     document: Document
@@ -91,7 +91,7 @@ class Written:
 
 
 def create(model: DreamLLM, judge: Judge, per_digit: int = 20, seed: int = 0) -> Creation:
-    """StepNoise `per_digit` pictures from the caption of each digit."""
+    """Draws `per_digit` pictures from the caption of each digit."""
     prompts = [caption(digit) for digit in range(10)]
     drawn = model.generate_images(prompts, num_images_per_prompt=per_digit, seed=seed)
     pictures = np.array([[np.asarray(p) for p in row] for row in drawn])
@@ -100,13 +100,13 @@ def create(model: DreamLLM, judge: Judge, per_digit: int = 20, seed: int = 0) ->
 
 
 def comprehend(model: DreamLLM, digits: Digits) -> Comprehension:
-    """Asks about every picture, all in one batch."""
+    """Asks about every picture, in one batch."""
     prompts = [Document([Image.fromarray(picture), QUESTION]) for picture in digits.images]
     return Comprehension(digits, tuple(model.generate_text(prompts, max_new_tokens=ANSWER_TOKENS)))
 
 
 def write(model: DreamLLM, judge: Judge, seeds: int = 3) -> list[Written]:
-    """Has every unseen case written: counts and sums `seeds` times each, continuations once."""
+    """Writes a document for every unseen case; for a count or a sum, one with each of `seeds` seeds."""
     cases = unseen_cases(size=model.config.image_size)
     repeated = [(case, s) for case in cases for s in range(1 if case.kind == "next" else seeds)]
     documents = model.generate_document([c.prompt for c, _ in repeated], seed=[s for _, s in repeated])
@@ -114,7 +114,7 @@ def write(model: DreamLLM, judge: Judge, seeds: int = 3) -> list[Written]:
 
 
 def mark(case: Case, document: Document, judge: Judge) -> Written:
-    """Right is a document of exactly the expected parts, ended by the model itself."""
+    """Judges a document: it is right if it has exactly the expected parts, and the model ended it."""
     judged = tuple(
         part.strip() if isinstance(part, str) else int(judge(np.asarray(part.convert("RGB"))[None])[0])
         for part in document
@@ -123,11 +123,11 @@ def mark(case: Case, document: Document, judge: Judge) -> Written:
 
 
 def creation_scores(creation: Creation, training: Digits, held_out: Digits) -> dict[str, float]:
-    """How many pictures are right, how much those of a digit differ, and how near training pictures they are.
+    """Scores of drawn pictures: how many are right, how diverse they are, and how far from training pictures.
 
-    Diversity of a digit: the mean distance between two of its pictures, against that of two real ones;
-    1 is that of real handwriting. Novelty: the median distance to the nearest training picture, against
-    that of real, unseen digits; 0 is a memory of the training pictures.
+    Diversity of a digit is the mean distance between two of its drawings, divided by that between two real
+    pictures of it: 1 is as diverse as real handwriting. Novelty is the median distance of a drawing to the
+    nearest training picture, divided by that of held-out pictures: 0 means copies of training pictures.
     """
     drawn = [as_originals(pictures) for pictures in creation.pictures]
     real = as_originals(training.images)
@@ -146,7 +146,7 @@ def creation_scores(creation: Creation, training: Digits, held_out: Digits) -> d
 
 
 def document_scores(written: Sequence[Written]) -> dict[str, float]:
-    """Shares of right documents: of unseen counts and sums together, and of each kind."""
+    """The shares of right documents: of unseen counts and sums together, and of each kind."""
     scores = {"document_accuracy": _share([w for w in written if w.case.kind in ("count", "sum")])}
     for kind in ("count", "sum", "next"):
         scores[f"document_accuracy_{kind}"] = _share([w for w in written if w.case.kind == kind])
@@ -154,14 +154,14 @@ def document_scores(written: Sequence[Written]) -> dict[str, float]:
 
 
 def distances(a: Float[np.ndarray, "n 8 8"], b: Float[np.ndarray, "m 8 8"]) -> Float[np.ndarray, "n m"]:
-    """Euclidean distances between all pictures of `a` and all of `b`."""
+    """Euclidean distances between each picture of `a` and each of `b`."""
     a, b = _rows(a), _rows(b)
     squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     return np.sqrt(np.maximum(squares, 0))
 
 
 def mean_distance(pictures: Float[np.ndarray, "n 8 8"]) -> float:
-    """The mean over all pairs of different pictures."""
+    """The mean distance over all pairs of different pictures."""
     n = len(pictures)
     return float(distances(pictures, pictures)[~np.eye(n, dtype=bool)].mean())
 

@@ -54,7 +54,7 @@ def test_files_of_another_kind(tmp_path):
     write_json(tmp_path / "b.json", {"data": []})
     with pytest.raises(ValueError, match="b.json holds a dict; a list of records is needed"):
         JsonRecords([tmp_path / "b.json"])
-    with pytest.raises(ValueError, match="c.jsonl.gz is no .json or .jsonl file"):
+    with pytest.raises(ValueError, match="c.jsonl.gz is not a .json or .jsonl file"):
         JsonRecords([tmp_path / "c.jsonl.gz"])
 
 
@@ -85,18 +85,18 @@ def test_torn_archives(tmp_path):
     path = write_tar(tmp_path / "a.tar", {f"{i}.png": picture(size=(64, 64)) for i in range(9)})
     whole = path.read_bytes()
     path.write_bytes(whole[: 512 * 5 + 100])
-    with pytest.warns(UserWarning, match="a.tar breaks off after 2 files"):
+    with pytest.warns(UserWarning, match="a.tar is truncated after 2 files"):
         assert [m.name for m in members(path)] == ["0.png", "1.png"]
     path.write_bytes(b"\x1f\x8b" + whole[:100])
-    with pytest.raises(ValueError, match="a.tar is no uncompressed tar"):
+    with pytest.raises(ValueError, match="a.tar is not an uncompressed tar"):
         list(members(path))
     broken = tmp_path / "b.zip"
     broken.write_bytes(write_zip(tmp_path / "c.zip", {"a.png": picture()}).read_bytes()[:-30])
-    with pytest.raises(ValueError, match="b.zip is no whole zip"):
+    with pytest.raises(ValueError, match="b.zip is not a complete zip"):
         open_images([broken])
-    with pytest.raises(ValueError, match="images.7z is no .zip or .tar"):
+    with pytest.raises(ValueError, match="images.7z is not a .zip or .tar"):
         open_images([tmp_path / "images.7z"])
-    with pytest.raises(ValueError, match="is a folder, and so there can be no second place"):
+    with pytest.raises(ValueError, match="is a folder, and other paths are given too"):
         open_images([tmp_path, tmp_path])
 
 

@@ -126,5 +126,5 @@ def test_broken_images_are_named(tmp_path):
 
 
 def test_a_picture_without_pixels():
-    with pytest.raises(ValueError, match="Cannot read .*it has no pixels. A whole, unbroken picture"):
+    with pytest.raises(ValueError, match="Cannot read .*it has no pixels. A complete, undamaged picture"):
         to_rgb(Image.new("RGB", (0, 5)))

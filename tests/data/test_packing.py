@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dreamllm_jax.data.packing import RowLayout, RowStream, pack_rows
+from dreamllm_jax.data.packing import RowLayout, RowStream, first_fit, pack_rows
 from dreamllm_jax.data.pieces import interleaved
 from dreamllm_jax.data.sequences import encode_pieces
 from tests.data.fakes import SPECIAL, WordTokenizer
@@ -149,3 +149,31 @@ def test_what_cannot_fit():
     barren = encode_pieces(interleaved([picture(1)], "creation"), WordTokenizer(), P, Q, 4)
     with pytest.raises(ValueError, match="left nothing to learn"):
         RowStream(lambda n: barren, layout(), 4).row()
+
+
+def test_the_example_of_the_docstring():
+    """ "a b" and "c" in a row of 8 tokens."""
+    tokenizer, row = WordTokenizer(), layout(length=8)
+    made = [encode_pieces(interleaved([text], "joint"), tokenizer, P, Q, 8) for text in ("a b", "c")]
+    batch, pad = pack_rows(made, row, SPECIAL), SPECIAL.pad
+    a, b, c = (tokenizer.words[word] for word in "abc")
+    assert batch.tokens.tolist() == [[1, a, b, 2, 1, c, 2, pad]]
+    assert batch.targets.tolist() == [[a, b, 2, pad, c, 2, pad, pad]]
+    assert batch.loss_weights.tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+
+
+def test_the_example_of_first_fit():
+    """Of documents of 6, 7, 3 and 2 tokens, a row of 10 takes those of 6 and 3."""
+    tokenizer, row, read = WordTokenizer(), layout(length=10), []
+    texts = ("a b c d", "a b c d e", "a", "")
+    left = [encode_pieces(interleaved([text], "joint"), tokenizer, P, Q, 10) for text in texts]
+
+    def following():
+        read.append(len(left[len(read)]))
+        return len(read), left[len(read) - 1]
+
+    chosen, passed = first_fit(row, 8, following)
+    assert [len(sequence) for _, sequence in chosen] == [6, 3]
+    assert [len(sequence) for _, sequence in passed] == [7] and read == [6, 7, 3]

@@ -86,7 +86,7 @@ prepare_index(tars, folder / "index")
 assert len(open_documents(tars, 16, WordTokenizer(), index_folder=folder / "index").formats[0]) == 2
 assert read == ([] if index else ["a.tar", "b.tar"]), read
 wrong = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/c.tar"}]})
-assert "c.tar is no uncompressed tar" in complaint(prepare_index, wrong, folder / "index")
+assert "c.tar is not an uncompressed tar" in complaint(prepare_index, wrong, folder / "index")
 assert "file" in complaint(prepare_index, tars, folder / "file" / "index")
 
 

@@ -169,6 +169,6 @@ def test_sources_of_a_config(tars, read, tmp_path):
     assert len(open_format(config.sources[0], "creation", WordTokenizer())) == 4 and read.total() == 5
     (tmp_path / "no.tar").write_bytes(b"<html>not found</html>")
     wrong = build(DataConfig, dict(sources=[dict(kind="pairs", path=f"{tmp_path}/no.tar")]))
-    with pytest.raises(ValueError, match="no.tar is no uncompressed tar"):
+    with pytest.raises(ValueError, match="no.tar is not an uncompressed tar"):
         index_sources(wrong.sources, folder)
     assert sorted(files) == sorted(folder.iterdir())

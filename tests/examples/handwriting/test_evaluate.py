@@ -156,11 +156,11 @@ def test_folders_that_cannot_be_evaluated(workdir, tmp_path, monkeypatch, capsys
         assert code == 2 and complaint.startswith("error: ") and complaint.count("\n") == 1
         return complaint
 
-    assert "is no work folder of a training run" in sentence(tmp_path / "nowhere")
+    assert "is not a work folder of a training run" in sentence(tmp_path / "nowhere")
     (stage_folder(workdir, recipe, recipe.stages[1]) / "done.json").rename(workdir / "done.json")
     assert "stage 'second' is not done" in sentence()
     (workdir / "recipe.json").write_text("{")
-    assert "is no recipe" in sentence()
+    assert "is not a recipe" in sentence()
     stages = tuple(dataclasses.replace(s, data=DataConfig()) for s in recipe.stages)
     change_recipe(stages=stages)
     assert "is not trained on examples.handwriting.source" in sentence()
