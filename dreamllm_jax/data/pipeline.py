@@ -5,8 +5,8 @@ and the state of a stream is a few numbers: resuming reads the few waiting docum
 exactly.
 
 Example: with `batch_size` 4, row 1 reads the documents of index 1, 5, 9, ... If 1 and 9 fill its first row
-and 5 does not fit, the state of row 1 is {"next": 3, "waiting": [1], ...}. Document number 3 of the row (index
-13) is read next, and number 1 (index 5) waits.
+and 5 does not fit, the state of row 1 is {"next": 3, "waiting": [1], ...}. Its document number 3 (index 13)
+is read next, and number 1 (index 5) waits.
 
 No grain loader runs here. Its packing has no image budgets, its state belongs to a worker, and its worker
 processes would have to send pictures to one another. One thread ahead of the device is enough for work of a
