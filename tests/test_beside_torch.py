@@ -60,7 +60,7 @@ def test_bytes_read_per_token():
 def test_the_command_line():
     assert parse([]).cases == parse(["all"]).cases == list(NAMES)
     assert parse(["decode", "--size=full"]).cases == ["decode"]
-    for wrong in (["decoding"], ["decode", "--readme=x"], ["--pairs=0"]):
+    for wrong in (["decoding"], ["decode", "--document=x"], ["--pairs=0"]):
         with pytest.raises(SystemExit):
             parse(wrong)
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.beside_torch [joint|prefill|decode|text_to_image|documents|all ...]
         [--size=tiny|full] [--device=cpu|gpu] [--compile=auto|on|off] [--pairs=N] [--rows=N]
-        [--json=FILE] [--readme=README.md]
+        [--json=FILE] [--document=docs/performance.md]
 
 Both sides have the same random weights, and each case first checks that they compute the same result. Warm-up
 and compilation are not timed. Repetitions then alternate in the order A B B A ... The reported ratio is
@@ -53,13 +53,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=8, help="repetitions of each side")
     parser.add_argument("--rows", type=int, help="rows of a train step (default: those of --size)")
     parser.add_argument("--json", type=Path, help="write the result into this file too")
-    parser.add_argument("--readme", type=Path, help="write the table into this file; needs all cases")
+    parser.add_argument("--document", type=Path, help="write the table into this file; needs all cases")
     found = parser.parse_args(arguments)
     found.cases = list(NAMES) if found.cases in ([], ["all"]) else found.cases
     if unknown := [name for name in found.cases if name not in NAMES]:
         parser.error(f"unknown: {', '.join(unknown)}")
-    if found.readme is not None and set(found.cases) != set(NAMES):
-        parser.error("--readme needs all cases: name none")
+    if found.document is not None and set(found.cases) != set(NAMES):
+        parser.error("--document needs all cases: name none")
     if found.pairs < 1:
         parser.error(f"--pairs is {found.pairs}; it must be at least 1")
     return found
@@ -140,8 +140,8 @@ def main() -> int:
     print(text)
     if options.json is not None:
         options.json.write_text(text + "\n", encoding="utf-8")
-    if options.readme is not None:
-        write_table(options.readme, found)
+    if options.document is not None:
+        write_table(options.document, found)
     return 0
 
 

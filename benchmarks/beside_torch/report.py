@@ -1,4 +1,4 @@
-"""What stands beside the figures, and the table of them in the README."""
+"""What stands beside the figures, and their table in a document."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def measurement_environment(options: argparse.Namespace, compiled: bool) -> dict
 
 def command_line() -> str:
     """Returns the command with the options and environment variables that affect the figures."""
-    typed = [word for word in sys.argv[1:] if not word.startswith(("--json", "--readme"))]
+    typed = [word for word in sys.argv[1:] if not word.startswith(("--json", "--document"))]
     command = shlex.join(["python", "-m", "benchmarks.beside_torch", *typed])
     return " ".join([*(f"{n}={shlex.quote(os.environ[n])}" for n in ENVIRONMENT if n in os.environ), command])
 
@@ -81,16 +81,16 @@ def rows(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_table(readme: Path, found: dict[str, Any]) -> None:
-    """Puts the table between the marks of a README.
+def write_table(document: Path, found: dict[str, Any]) -> None:
+    """Puts the table between the marks of a document.
 
     Raises:
       ValueError: it has none.
     """
-    text = readme.read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8")
     if not _TABLE.search(text):
         raise ValueError(
-            f"{readme} has no <!-- beside torch --> and <!-- /beside torch --> to write between."
+            f"{document} has no <!-- beside torch --> and <!-- /beside torch --> to write between."
         )
     table = "\n".join(rows(found))
-    readme.write_text(_TABLE.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")
+    document.write_text(_TABLE.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")

@@ -1,10 +1,10 @@
 """Measures the error against PyTorch at the published shapes, and against DreamLLM's recorded outputs.
 
-    python -m benchmarks.fidelity [CASE ...] [--folder=FOLDER] [--readme=README.md]
+    python -m benchmarks.fidelity [CASE ...] [--folder=FOLDER] [--document=docs/fidelity.md]
 
 Needs torch, diffusers, 20 GiB of memory and 11 GB of FOLDER's disk for the largest case. Prints one JSON
-object {case: {quantity: error}}, and with --readme writes the largest errors into its table. The exit code is
-1 where a bound is missed.
+object {case: {quantity: error}}, and with --document writes the largest errors into its table. The exit code
+is 1 where a bound is missed.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ def rows(results: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def write_table(readme: Path, results: dict[str, dict[str, float]]) -> None:
-    """Puts the table between the marks of a README.
+def write_table(document: Path, results: dict[str, dict[str, float]]) -> None:
+    """Puts the table between the marks of a document.
 
     Raises:
       ValueError: it has none.
     """
-    text = readme.read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8")
     if not _TABLE.search(text):
-        raise ValueError(f"{readme} has no <!-- fidelity --> and <!-- /fidelity --> to write between.")
+        raise ValueError(f"{document} has no <!-- fidelity --> and <!-- /fidelity --> to write between.")
     table = "\n".join(rows(results))
-    readme.write_text(_TABLE.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")
+    document.write_text(_TABLE.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")
 
 
 def main() -> int:
@@ -83,13 +83,13 @@ def main() -> int:
         "cases", nargs="*", metavar="CASE", help=f"{', '.join([*GOLDEN, *CASES])} (default: all)"
     )
     parser.add_argument("--folder", type=Path, help="for the models (default: a temporary one)")
-    parser.add_argument("--readme", type=Path, help="write the table into this file; needs all cases")
+    parser.add_argument("--document", type=Path, help="write the table into this file; needs all cases")
     arguments = parser.parse_args()
     chosen = arguments.cases or [*GOLDEN, *CASES]
     if unknown := [name for name in chosen if name not in {**GOLDEN, **CASES}]:
         parser.error(f"unknown: {', '.join(unknown)}")
-    if arguments.readme is not None and arguments.cases:
-        parser.error("--readme needs all cases: name none")
+    if arguments.document is not None and arguments.cases:
+        parser.error("--document needs all cases: name none")
     results, exceeded = {}, {}
     for name in chosen:
         if name in GOLDEN:
@@ -101,8 +101,8 @@ def main() -> int:
         results[name] = errors
         print(f"{name}: largest {max(errors.values()):.2e}", file=sys.stderr, flush=True)
     print(json.dumps(results, indent=1))
-    if arguments.readme is not None:
-        write_table(arguments.readme, results)
+    if arguments.document is not None:
+        write_table(arguments.document, results)
     for name, errors in exceeded.items():
         for quantity, error in errors.items():
             print(f"{name}: {quantity}: the error {error:.3g} exceeds its bound", file=sys.stderr)
