@@ -1,0 +1,36 @@
+"""The picture of documents: every image is on it, in its own pixels, in reading order."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from dreamllm_jax.document import Document
+from examples.handwriting.picture import draw
+
+
+def plain(color):
+    return Image.new("RGB", (4, 4), color)
+
+
+def where(page, color):
+    """(first column, last row) of the page's pixels of this color."""
+    rows, columns = np.nonzero((page == color).all(axis=-1))
+    return columns.min(), rows.max()
+
+
+def test_images_stand_in_reading_order():
+    first = Document(["red", plain((255, 0, 0)), "green", plain((0, 255, 0))])
+    page = draw({"Two colors.": first, "One color.": Document([plain((0, 0, 255))])})
+    page = np.asarray(Image.open(io.BytesIO(page)).convert("RGB"))
+    red, green, blue = (where(page, c) for c in [(255, 0, 0), (0, 255, 0), (0, 0, 255)])
+    assert red[0] < green[0] and red[1] == green[1]  # side by side
+    assert blue[1] > red[1] and blue[0] < red[0]  # on its own line, at its start
+    assert (page[0] == 255).all() and (page[:, -1] == 255).all()  # nothing is cut off
+
+
+def test_text_is_drawn():
+    empty, text = (
+        np.asarray(Image.open(io.BytesIO(draw({prompt: Document(["word"])})))) for prompt in (" ", "A prompt.")
+    )
+    assert (text < 200).sum() > (empty < 200).sum()
