@@ -49,7 +49,7 @@ def draw(documents: Mapping[str, Document]) -> bytes:
     """A PNG of prompts and the documents that answer them, in order.
 
     Args:
-      documents: from prompt to document; a document is drawn on one line, its images IMAGE_HEIGHT points high.
+      documents: from prompt to document; each is drawn on one line, with images of IMAGE_HEIGHT points.
     """
     with rc_context({"font.family": "sans-serif", "font.size": FONT_SIZE}):
         lines: list[OffsetBox] = []
