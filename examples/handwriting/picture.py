@@ -83,3 +83,7 @@ def _text(text: str, color: str) -> OffsetBox:
 def _image(image) -> OffsetBox:
     pixels = np.asarray(image.convert("RGB"))
     return OffsetImage(pixels, zoom=IMAGE_HEIGHT / pixels.shape[0], interpolation="nearest")
+
+
+if __name__ == "__main__":
+    main()
