@@ -5,10 +5,8 @@ from __future__ import annotations
 import jax
 
 from benchmarks.beside_torch.sizes import Size, Training
-from dreamllm_jax.aot.chips import CHIPS
-from dreamllm_jax.train.flops import PEAKS, forward_flops, step_flops
-
-BANDWIDTHS = {chip.kind: chip.hbm_bandwidth for chip in CHIPS.values()}
+from dreamllm_jax.config.chips import find_device
+from dreamllm_jax.train.flops import forward_flops, step_flops
 
 
 def token_bytes(size: Size, rows: int) -> float:
@@ -30,9 +28,9 @@ def token_bytes(size: Size, rows: int) -> float:
 def bandwidth_share(size: Size, rows: int, seconds: float) -> dict[str, float]:
     """Returns the bytes/s of decoding `size.new_tokens` in `seconds`, and the share of the peak if known."""
     rate = token_bytes(size, rows) * size.new_tokens / seconds
-    kind = jax.devices()[0].device_kind
+    device = find_device(jax.devices()[0].device_kind)
     found = {"bytes_per_token": token_bytes(size, rows), "bytes_per_second": rate}
-    return found | ({"bandwidth_share": rate / BANDWIDTHS[kind]} if kind in BANDWIDTHS else {})
+    return found | ({} if device is None else {"bandwidth_share": rate / device.hbm_bandwidth})
 
 
 def joint_flops(size: Size, training: Training) -> float:
@@ -55,6 +53,6 @@ def image_flops(size: Size) -> float:
 
 def flop_rate(flops: float, seconds: float) -> dict[str, float]:
     """Returns the FLOP/s, and the MFU (their share of the bfloat16 peak) if the device's peak is known."""
-    kind = jax.devices()[0].device_kind
+    device = find_device(jax.devices()[0].device_kind)
     found = {"flops": flops, "flops_per_second": flops / seconds}
-    return found | ({"mfu": flops / seconds / PEAKS[kind]} if kind in PEAKS else {})
+    return found | ({} if device is None else {"mfu": flops / seconds / device.peak})

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from dreamllm_jax.aot.activations import activations
 from dreamllm_jax.aot.census import take_census
-from dreamllm_jax.aot.chips import chip_of
 from dreamllm_jax.aot.hlo import parse
 from dreamllm_jax.aot.memory import DoesNotFit, measure, too_large
 from dreamllm_jax.aot.program import LoweredProgram, compile_program
 from dreamllm_jax.aot.report import CompileReport, to_json
 from dreamllm_jax.aot.roofline import roofline
+from dreamllm_jax.config.chips import chip_of
 from dreamllm_jax.config.train import Recipe
 
 

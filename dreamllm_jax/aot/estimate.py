@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dreamllm_jax.aot.census import Census, Collective
-from dreamllm_jax.aot.chips import Chip
 from dreamllm_jax.aot.memory import FREE_SHARE, bytes_held
 from dreamllm_jax.aot.program import abstract_batch
 from dreamllm_jax.aot.roofline import roofline
 from dreamllm_jax.aot.work import work
+from dreamllm_jax.config.chips import Chip
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import activation_spec, mesh_axes

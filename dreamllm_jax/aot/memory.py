@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from dreamllm_jax.aot.chips import GIB, Chip
+from dreamllm_jax.config.chips import GIB, Chip
 
 # A program fits if this share of the memory stays free for the runtime, prefetched batches and fragmentation.
 FREE_SHARE = 0.1

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from dreamllm_jax.aot.census import Census, Collective
-from dreamllm_jax.aot.chips import Chip
 from dreamllm_jax.aot.memory import FREE_SHARE, Memory, gib
 from dreamllm_jax.aot.program import LoweredProgram
 from dreamllm_jax.aot.roofline import Roofline
+from dreamllm_jax.config.chips import Chip
 
 LARGEST = 8  # number of collectives that are listed individually
 

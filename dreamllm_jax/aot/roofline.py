@@ -9,8 +9,8 @@ import math
 from jax.sharding import Mesh
 
 from dreamllm_jax.aot.census import Census, Collective
-from dreamllm_jax.aot.chips import Chip
 from dreamllm_jax.aot.topology import links, slices_of
+from dreamllm_jax.config.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 
 from dreamllm_jax.aot.candidates import Candidate, accumulation_steps, meshes, remats
-from dreamllm_jax.aot.chips import Chip
 from dreamllm_jax.aot.estimate import Estimate, estimate, mesh_costs, stage_work
 from dreamllm_jax.aot.memory import FREE_SHARE, DoesNotFit, gib
 from dreamllm_jax.aot.report import CompileReport
+from dreamllm_jax.config.chips import Chip
 from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.models.parameters import abstract_params

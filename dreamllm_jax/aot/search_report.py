@@ -6,10 +6,10 @@ import dataclasses
 import shlex
 from typing import Any
 
-from dreamllm_jax.aot.chips import Chip
 from dreamllm_jax.aot.memory import FREE_SHARE, gib
 from dreamllm_jax.aot.report import to_json
 from dreamllm_jax.aot.search import Search, Trial
+from dreamllm_jax.config.chips import Chip
 from dreamllm_jax.config.train import StageConfig
 
 

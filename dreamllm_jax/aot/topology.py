@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from dreamllm_jax.aot.chips import CHIPS, Chip
+from dreamllm_jax.config.chips import CHIPS, Chip
 
 # Settings that libtpu would otherwise request from the chips and the cloud. Any type that it knows will do,
 # since the topology is named in the call.

@@ -85,11 +85,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace, recipe: Recipe, stage: StageConfig, devices: list[Any]) -> int:
-    from dreamllm_jax.aot.chips import chip_of
     from dreamllm_jax.aot.compilation import compile_and_report
     from dreamllm_jax.aot.program import train_program
     from dreamllm_jax.aot.search import search
     from dreamllm_jax.aot.search_report import search_summary, search_to_json
+    from dreamllm_jax.config.chips import chip_of
 
     if options.search < 1 or options.program != "train":
         raise ValueError(f"--search={options.search}: give at least 1, and --program=train.")

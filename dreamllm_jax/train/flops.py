@@ -22,19 +22,6 @@ from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train.state import partition
 
-# Published dense bfloat16 peaks of a device as JAX counts them, in FLOP/s (a v2 or v3 device is a core).
-PEAKS = {
-    "TPU v2": 22.5e12,  # cloud.google.com/tpu/docs/v2: 45 TFLOPs a chip of two cores
-    "TPU v3": 61.5e12,  # .../v3: 123 a chip of two cores
-    "TPU v4": 275e12,  # .../v4
-    "TPU v5 lite": 197e12,  # .../v5e
-    "TPU v5": 459e12,  # .../v5p
-    "TPU v6 lite": 918e12,  # .../v6e
-    "NVIDIA A100-SXM4-80GB": 312e12,  # NVIDIA A100 data sheet
-    "NVIDIA H100 80GB HBM3": 989.4e12,  # NVIDIA H100 data sheet (SXM, without sparsity)
-    "NVIDIA H200": 989.4e12,  # NVIDIA H200 data sheet (SXM, without sparsity)
-}
-
 
 def flops(function: Callable, *arguments: Any) -> float:
     """FLOPs of `function` on arguments of these shapes (arrays or ShapeDtypeStructs)."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from dreamllm_jax.batch import Batch
+from dreamllm_jax.config.chips import find_device
 from dreamllm_jax.distributed import sum_over_processes
-from dreamllm_jax.train.flops import PEAKS
 
 
 class Throughput:
@@ -17,14 +17,15 @@ class Throughput:
 
     Rates are of all devices together where they are per second, and per device where they say so. A tower's
     `mfu` is its share of the devices' bfloat16 peak; they add up to `mfu`, which is known for devices in
-    `flops.PEAKS` only. Slots without a document or picture are computed, and count there: `pad_share` and
+    `config.chips` only. Slots without a document or picture are computed, and count there: `pad_share` and
     `picture_pad_share` say how many they are.
     """
 
     def __init__(self, flops: Mapping[str, float], devices: int, kind: str, slots: int):
         """`flops`: of one step, by tower; `devices` of this kind share it. `slots`: tokens in its rows."""
         self._flops, self._devices, self._step_slots = dict(flops), devices, slots
-        self._peak = PEAKS[kind] if kind in PEAKS else None
+        device = find_device(kind)
+        self._peak = None if device is None else device.peak
         self.restart()
 
     def restart(self) -> None:

@@ -3,10 +3,10 @@
 import pytest
 
 from dreamllm_jax.aot.census import Census, Collective
-from dreamllm_jax.aot.chips import CHIPS, chip_of
 from dreamllm_jax.aot.memory import Memory, gib
 from dreamllm_jax.aot.roofline import roofline
 from dreamllm_jax.aot.topology import links, slices_of, topology_devices
+from dreamllm_jax.config.chips import CHIPS, chip_of
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.sharding import make_mesh
 

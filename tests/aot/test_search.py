@@ -8,11 +8,11 @@ import pytest
 
 from dreamllm_jax.aot import search as searching
 from dreamllm_jax.aot.candidates import Candidate, accumulation_steps, meshes, remats
-from dreamllm_jax.aot.chips import CHIPS
 from dreamllm_jax.aot.estimate import Estimate, StageWork, estimate, mesh_costs, stage_work
 from dreamllm_jax.aot.memory import DoesNotFit, Memory
 from dreamllm_jax.aot.report import CompileReport
 from dreamllm_jax.aot.roofline import Roofline
+from dreamllm_jax.config.chips import CHIPS
 from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.overrides import apply_overrides
 from dreamllm_jax.config.train import MeshConfig
