@@ -1,7 +1,8 @@
-"""A model as a folder: `config.json`, the parameters in safetensors shards, the tokenizer."""
+"""A model's folder: `config.json`, the parameters in safetensors shards, and the tokenizer."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -10,20 +11,28 @@ from typing import Any, NamedTuple
 
 from dreamllm_jax.atomic import new_folder
 from dreamllm_jax.checkpoint.json_files import read_json
-from dreamllm_jax.checkpoint.parameter_files import cast, open_params, read_along, save_params
-from dreamllm_jax.checkpoint.tensors import Tensor
+from dreamllm_jax.checkpoint.parallel_writing import write_sharded_in_parallel
+from dreamllm_jax.checkpoint.parameter_files import (
+    STEM,
+    as_tensors,
+    cast,
+    check_disk_space,
+    open_params,
+    save_params,
+)
+from dreamllm_jax.checkpoint.tensors import Tensor, num_bytes
 from dreamllm_jax.checkpoint.vocabulary import with_control_tokens
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig, GenerationConfig, model_config
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.distributed import barrier, is_main
+from dreamllm_jax.distributed import barrier, is_main, is_multi_process, run_on_main, wait_for_file
 from dreamllm_jax.models.parameters import parameter_shapes
 
 FORMAT = "dreamllm_jax"
 
 
 class Pretrained(NamedTuple):
-    """What such a folder holds; `params` are flat: path -> tensor, unread."""
+    """What a model's folder holds. `params` are flat (path -> tensor) and unread."""
 
     config: DreamLLMConfig
     params: dict[str, Tensor]
@@ -38,17 +47,31 @@ def save_pretrained(
     tokenizer: Tokenizer,
     generation: GenerationConfig,
 ) -> None:
-    """Writes the folder whole or not at all (beside, then renamed), in place of an older model there.
+    """Writes a model's folder. It appears complete or not at all, and replaces an older model's folder.
 
-    Of several processes, which all call this, process 0 writes.
+    All processes call this, and every one writes some of the parameters: see `parallel_writing`. Process 0
+    writes the other files.
 
     Raises:
-      ValueError: the folder holds something else than such a model.
+      ValueError: the folder holds something other than a saved model, or its disk has too little space.
+      OSError: the folder cannot be written.
     """
-    if is_main():
-        write_pretrained(Path(folder), params, config, tokenizer, generation)
-    else:
-        read_along(params)
+    folder = Path(folder)
+    if not is_multi_process():
+        return write_pretrained(folder, params, config, tokenizer, generation)
+    with contextlib.ExitStack() as stack:
+        tensors = as_tensors(params)
+
+        def begin() -> str:
+            beside = stack.enter_context(_replacement(folder))
+            check_disk_space(beside, sum(num_bytes(tensor) for tensor in tensors.values()))
+            return str(beside)
+
+        beside = Path(run_on_main(begin))
+        wait_for_file(beside)
+        write_sharded_in_parallel(beside, STEM, tensors)
+        if is_main():
+            _write_description(beside, config, tokenizer, generation)
     barrier(f"{folder} is written")
 
 
@@ -59,20 +82,36 @@ def write_pretrained(
     tokenizer: Tokenizer,
     generation: GenerationConfig,
 ) -> None:
-    """`save_pretrained` of one process alone, whatever others do: it holds all parameters or their files."""
-    if folder.is_dir() and any(folder.iterdir()) and not _holds_model(folder):
-        raise ValueError(f"{folder} holds something else than a saved model; give a new or empty folder.")
-    with new_folder(folder, overwrite=True) as beside:
+    """Does what `save_pretrained` does from one process, which can read all parameters by itself."""
+    with _replacement(folder) as beside:
         save_params(beside, params)
-        tokenizer.save(beside)
-        # Kernels belong to the machine that trains, not to the model.
-        config = dataclasses.replace(config, attention=AttentionConfig())
-        content = {"format": FORMAT, "model": to_dict(config), "generation": to_dict(generation)}
-        (beside / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        _write_description(beside, config, tokenizer, generation)
+
+
+def _replacement(folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """Returns a `new_folder` in place of an older model's folder.
+
+    Raises:
+      ValueError: the folder holds something other than a saved model.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not _holds_model(folder):
+        raise ValueError(f"{folder} holds something other than a saved model; give a new or an empty folder.")
+    return new_folder(folder, overwrite=True)
+
+
+def _write_description(
+    folder: Path, config: DreamLLMConfig, tokenizer: Tokenizer, generation: GenerationConfig
+) -> None:
+    """Writes the tokenizer and `config.json`."""
+    tokenizer.save(folder)
+    # Attention kernels belong to the machine that trains, not to the model.
+    config = dataclasses.replace(config, attention=AttentionConfig())
+    content = {"format": FORMAT, "model": to_dict(config), "generation": to_dict(generation)}
+    (folder / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _holds_model(folder: Path) -> bool:
-    """Whether a folder was written by `save_pretrained`, and may be written anew."""
+    """Returns whether `save_pretrained` wrote the folder, so that it may be replaced."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -81,7 +120,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def open_pretrained(path: str | Path, dtype: str | None = None) -> Pretrained:
-    """Opens a folder that `save_pretrained` wrote; its parameters are not read yet, `dtype` casts them.
+    """Opens a folder that `save_pretrained` wrote. Its parameters are not read yet; `dtype` converts them.
 
     `convert.opening.open_model` also opens checkpoints in PyTorch's formats and models on the hub.
 
@@ -100,7 +139,7 @@ def open_pretrained(path: str | Path, dtype: str | None = None) -> Pretrained:
     content = read_json(folder / "config.json")
     missing = [key for key in ("model", "generation") if key not in content]
     if missing:
-        raise ValueError(f"{folder}/config.json has no {' and no '.join(missing)}; the folder is damaged.")
+        raise ValueError(f"{folder}/config.json lacks {' and '.join(missing)}; the folder is damaged.")
     generation = build(GenerationConfig, content["generation"], "generation", saved=True)
     params = cast(open_params(folder), dtype)
     config, params, tokenizer = with_control_tokens(
@@ -119,14 +158,14 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def check_complete(folder: str | Path, config: DreamLLMConfig, params: Mapping[str, Any]) -> None:
-    """Checks that a folder's (flat) parameters are those of its config's model.
+    """Checks that a folder's parameters (flat) are exactly those of its config's model.
 
     Raises:
-      ValueError: some are missing, misshapen or have no place in it, by name.
+      ValueError: a parameter is missing, has another shape, or does not belong to the model.
     """
     expected = parameter_shapes(config)
     wrong = [f"{name} is missing" for name in expected.keys() - params.keys()]
-    wrong += [f"{name} has no place in it" for name in params.keys() - expected.keys()]
+    wrong += [f"{name} does not belong to it" for name in params.keys() - expected.keys()]
     wrong += [
         f"{name} has shape {tuple(params[name].shape)}, not {shape}"
         for name, shape in expected.items()

@@ -1,7 +1,7 @@
-"""The converted form on disk: our parameter paths in safetensors shards, whole or absent.
+"""Parameters in a folder of safetensors shards, under the project's own parameter paths.
 
-A folder of it holds `params*.safetensors`, `params.safetensors.index.json` (where each parameter is, and
-its checksum; written last, so that a folder without it is incomplete) and what the caller adds.
+The folder holds `params*.safetensors` and `params.safetensors.index.json`, which has the file and the
+checksums of each parameter. The index is written last: a folder without it is incomplete.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from dreamllm_jax.checkpoint.tensors import (
     ArrayTensor,
     Cast,
     Tensor,
-    chunk_readers,
     contiguous,
-    needs_all_processes,
     num_bytes,
     row_ranges,
 )
@@ -41,7 +39,7 @@ _DTYPE_ARGUMENTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "flo
 
 
 def as_tensors(params: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Path -> tensor, of a nested or flat mapping of arrays (numpy, jax) or tensors."""
+    """Returns path -> tensor for a nested or flat mapping of arrays (numpy, jax) or tensors."""
     flat = flatten_dict(dict(params), sep="/")
     return {
         path: value if isinstance(value, Tensor) else ArrayTensor(path, value) for path, value in flat.items()
@@ -49,7 +47,11 @@ def as_tensors(params: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
-    """The tensors seen in another floating dtype ("float32", "bfloat16", ...; None leaves them)."""
+    """Returns the tensors converted to another floating dtype ("float32", "bfloat16", ...; None: unchanged).
+
+    Raises:
+      ValueError: the dtype is unknown.
+    """
     if dtype is None:
         return dict(tensors)
     if dtype not in _DTYPE_ARGUMENTS:
@@ -66,11 +68,13 @@ def save_params(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """Writes parameters (nested dicts of arrays, or path -> tensor) into `folder`, streaming.
+    """Streams parameters (nested dicts of arrays, or path -> tensor) into `folder`, from this process alone.
 
-    Arrays on devices are fetched one at a time. Existing parameters there are replaced; an
-    interrupted call leaves a folder that `open_params` refuses. Use it inside `new_folder` to make
-    the whole folder appear at once.
+    Existing parameters in the folder are replaced. An interrupted call leaves a folder that `open_params`
+    refuses; use `new_folder` to make the folder appear only when it is complete.
+
+    Raises:
+      ValueError: an unknown dtype, or too little disk space.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,22 +84,14 @@ def save_params(
     for old in [folder / INDEX, *folder.glob(f"{STEM}*.safetensors")]:
         old.unlink(missing_ok=True)
     with progress_bar(total, f"writing {folder.name}", progress) as step:
-        write_sharded(folder, STEM, tensors, shard_bytes, step, always_index=True)
-
-
-def read_along(params: Mapping[str, Any]) -> None:
-    """What the other processes do while process 0 calls `save_params`: their share of the reading."""
-    for tensor in as_tensors(params).values():
-        if needs_all_processes(tensor):
-            for read in chunk_readers(tensor):
-                read()
+        write_sharded(folder, STEM, tensors, shard_bytes, step, with_checksums=True)
 
 
 def open_params(folder: str | Path) -> dict[str, Tensor]:
-    """Path -> tensor of a converted folder, unread; each is verified against its checksum when read.
+    """Returns path -> tensor of a folder of parameters, unread. Checksums are verified when a tensor is read.
 
     Raises:
-      ValueError: not a converted folder, an incomplete or a damaged one.
+      ValueError: the folder has no index, is incomplete, or is damaged.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
@@ -117,9 +113,10 @@ def open_params(folder: str | Path) -> dict[str, Tensor]:
 
 
 def read_blocks(tensor: Tensor, indices: Sequence[Index]) -> list[np.ndarray]:
-    """The blocks of a tensor that `indices` (slices of every axis) ask for.
+    """Returns the blocks of a tensor that `indices` select; an index has one slice per axis.
 
-    What several blocks share is read once, a few rows at a time where rows can be read apart.
+    Rows that several blocks share are read once, in chunks if the tensor is row-readable. For a tensor of
+    shape [4, 6] divided over four devices as 2 x 2, rows 0..1 are read once for the two upper blocks.
     """
     if not tensor.shape:
         return [tensor.read() for _ in indices]
@@ -137,9 +134,9 @@ def read_blocks(tensor: Tensor, indices: Sequence[Index]) -> list[np.ndarray]:
 
 
 def to_device(value: Any, sharding: Sharding, dtype: Any = None) -> jax.Array:
-    """A tensor or an array as a jax.Array of its own; `dtype` casts it.
+    """Returns a new jax.Array with the values of a tensor or an array; `dtype` converts them.
 
-    Of what is not yet on devices, this process reads only what its own devices need.
+    Of values that are not on devices yet, this process reads only the rows that its own devices hold.
     """
     if isinstance(value, jax.Array):
         return jax.device_put(value if dtype is None else value.astype(dtype), sharding, may_alias=False)
@@ -161,7 +158,7 @@ def _ends(index: Index) -> tuple[tuple[int | None, int | None], ...]:
 
 @contextlib.contextmanager
 def progress_bar(total: int, label: str, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A function to report written bytes to; shows them with their rate on standard error."""
+    """Yields a function that takes the number of bytes written, and shows a progress bar if `shown`."""
     if not shown:
         yield lambda count: None
         return
@@ -172,10 +169,10 @@ def progress_bar(total: int, label: str, shown: bool) -> Iterator[Callable[[int]
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
-    """Raises ValueError where the disk of `folder` has fewer than `needed` bytes free."""
+    """Raises ValueError if the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"{folder} needs {needed / 2**30:.1f} GiB of disk space, and {free / 2**30:.1f} GiB are free; "
-            "make room or choose another place."
+            "free some space, or choose another folder."
         )

@@ -1,7 +1,7 @@
-"""The safetensors format, lazily in both directions.
+"""Reads and writes the safetensors format lazily.
 
-The `safetensors` package writes a shard only from tensors that are all in memory; here values are
-streamed piece by piece, since one stacked leaf of a 7B model is larger than many machines' memory.
+The `safetensors` package writes a file only from tensors that are all in memory. Here values are streamed in
+chunks, because one stacked parameter of a 7B model is larger than the memory of many machines.
 
 Format: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """
@@ -33,13 +33,12 @@ SHARD_BYTES = 5 * 10**9
 
 
 def read_safetensors(file: str | Path, checksums: Mapping[str, Checksums] | None = None) -> dict[str, Tensor]:
-    """The tensors of one file, unread.
+    """Returns the tensors of one file, unread.
 
-    `checksums` (by name), where given, are verified when a tensor is read: the format itself
-    has none.
+    `checksums`, by name, are verified when a tensor is read. The format itself has none.
 
     Raises:
-      ValueError: a truncated, damaged or foreign file, by name.
+      ValueError: the file is truncated, damaged, or of another format.
     """
     file = Path(file)
     size = os.path.getsize(file)
@@ -81,9 +80,9 @@ def read_safetensors(file: str | Path, checksums: Mapping[str, Checksums] | None
 
 
 class Checksummer:
-    """Collects the checksums of a tensor while its bytes are written in pieces of any size.
+    """Computes the checksums of a tensor while its bytes are written in chunks of any size.
 
-    A block is whole rows of the first axis, about a MiB or one row, so that rows can be verified
+    A block is complete rows of the first axis: about 1 MiB of them, or one row. Rows can thus be verified
     without reading others.
     """
 
@@ -94,7 +93,7 @@ class Checksummer:
         self.filled = 0
 
     def update(self, data: memoryview) -> None:
-        """Takes the next bytes."""
+        """Adds the next bytes."""
         while len(data):
             if self.filled == 0:
                 self.crcs.append(0)
@@ -104,7 +103,7 @@ class Checksummer:
             data = data[len(part) :]
 
     def result(self) -> Checksums:
-        """The checksums of all bytes so far."""
+        """Returns the checksums of all bytes so far."""
         return Checksums(self.block, tuple(self.crcs))
 
 
@@ -113,10 +112,10 @@ def write_safetensors(
     tensors: Mapping[str, Tensor],
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Checksums]:
-    """Streams `tensors` into one file, in their order; returns each one's checksums.
+    """Streams `tensors` into one file, in their order, and returns the checksums of each.
 
-    `progress` is called with the number of bytes after each piece. The file appears under its name
-    only when it is complete.
+    `progress` is called with the number of bytes of each chunk. The file appears under its name only when it
+    is complete.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -133,16 +132,23 @@ def write_safetensors(
     names = list(tensors)
     with atomic_write(file) as beside, beside.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for number, piece in stream_chunks(tensors.values()):
-            data = memoryview(piece.reshape(-1).view("u1")) if piece.size else memoryview(b"")
+        for number, chunk in stream_chunks(tensors.values()):
+            data = memoryview(chunk.reshape(-1).view("u1")) if chunk.size else memoryview(b"")
             out.write(data)
             sums[names[number]].update(data)
             progress(len(data))
     return {name: done.result() for name, done in sums.items()}
 
 
-def shards(tensors: Mapping[str, Tensor], limit: int = SHARD_BYTES) -> list[dict[str, Tensor]]:
-    """Splits tensors, in order, into groups of at most `limit` bytes (or of one larger tensor)."""
+def plan_shards(
+    stem: str, tensors: Mapping[str, Tensor], limit: int = SHARD_BYTES
+) -> dict[str, dict[str, Tensor]]:
+    """Returns file name -> its tensors, in order; a file has at most `limit` bytes, or one larger tensor.
+
+    One file is called `stem.safetensors`, several are numbered as transformers does. With a limit of 10 bytes
+    and tensors of 4, 4 and 8 bytes, `a-00001-of-00002.safetensors` gets the first two, and
+    `a-00002-of-00002.safetensors` the third.
+    """
     groups: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -151,7 +157,24 @@ def shards(tensors: Mapping[str, Tensor], limit: int = SHARD_BYTES) -> list[dict
             filled = 0
         groups[-1][name] = tensor
         filled += num_bytes(tensor)
-    return groups
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, start=1)}
+
+
+def write_index(
+    folder: Path,
+    stem: str,
+    files: Mapping[str, Mapping[str, Tensor]],
+    checksums: Mapping[str, Checksums] | None = None,
+) -> None:
+    """Writes `stem.safetensors.index.json`: the file of each tensor and, if given, its checksums."""
+    total = sum(num_bytes(tensor) for group in files.values() for tensor in group.values())
+    weight_map = {name: file for file, group in files.items() for name in group}
+    index: dict[str, object] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if checksums is not None:
+        index["checksums"] = {name: dataclasses.astuple(checksums[name]) for name in weight_map}
+    write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def write_sharded(
@@ -160,37 +183,25 @@ def write_sharded(
     tensors: Mapping[str, Tensor],
     limit: int = SHARD_BYTES,
     progress: Callable[[int], None] = lambda count: None,
-    always_index: bool = False,
-) -> dict[str, Checksums]:
-    """Writes `stem.safetensors`, or numbered shards and `stem.safetensors.index.json`, as transformers does.
+    with_checksums: bool = False,
+) -> None:
+    """Writes `stem.safetensors`, or numbered shards with an index, as transformers does.
 
-    Returns the checksums. With `always_index` one shard has an index too.
+    `with_checksums` writes an index with the checksums of all tensors, even for a single shard.
     """
     folder = Path(folder)
-    groups = shards(tensors, limit)
-    weight_map, checksums = {}, {}
-    for i, group in enumerate(groups):
-        name = (
-            f"{stem}.safetensors"
-            if len(groups) == 1
-            else f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-        )
-        checksums.update(write_safetensors(folder / name, group, progress))
-        weight_map.update(dict.fromkeys(group, name))
-    if len(groups) > 1 or always_index:
-        total = sum(num_bytes(t) for t in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        if always_index:
-            index["checksums"] = {name: dataclasses.astuple(sums) for name, sums in checksums.items()}
-        write_json(folder / f"{stem}.safetensors.index.json", index)
-    return checksums
+    files, checksums = plan_shards(stem, tensors, limit), {}
+    for file, group in files.items():
+        checksums |= write_safetensors(folder / file, group, progress)
+    if len(files) > 1 or with_checksums:
+        write_index(folder, stem, files, checksums if with_checksums else None)
 
 
 def read_index(index: str | Path) -> dict[str, str]:
-    """The shard of each tensor, from a `*.index.json`; shards are plain names beside it, and exist.
+    """Returns the shard of each tensor, from a `*.index.json`. The shards are files in the same folder.
 
     Raises:
-      ValueError: a damaged index, missing shards (all named), or one that points elsewhere.
+      ValueError: the index is damaged, names missing shards (all are listed), or points to another folder.
     """
     index = Path(index)
     try:

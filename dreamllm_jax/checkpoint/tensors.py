@@ -1,14 +1,18 @@
-"""Tensors that are read only when asked for: from files, from memory, and as views of each other.
+"""Lazy tensors: read on demand from files or memory, or seen through another tensor.
 
-Every reader, rule and writer of the conversion speaks `Tensor`: a name for error messages, a
-shape, a dtype and `read`, which returns (rows of) the values. Nothing is held in memory longer
-than its caller holds it, so checkpoints larger than memory pass through.
+All readers, rules and writers of checkpoints use the protocol `Tensor`: an origin for error messages, a
+shape, a dtype, and `read`, which returns the values or some rows of them. Nothing is cached, so a checkpoint
+may be larger than memory.
+
+Example, a stack of three layers of which only the second is read:
+
+    layers = Stacked(tuple(FileTensor(...) for _ in range(3)))   # shape [3, D, F]
+    layers.read(1, 2)                                            # [1, D, F], one file access
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +26,7 @@ from dreamllm_jax.distributed import spans_processes, to_host
 
 Shape = tuple[int, ...]
 
-# Names of the safetensors format, and what numpy (with ml_dtypes) calls them.
+# The dtype names of the safetensors format, and the numpy (ml_dtypes) dtypes they stand for.
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -42,15 +46,15 @@ DTYPES: dict[str, np.dtype] = {
 }
 DTYPE_NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-# Threads that read and transform pieces ahead of the writer.
+# Threads that read and transform chunks ahead of the writer.
 READERS = 2
 
 
 @runtime_checkable
 class Tensor(Protocol):
-    """Values somewhere: `origin` says where, `read(start, stop)` fetches rows of the first axis.
+    """Values that `read(start, stop)` fetches, by rows of the first axis; `origin` says where they are.
 
-    `row_readable` says that some rows cost less than all of them.
+    `row_readable` says that reading a few rows costs less than reading all of them.
     """
 
     @property
@@ -65,7 +69,7 @@ class Tensor(Protocol):
 
 
 def is_floating(dtype: np.dtype) -> bool:
-    """True for float16/32/64, bfloat16 and the float8 kinds (numpy knows only its own)."""
+    """Returns True for float16/32/64, bfloat16 and float8; numpy alone recognizes only its own types."""
     return np.issubdtype(dtype, np.floating) or dtype in (
         DTYPES["BF16"],
         DTYPES["F8_E4M3"],
@@ -74,12 +78,13 @@ def is_floating(dtype: np.dtype) -> bool:
 
 
 def num_bytes(tensor: Tensor) -> int:
+    """Returns the size of a tensor's values in bytes."""
     return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """A strided view of a storage: `start` and `strides` count elements, as torch counts them."""
+    """A strided view of a byte range of a file; `start` and `strides` count elements, as in torch."""
 
     name: str
     storage: ByteRange
@@ -92,12 +97,12 @@ class FileTensor:
         if self.strides is not None and self.strides == _contiguous(self.shape):
             object.__setattr__(self, "strides", None)
         steps = zip(self.shape, self.strides or _contiguous(self.shape), strict=True)
-        inside = 0 not in self.shape
-        last = self.start + sum((n - 1) * s for n, s in steps) if inside else self.start - 1
+        empty = 0 in self.shape
+        last = self.start - 1 if empty else self.start + sum((n - 1) * s for n, s in steps)
         negative = self.start < 0 or min(self.shape + (self.strides or ()), default=0) < 0
         if negative or (last + 1) * self.dtype.itemsize > self.storage.size:
             raise ValueError(
-                f"{self.origin}: a tensor of shape {self.shape} does not lie inside its storage of "
+                f"{self.origin}: a tensor of shape {self.shape} exceeds its storage of "
                 f"{self.storage.size} bytes; the file is damaged."
             )
 
@@ -125,7 +130,7 @@ class FileTensor:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayTensor:
-    """An array in memory (numpy, or a jax.Array, fetched from its devices when read)."""
+    """An array in memory: numpy, or a jax.Array that is copied from its devices when read."""
 
     name: str
     array: Any
@@ -152,7 +157,7 @@ class ArrayTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Mapped:
-    """A tensor seen through a function that only moves its elements (transposes, drops axes of 1)."""
+    """A tensor seen through a function that only rearranges its elements (transpose, squeeze)."""
 
     base: Tensor
     function: Callable[[np.ndarray], np.ndarray]
@@ -164,7 +169,7 @@ class Mapped:
 
     @property
     def shape(self) -> Shape:
-        # A broadcast scalar has every shape and no memory.
+        # A broadcast scalar takes any shape without allocating memory.
         return self.function(np.broadcast_to(np.zeros((), np.uint8), self.base.shape)).shape
 
     @property
@@ -178,7 +183,7 @@ class Mapped:
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """Tensors of one shape and dtype along a new first axis."""
+    """Tensors of equal shape and dtype, stacked along a new first axis."""
 
     parts: tuple[Tensor, ...]
     row_readable = True
@@ -232,7 +237,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cast:
-    """A tensor in another floating dtype; integers and booleans stay what they are."""
+    """A tensor converted to another floating dtype; integers and booleans are unchanged."""
 
     base: Tensor
     to: np.dtype
@@ -257,17 +262,47 @@ class Cast:
         return self.base.read(start, stop).astype(self.dtype, copy=False)
 
 
-def needs_all_processes(tensor: Tensor) -> bool:
-    """Whether the values lie on devices of several processes, which all read the same pieces in one order."""
+@dataclasses.dataclass(frozen=True)
+class DeliveredTensor:
+    """A tensor whose chunks another thread reads and delivers, in the order of `chunk_ranges`."""
+
+    base: Tensor
+    next_chunk: Callable[[], np.ndarray]
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    @property
+    def row_readable(self) -> bool:
+        return self.base.row_readable
+
+    @property
+    def shape(self) -> Shape:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        return self.next_chunk()
+
+
+def spanning_array(tensor: Tensor) -> Any | None:
+    """Returns the jax.Array of a tensor whose values are divided among processes, or None.
+
+    All processes must take part in reading such a tensor: see `distributed.gather_rows`.
+    """
     base = tensor.base if isinstance(tensor, Cast) else tensor
-    return isinstance(base, ArrayTensor) and spans_processes(base.array)
+    return base.array if isinstance(base, ArrayTensor) and spans_processes(base.array) else None
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in row-major order; transposed matrices are copied in strips that fit the cache.
+    """Returns the array in row-major order; transposed matrices are copied in strips that fit the cache.
 
-    numpy's own copy of a large transposed matrix misses the cache at nearly every element and is
-    several times slower.
+    numpy's own copy of a large transposed matrix misses the cache at nearly every element, which is several
+    times slower.
     """
     if array.ndim != 2 or array.flags.c_contiguous or not array.T.flags.c_contiguous:
         return np.ascontiguousarray(array)
@@ -278,19 +313,23 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out
 
 
-def chunk_readers(tensor: Tensor) -> list[Callable[[], np.ndarray]]:
-    """Readers of the values in order, as contiguous whole rows, small where rows can be read apart."""
+def chunk_ranges(tensor: Tensor) -> list[tuple[int | None, int | None]]:
+    """Returns the (start, stop) rows of the chunks in which a tensor is streamed, in order.
+
+    A chunk is about `CHUNK_BYTES` of complete rows. A small tensor, or one that is not row-readable, is one
+    chunk: [(None, None)].
+    """
     if num_bytes(tensor) <= CHUNK_BYTES or not tensor.row_readable:
-        return [lambda: contiguous(tensor.read())]
-    return [functools.partial(_read_rows, tensor, *ends) for ends in row_ranges(tensor, 0, tensor.shape[0])]
+        return [(None, None)]
+    return [*row_ranges(tensor, 0, tensor.shape[0])]
 
 
-def _read_rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+def _read_chunk(tensor: Tensor, start: int | None, stop: int | None) -> np.ndarray:
     return contiguous(tensor.read(start, stop))
 
 
 def row_ranges(tensor: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
-    """Rows start..stop in ranges that are read at once: small ones, where rows can be read apart."""
+    """Returns ranges that cover rows start..stop: about `CHUNK_BYTES` each, or one if not row-readable."""
     if not tensor.row_readable:
         return [(start, stop)]
     rows = max(1, CHUNK_BYTES * tensor.shape[0] // max(num_bytes(tensor), 1))
@@ -298,14 +337,14 @@ def row_ranges(tensor: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
 
 
 def stream_chunks(tensors: Iterable[Tensor]) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the tensor, next piece of it), in order; a few pieces are read ahead by threads."""
+    """Yields (index of the tensor, its next chunk) in order. Threads read a few chunks ahead."""
     waiting: deque[tuple[int, Future]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
         try:
             for number, tensor in enumerate(tensors):
-                submit = _read_in_this_thread if needs_all_processes(tensor) else pool.submit
-                for read in chunk_readers(tensor):
-                    waiting.append((number, submit(read)))
+                submit = _read_in_this_thread if isinstance(tensor, DeliveredTensor) else pool.submit
+                for start, stop in chunk_ranges(tensor):
+                    waiting.append((number, submit(_read_chunk, tensor, start, stop)))
                     if len(waiting) > READERS:
                         done, future = waiting.popleft()
                         yield done, future.result()
@@ -317,10 +356,10 @@ def stream_chunks(tensors: Iterable[Tensor]) -> Iterator[tuple[int, np.ndarray]]
                 future.cancel()
 
 
-def _read_in_this_thread(read: Callable[[], np.ndarray]) -> Future:
-    """Reads at once, in this thread: what processes do together keeps its order."""
+def _read_in_this_thread(read: Callable[..., np.ndarray], *arguments: Any) -> Future:
+    """Reads at once, so that delivered chunks keep their order."""
     future: Future = Future()
-    future.set_result(read())
+    future.set_result(read(*arguments))
     return future
 
 

@@ -1,4 +1,4 @@
-"""What the environment says of the processes that belong together: JAX's variables, and the launchers'."""
+"""Reads from the environment which processes run together: JAX's own variables, and those of launchers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 EXPLICIT = f"set {ADDRESS} (host:port of process 0), {COUNT} and {INDEX}"
 
-# Variables by which launchers say how many processes they started.
+# Variables in which launchers give the number of processes they started.
 _COUNTS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
 
 
 class ProcessSpec(NamedTuple):
-    """This process among all: where process 0 listens, how many there are, which one this is."""
+    """The address of process 0, the number of processes, and the index of this one."""
 
     address: str
     count: int
@@ -23,21 +23,21 @@ class ProcessSpec(NamedTuple):
 
 
 def explicit_process(environment: Mapping[str, str]) -> ProcessSpec | None:
-    """What the three variables say; None where neither count nor index is set.
+    """Returns what JAX's three variables say, or None if neither count nor index is set.
 
-    An address alone is left to JAX, which takes count and index from the cluster.
+    With an address alone, JAX takes count and index from the cluster.
 
     Raises:
-      ValueError: one of them is missing, is no number, or disagrees with another or with SLURM or MPI.
+      ValueError: a variable is missing, is not a number, or contradicts another one, SLURM or MPI.
     """
     given = [name for name in (ADDRESS, COUNT, INDEX) if _value(environment, name)]
-    alone = _value(environment, COUNT) == "1"
+    single = _value(environment, COUNT) == "1"
     if COUNT not in given and INDEX not in given:
         if given and launcher_hint(environment) is None and not _in_cluster(environment):
             raise ValueError(f"{ADDRESS} is set, but {COUNT} and {INDEX} are not; set all three, or none.")
         return None
     missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
-    if missing and not alone:
+    if missing and not single:
         raise ValueError(
             f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set, but {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not; set all three, or none."
@@ -46,20 +46,19 @@ def explicit_process(environment: Mapping[str, str]) -> ProcessSpec | None:
     count, index = count or 0, index or 0
     if not 0 <= index < count:
         raise ValueError(
-            f"{INDEX}={index} does not fit {COUNT}={count}; they are numbered from 0, up to one less than "
-            "there are."
+            f"{INDEX}={index} does not fit {COUNT}={count}; processes are numbered from 0 to {count - 1}."
         )
-    if alone:
+    if single:
         return ProcessSpec("", 1, 0)
     address = environment[ADDRESS]
     if not re.fullmatch(r".+:\d+", address):
-        raise ValueError(f"{ADDRESS}={address} is no host:port; give, for example, 10.0.0.1:1234.")
+        raise ValueError(f"{ADDRESS}={address} is not host:port; give, for example, 10.0.0.1:1234.")
     _check_launcher(environment, count, index)
     return ProcessSpec(address, count, index)
 
 
 def launcher_hint(environment: Mapping[str, str]) -> str | None:
-    """The variable, with its value, by which a launcher says that it started several processes."""
+    """Returns the variable and value that show that a launcher started several processes, or None."""
     for name in _COUNTS:
         value = _value(environment, name)
         if value.isdigit() and int(value) > 1:
@@ -73,7 +72,7 @@ def launcher_hint(environment: Mapping[str, str]) -> str | None:
 
 
 def _value(environment: Mapping[str, str], name: str) -> str:
-    """The variable's value; empty where it is not set."""
+    """Returns the variable's value, or "" if it is not set."""
     return environment[name] if name in environment else ""
 
 
@@ -82,12 +81,12 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
     if not value:
         return None
     if not value.isdigit():
-        raise ValueError(f"{name}={value} is no whole number; give 0, 1, 2 and so on.")
+        raise ValueError(f"{name}={value} is not an integer; give 0, 1, 2 and so on.")
     return int(value)
 
 
 def _check_launcher(environment: Mapping[str, str], count: int, index: int) -> None:
-    """A launcher that started several processes must count and number them as the three variables do."""
+    """Checks that SLURM or MPI gives the same count and index as JAX's variables."""
     for size, rank in (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
         theirs = [_integer(environment, name) for name in (size, rank)]
         if None in theirs or theirs[0] == 1 or (rank == "SLURM_PROCID" and not _in_slurm_step(environment)):
@@ -104,29 +103,29 @@ def _in_slurm_step(environment: Mapping[str, str]) -> bool:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether JAX may take from a cluster what the three variables do not say."""
+    """Returns whether JAX may detect a cluster that gives what the three variables leave out."""
     names = ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_ID", "KUBERNETES_SERVICE_HOST")
     return any(name in environment for name in names)
 
 
 def mpi_detection_method(environment: Mapping[str, str]) -> str | None:
-    """JAX's name for MPIs that it knows only when asked: all but Open MPI up to version 4."""
+    """Returns "mpi4py" for MPIs that JAX detects only on request: all but Open MPI up to version 4."""
     started = any(_value(environment, n) not in ("", "1") for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
     known = "OMPI_MCA_orte_hnp_uri" in environment or _in_slurm_step(environment)
     return "mpi4py" if started and not known and importlib.util.find_spec("mpi4py") else None
 
 
 def gpus_of_single_task(environment: Mapping[str, str]) -> list[int] | None:
-    """All GPUs of the node, for the only task of SLURM on it; JAX would give it the first one alone."""
+    """Returns all GPUs of a node on which SLURM runs one task, or None. JAX would use only the first GPU."""
     gpus = _value(environment, "SLURM_GPUS_ON_NODE")
-    lone = re.fullmatch(r"1(\(x\d+\))?", _value(environment, "SLURM_STEP_TASKS_PER_NODE"))
-    if not _in_slurm_step(environment) or not lone or not gpus.isdigit():
+    single = re.fullmatch(r"1(\(x\d+\))?", _value(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    if not _in_slurm_step(environment) or not single or not gpus.isdigit():
         return None
     return None if _value(environment, "JAX_LOCAL_DEVICE_IDS") else list(range(int(gpus)))
 
 
 def no_cluster_found(error: Exception, environment: Mapping[str, str]) -> bool:
-    """Whether JAX says that no cluster is there (or that this pod belongs to none, or that it has begun)."""
+    """Returns whether JAX's error means that there is no cluster, no group for this pod, or a late call."""
     text = str(error)
     return (
         "coordinator_address should be defined" in text

@@ -1,4 +1,4 @@
-"""The notice that a run will be ended soon: SIGTERM, as spot TPUs, SLURM, Kubernetes and shells send it."""
+"""Preemption: a SIGTERM asks a run to end, as spot TPUs, SLURM, Kubernetes and shells send it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from jax.experimental import multihost_utils
 
 from dreamllm_jax.distributed.coordination import is_multi_process
 
-# JAX agrees on one of these numbers; they go on over the stages of a run, whose steps begin anew.
+# JAX compares these numbers between processes. They must keep growing, so stages share one counter.
 _sync_points = itertools.count(1)
 
 
 class Preempted(Exception):
-    """The run was asked to end, and what it had done is saved."""
+    """The run was asked to end, and its state is saved."""
 
 
 class PreemptionGuard:
-    """Within it a first SIGTERM does not end the process: the work sees it between two steps.
+    """A context in which the first SIGTERM sets a flag and does not end the process.
 
-    With several processes JAX takes the signal (from `initialize` on) and tells the others.
+    The work checks `requested` between two steps. A second SIGTERM ends the process at once. With several
+    processes JAX handles the signal (from `initialize` on) and informs the other processes.
     """
 
     def __init__(self) -> None:
@@ -33,20 +34,21 @@ class PreemptionGuard:
             self._previous = signal.signal(signal.SIGTERM, self._handle_signal)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, where: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self._restore_handler()
 
     def requested(self) -> bool:
-        """Whether the run shall end here: the same answer on all processes; all ask after every step."""
-        return (
-            multihost_utils.reached_preemption_sync_point(next(_sync_points))
-            if is_multi_process()
-            else self._requested
-        )
+        """Returns whether the run was asked to end: the same answer on all processes.
+
+        Every process must call this after every step.
+        """
+        if is_multi_process():
+            return multihost_utils.reached_preemption_sync_point(next(_sync_points))
+        return self._requested
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
-        self._restore_handler()  # a second one ends at once
+        self._restore_handler()
 
     def _restore_handler(self) -> None:
         if self._previous is not None:

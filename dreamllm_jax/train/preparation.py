@@ -45,15 +45,7 @@ def prepare_index(config: DataConfig, folder: Path) -> None:
     """
     if not any(has_index(source) for source in config.sources):
         return
-    files, problem, failed = [], None, False
-    if distributed.is_main():
-        try:
-            files = [str(file) for file in index_sources(config.sources, folder)]
-        except (ValueError, OSError) as error:
-            problem, failed = str(error), isinstance(error, OSError)
-    files, problem, failed = distributed.broadcast_from_main([files, problem, failed])
-    if problem is not None:
-        raise (OSError if failed else ValueError)(problem)
+    files = distributed.run_on_main(lambda: [str(file) for file in index_sources(config.sources, folder)])
     for file in files:
         distributed.wait_for_file(Path(file))
 

@@ -26,6 +26,7 @@ from examples.handwriting import evaluate as evaluation  # noqa: E402
 from examples.handwriting.words import corpus_text  # noqa: E402
 from tests.data.datasets import picture, write_tar  # noqa: E402
 from tests.data.fakes import WordTokenizer  # noqa: E402
+from tests.distributed.saving import check_saving  # noqa: E402
 from tests.train import tiny  # noqa: E402
 
 folder, index = Path(sys.argv[1]), jax.process_index()
@@ -53,8 +54,8 @@ assert complaint(distributed.check_equal_on_processes, "recipe", f"mine {index}"
 )
 distributed.check_shared_folder(folder / "shared")
 assert index or not list((folder / "shared").iterdir())  # process 0 has taken its token away
-apart = complaint(distributed.check_shared_folder, folder / str(index), 0.2)
-assert "is not one folder for all processes: process 1 cannot see" in apart
+not_shared = complaint(distributed.check_shared_folder, folder / str(index), 0.2)
+assert "is not one folder for all processes: process 1 cannot see" in not_shared
 (folder / "file").write_text("")
 assert complaint(distributed.check_shared_folder, folder / "file").startswith("process 0 cannot write into")
 assert "which process 0 has written" in complaint(distributed.wait_for_file, folder / "never", 0.1)
@@ -67,11 +68,15 @@ rows = np.arange(8.0, dtype=np.float32).reshape(4, 2)
 for mesh, held in ((make_mesh(MeshConfig(data=2, fsdp=1)), rows[2 * index : 2 * index + 2]), (across, rows)):
     batch = shard_batch(held, mesh, batch_size=4)
     np.testing.assert_array_equal(distributed.to_host(batch), rows)
-spread = jax.make_array_from_callback(
+divided = jax.make_array_from_callback(
     (4, 2), NamedSharding(across, PartitionSpec(None, ("tensor",))), lambda cut: rows[cut]
 )
-assert distributed.spans_processes(spread)
-np.testing.assert_array_equal(distributed.to_host(spread, 1, 3), rows[1:3])
+assert distributed.spans_processes(divided)
+np.testing.assert_array_equal(distributed.to_host(divided, 1, 3), rows[1:3])
+
+config = tiny.config(vision=None, unet=None, vae=None)
+tokenizer = train_tokenizer(corpus_text(), tiny.VOCABULARY)
+check_saving(folder / "saving", config, tokenizer)
 
 # Tars: process 0 alone reads their headers, and all know the pairs; one that is no tar is everyone's error.
 read, members = [], tar_index.members
@@ -92,8 +97,6 @@ assert "file" in complaint(prepare_index, tars, folder / "file" / "index")
 
 # Evaluation: process 0 alone measures and writes a model, the others wait for it.
 def evaluate(workdir: Path) -> bool:
-    config = tiny.config(vision=None, unet=None, vae=None)
-    tokenizer = train_tokenizer(corpus_text(), tiny.VOCABULARY)
     write_pretrained(workdir / "trained", tiny.random_params(config), config, tokenizer, GenerationConfig())
     evaluation.export(workdir / "trained", workdir / "exported")
     return True

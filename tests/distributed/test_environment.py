@@ -91,7 +91,7 @@ def test_mpi(asked, monkeypatch):
 WRONG = {
     "no index": ({ADDRESS: "a:1", COUNT: "2"}, f"{INDEX} is not; set all three, or none."),
     "an address alone": ({ADDRESS: "a:1"}, f"{COUNT} and {INDEX} are not; set all three, or none."),
-    "no number": (SET | {COUNT: "two"}, f"{COUNT}=two is no whole number"),
+    "no number": (SET | {COUNT: "two"}, f"{COUNT}=two is not an integer"),
     "too large an index": (SET | {INDEX: "4"}, f"{INDEX}=4 does not fit {COUNT}=4"),
     "no port": (SET | {ADDRESS: "10.0.0.1"}, "is no host:port"),
     "SLURM counts otherwise": (SET | SLURM, "contradict SLURM_NTASKS=2 and SLURM_PROCID=1"),
@@ -119,7 +119,8 @@ def test_the_others_are_not_found(asked):
 def test_a_host_that_is_late_is_no_wrong_recipe(asked):
     """The training ends with exit code 1 then, after which clusters start it again; with 2 they do not."""
     unknown = RuntimeError("Failed to recognize coordinator address slice-0-0.dream")
-    with pytest.raises(TimeoutError, match=r"address slice-0-0.dream: the host .* was not found within 9 s"):
+    sentence = r"address slice-0-0.dream: the host of process 0 was not found within 9 s"
+    with pytest.raises(TimeoutError, match=sentence):
         asked({"TPU_WORKER_HOSTNAMES": "slice-0-0.dream,slice-0-1.dream"}, unknown)
 
 

@@ -147,18 +147,18 @@ def test_an_incomplete_folder(model, tmp_path, flatten_params):
     with pytest.raises(ValueError) as error:
         DreamLLM.from_pretrained(tmp_path)
     message = str(error.value)
-    assert f"{name} is missing" in message and "llama/strange has no place in it" in message
+    assert f"{name} is missing" in message and "llama/strange does not belong to it" in message
     config = json.loads((tmp_path / "config.json").read_text())
     del config["generation"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="has no generation; the folder is damaged"):
+    with pytest.raises(ValueError, match="lacks generation; the folder is damaged"):
         DreamLLM.from_pretrained(tmp_path)
 
 
 def test_saving_spares_what_is_no_model(model, tmp_path):
     """Saving replaces an older model, but nothing else."""
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds something else than a saved model"):
+    with pytest.raises(ValueError, match="holds something other than a saved model"):
         model.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     for _ in range(2):
