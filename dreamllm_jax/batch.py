@@ -1,6 +1,6 @@
-"""The letters of every axis, and the static batch.
+"""`Batch`, the input of a train step, and the letters of all axes.
 
-One alphabet serves every signature, einsum and comment of the project:
+Signatures, einsums and comments of the project use one alphabet:
 
     B rows            L length           D LLM width       V vocabulary
     N query heads     K key/value heads  H head width      F MLP width
@@ -20,21 +20,28 @@ from jaxtyping import Array, Bool, Float, Int, Num
 @typing.no_type_check  # shapes and shardings travel in the same container
 @flax.struct.dataclass
 class Batch:
-    """Rows of fixed length with fixed image budgets; every array shards on its first axis.
+    """Rows of fixed length with fixed numbers of images. Every array is sharded along its first axis.
 
-    Several documents share a row: `segment_ids` counts them from 1 (0 is padding), `positions`
-    restart at 0 in each, attention never crosses them. Images enter by a gather within the row:
-    `image_slots` is -1, or `k * P + p` for patch p of the row's k-th image; `dream_slots` is -1,
-    or `k * Q + q` for query q of the row's k-th dream. `targets[b, l]` is the token that follows
-    position l, counted with `loss_weights[b, l]`.
+    Several documents share a row. `segment_ids` numbers them from 1 (0 is padding), `positions` restart at 0
+    in each, and attention never crosses them. `targets[b, l]` is the token that follows position l; its loss
+    has the weight `loss_weights[b, l]`. Images are inserted by a gather within the row: `image_slots` is `k *
+    P + p` for patch p of the row's k-th image, `dream_slots` is `k * Q + q` for query q of the row's k-th
+    dream, and both are -1 elsewhere. A row of 12 positions with two documents, P = 2 patches and Q = 2
+    queries:
 
-    `null_dream` names, per row, the dream of the empty prompt (`<s><dream_start> Q <dream_end>`),
-    whose state replaces a dropped condition; -1 where the row has none.
+        tokens        <s>  a  <im> im im </im> </s> <s> <dream> dr dr </dream>
+        segment_ids    1   1   1   1  1   1     1    2    2     2  2    2
+        positions      0   1   2   3  4   5     6    0    1     2  3    4
+        image_slots   -1  -1  -1   0  1  -1    -1   -1   -1    -1 -1   -1
+        dream_slots   -1  -1  -1  -1 -1  -1    -1   -1   -1     0  1   -1
 
-    `dream_sizes` are SDXL's size conditions of each dream: original height and width, crop top and
-    left, target height and width, in pixels. A field without use in a model may be None.
+    `null_dream` is the index of the row's dream for the empty prompt, `<s><dream> dr dr </dream>`, whose
+    condition replaces a dropped one; -1 if the row has none. In the row above it is 0.
 
-    Pictures are bytes; floats are taken as pixels normalized for their tower.
+    `dream_sizes` has SDXL's size conditions of each dream, in pixels: original height and width, crop top and
+    left, target height and width. A field that a model does not use may be None.
+
+    Images are uint8. Floating-point images are taken as pixels that are already normalized for their tower.
     """
 
     tokens: Int[Array, "B L"]

@@ -1,4 +1,4 @@
-"""`Document`: text and images in reading order, what users pass in and get back."""
+"""`Document`: text and images in reading order, as prompts and as generated output."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from PIL import Image
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """Strings and PIL images in reading order: what a prompt may be, and what the model writes.
+    """Strings and PIL images in reading order: a prompt, or what the model wrote.
 
-    Iterating yields the parts in order. Displayed in a notebook it shows itself as HTML.
-    `finish_reason` says of a generated document why it ends: "stop" (the model ended it) or
-    "length" (no room was left); None for any other.
+    Iteration yields the parts in order. A notebook displays the document as HTML. `finish_reason` says why a
+    generated document ends: "stop" (the model ended it) or "length" (no room was left). Others have None.
+
+    Example: `Document([image, "Which digit is this?"])`.
+
+    Raises:
+      ValueError: a part is neither a string nor a PIL image.
     """
 
     parts: tuple[str | Image.Image, ...] = ()
@@ -56,7 +60,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        """All text, the parts joined by a single space."""
+        """The text of all parts, joined by single spaces."""
         return " ".join(p.strip() for p in self.parts if isinstance(p, str) and p.strip())
 
     @property

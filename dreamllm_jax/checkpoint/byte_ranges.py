@@ -1,4 +1,4 @@
-"""Ranges of bytes in weight files, read on demand and verified against checksums where a format has them."""
+"""Byte ranges of weight files, read on demand and verified if the format has checksums."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-# Slices that are read, transformed and written at once stay below this.
+# The size of the chunks in which data is read, transformed and written.
 CHUNK_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Checksums:
-    """CRC-32 of consecutive blocks of `block` bytes; the last one may be shorter."""
+    """The CRC-32 of consecutive blocks of `block` bytes; the last block may be shorter."""
 
     block: int
     crcs: tuple[int, ...]
@@ -23,7 +23,7 @@ class Checksums:
 
 @dataclasses.dataclass(frozen=True)
 class ByteRange:
-    """A range of bytes in a file, with checksums where the format keeps them."""
+    """A range of bytes in a file, with checksums if the format has them."""
 
     file: Path
     offset: int
@@ -34,12 +34,16 @@ class ByteRange:
     def __post_init__(self):
         if self.offset + self.size > os.path.getsize(self.file):
             raise ValueError(
-                f"{self.file} is truncated: it ends at byte {os.path.getsize(self.file)}, its contents reach "
-                f"to byte {self.offset + self.size}; download or copy it again."
+                f"{self.file} is truncated: it ends at byte {os.path.getsize(self.file)}, and its contents "
+                f"end at byte {self.offset + self.size}; download or copy it again."
             )
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes start..stop of the range as a uint8 array; the blocks they touch are verified once."""
+        """Returns bytes start..stop of the range as uint8. The blocks that contain them are verified once.
+
+        Raises:
+          ValueError: the file cannot be read, is truncated, or does not match its checksums.
+        """
         if self.checksums is None:
             return self._bytes(start, stop)
         block = self.checksums.block
@@ -47,7 +51,7 @@ class ByteRange:
         if self.verified.issuperset(touched):
             return self._bytes(start, stop)
         low, high = touched.start * block, min(touched.stop * block, self.size)
-        if high - low > stop - start + CHUNK_BYTES:  # a small view of a large storage
+        if high - low > stop - start + CHUNK_BYTES:  # a small part of a large block
             for i in touched:
                 self._check(i, self._crc_of(i * block, min(i * block + block, self.size)))
             return self._bytes(start, stop)
@@ -76,7 +80,7 @@ class ByteRange:
         if crc != self.checksums.crcs[block]:
             start = self.offset + block * self.checksums.block
             raise ValueError(
-                f"{self.file} is damaged: what begins at byte {start} does not match its checksum; "
+                f"{self.file} is damaged: the data at byte {start} does not match its checksum; "
                 "download or copy it again."
             )
         self.verified.add(block)

@@ -1,4 +1,4 @@
-"""JSON files: read strictly, written whole or not at all."""
+"""JSON files: read strictly, written atomically."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dreamllm_jax.atomic import write_text
 
 
 def read_json(file: str | Path) -> dict:
-    """A JSON object from a file.
+    """Returns the JSON object in a file.
 
     Raises:
-      ValueError: it is missing or is not one.
+      ValueError: the file is missing, or does not hold a JSON object.
     """
     file = Path(file)
     try:
@@ -27,5 +27,5 @@ def read_json(file: str | Path) -> dict:
 
 
 def write_json(file: Path, content: object) -> None:
-    """Writes JSON so that the file is there whole or not at all."""
+    """Writes JSON atomically: the file is complete, or as it was before."""
     write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

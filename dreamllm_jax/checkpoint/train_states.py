@@ -1,4 +1,4 @@
-"""Checkpoints within a stage: the whole train state and the data's place, by orbax."""
+"""Checkpoints within a stage, by orbax: the train state, and the position in the data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ State = TypeVar("State")
 
 
 class StageCheckpoints:
-    """The latest states of one stage under `folder`; what is half written is never restored.
+    """The newest states of one stage in `folder`. An incomplete state is never restored.
 
-    Of several processes each writes and reads what its own devices hold, and all make every call.
+    Every process writes and reads what its own devices hold. All processes must make every call.
     """
 
     def __init__(self, folder: Path, every: int, keep: int):
@@ -23,13 +23,14 @@ class StageCheckpoints:
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def due(self, step: int) -> bool:
-        """Whether the state after `step` is to be saved: every so many steps, not after the first one."""
+        """Returns whether the state after `step` is to be saved: after each multiple of `every`."""
         return step % self._every == 0
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Saves; returns when the state is copied, and writes in the background.
+        """Saves the state after `step`. Returns when the state is copied; the files are written in the
+        background.
 
-        `data`, which is the same on all processes, is written by process 0.
+        `data` (JSON) must be equal on all processes. Process 0 writes it.
         """
         self._manager.save(
             step,
@@ -38,7 +39,7 @@ class StageCheckpoints:
         )
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest state, laid out as `like`, with the data's place; None where there is none."""
+        """Returns the newest state, sharded as `like`, and its `data`; None if nothing is saved."""
         step = self._manager.latest_step()
         if step is None:
             return None
@@ -50,6 +51,6 @@ class StageCheckpoints:
         return found["state"], found["data"]
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()

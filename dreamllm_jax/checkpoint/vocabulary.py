@@ -1,4 +1,4 @@
-"""The vocabulary of a model, extended by the control tokens that its tokenizer lacks."""
+"""Extends the vocabulary of a model by the control tokens that its tokenizer lacks."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dreamllm_jax.checkpoint.tensors import Shape, Tensor
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.data.tokenizer import Tokenizer
 
-# More rows than a tokenizer has tokens are usual (a round number, added tokens), within reason.
+# An embedding may have up to this many more rows than the tokenizer has tokens: padding, added tokens.
 _PADDING = 1024
-# Vocabularies: path and axis.
+# The parameters with a vocabulary axis, and that axis.
 _VOCABULARIES = {"llama/embed_tokens/embedding": 0, "llama/lm_head/kernel": 1}
 
 
 def with_control_tokens(
     model: DreamLLMConfig, params: dict[str, Tensor], folder: Path
 ) -> tuple[DreamLLMConfig, dict[str, Tensor], Tokenizer]:
-    """(config, parameters, tokenizer) of a model whose tokenizer is in `folder`.
+    """Returns (config, parameters, tokenizer) of a model whose tokenizer is in `folder`.
 
-    A tokenizer without DreamLLM's control tokens gets them, and every vocabulary the rows for them: each is
-    the mean of the rows that are there.
+    DreamLLM's control tokens are added to a tokenizer that lacks them. The embedding and the output head get
+    a row for each, the mean of the existing rows.
 
     Raises:
-      ValueError: no tokenizer there, a damaged one, or that of another model.
+      ValueError: the tokenizer is missing, damaged, or that of another model.
     """
     tokenizer = Tokenizer.load(folder, extend=True)
     check_tokenizer_fits(tokenizer, model, folder)
@@ -39,19 +39,19 @@ def with_control_tokens(
 
 
 def check_tokenizer_fits(tokenizer: Tokenizer, model: DreamLLMConfig, folder: Path) -> None:
-    """Raises ValueError where the tokenizer in `folder` cannot be that of the weights."""
+    """Raises ValueError if the tokenizer in `folder` does not fit the size of the model's embedding."""
     if model.llama is None:
         return
     rows, tokens = model.llama.vocab_size, tokenizer.own_size
     if tokens > rows or rows - tokens > _PADDING:
         raise ValueError(
-            f"{folder}: its tokenizer has {tokens} tokens and its weights embed {rows}; they do not belong "
-            "together. Put the files of the weights' own tokenizer there."
+            f"{folder}: its tokenizer has {tokens} tokens, and its weights embed {rows}; they do not "
+            "belong together. Put the files of the weights' own tokenizer there."
         )
 
 
 def extend_vocabulary(params: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """The parameters with `size` rows in every vocabulary."""
+    """Returns the parameters with `size` rows in every vocabulary."""
     return {
         path: Extended(tensor, size, _VOCABULARIES[path]) if path in _VOCABULARIES else tensor
         for path, tensor in params.items()
@@ -60,7 +60,7 @@ def extend_vocabulary(params: Mapping[str, Tensor], size: int) -> dict[str, Tens
 
 @dataclasses.dataclass(frozen=True)
 class Extended:
-    """A tensor with `size` entries along `axis`; those it lacks are the mean of those it has."""
+    """A tensor extended to `size` entries along `axis`; the new ones are the mean of the existing ones."""
 
     base: Tensor
     size: int

@@ -22,10 +22,11 @@ def run(options: argparse.Namespace) -> int:
     distributed.initialize()  # before anything that asks JAX for its devices
     from dreamllm_jax.config.recipe_files import load_recipe
     from dreamllm_jax.convert.opening import open_model
+    from dreamllm_jax.generate.api import DreamLLM
     from dreamllm_jax.train.loop import train
 
     recipe = load_recipe(options.config, options.overrides)
-    model = train(recipe, Path(options.workdir), options.until, open_model)
+    model = train(recipe, Path(options.workdir), options.until, open_model, DreamLLM)
     distributed.print_on_main(f"trained: {model}")
     return OK
 

@@ -47,6 +47,7 @@ KINDS: Mapping[str, Kind] = {
     "corpus": Kind("dreamllm_jax.corpora"),
     "sampler": Kind("dreamllm_jax.samplers", module="dreamllm_jax.diffusion.samplers"),
     "optimizer": Kind("dreamllm_jax.optimizers", module="dreamllm_jax.train.optimizers"),
+    "hook": Kind("dreamllm_jax.hooks"),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from dreamllm_jax.config.base import build
 from dreamllm_jax.config.data import DataConfig
+from dreamllm_jax.config.hooks import HooksConfig
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.config.registry import check_name
 
@@ -168,6 +169,7 @@ class Recipe:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     log_every: int = 10
+    hooks: HooksConfig = dataclasses.field(default_factory=HooksConfig)
 
     def __post_init__(self):
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):

@@ -1,7 +1,8 @@
-"""How much arithmetic a train step is: FLOPs of its matrix products and convolutions, tower by tower.
+"""The model FLOPs of a train step: its matrix products and convolutions, tower by tower.
 
-Counted in what JAX traces, on shapes alone: a multiply-add is 2, a loop's body counts as often as it runs,
-attention counts whole squares. Rematerialization is not counted: it is no work of the model's.
+They are counted in the traced program, on shapes alone. A multiply-add is 2 FLOPs, the body of a loop counts
+once per iteration, and attention counts the full L x L matrix, masked entries included. Rematerialization
+does not count, because model FLOPs exclude it (arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from dreamllm_jax.train.state import partition
 
 
 def flops(function: Callable, *arguments: Any) -> float:
-    """FLOPs of `function` on arguments of these shapes (arrays or ShapeDtypeStructs)."""
+    """Returns the FLOPs of `function` on arguments of these shapes (arrays or ShapeDtypeStructs).
+
+    `flops(jnp.matmul, a, b)` with a [2, 3] and b [3, 5] is 2 * 2 * 3 * 5 = 60.
+    """
     return count_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def count_flops(jaxpr: Any) -> float:
-    """FLOPs of a traced program."""
+    """Returns the FLOPs of a traced program."""
     return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
 
 
@@ -48,7 +52,7 @@ def _of_equation(equation: Any) -> float:
 
 
 def _bodies(parameters: dict[str, Any]) -> list[Any]:
-    """The programs within an equation; of a condition's branches only the costliest counts."""
+    """Returns the programs within an equation; of the branches of a condition, only the costliest."""
     if "branches" in parameters:
         return [max(parameters["branches"], key=lambda branch: count_flops(branch.jaxpr))]
     if "call_jaxpr" in parameters:  # a function with its own derivative
@@ -60,8 +64,11 @@ def _bodies(parameters: dict[str, Any]) -> list[Any]:
 def forward_flops(
     config: DreamLLMConfig, rows: int, length: int, images: int, dreams: int
 ) -> dict[str, float]:
-    """FLOPs of every tower's forward pass: `rows` of `length` tokens, so many pictures in all."""
-    # As attention is defined: forms for one backend and one type may leave out what a mask hides.
+    """Returns the FLOPs of each tower's forward pass on `rows` of `length` tokens.
+
+    `images` and `dreams` are the numbers of seen and generated images in all rows together.
+    """
+    # Attention as it is defined: the kernels of a backend may skip masked blocks.
     xla = AttentionConfig(llama="xla", vision="xla", unet="xla", vae="xla")
     config = dataclasses.replace(config, dtype="bfloat16", attention=xla)
     module = DreamLLMModule(config)
@@ -100,10 +107,11 @@ def forward_flops(
 
 
 def passes(config: DreamLLMConfig, stage: StageConfig) -> dict[str, int]:
-    """By tower: how often a step's arithmetic is that of its forward pass.
+    """Returns, by tower, how many times the forward pass's FLOPs a step takes.
 
-    The gradients of its weights cost as much again, and so do those of its inputs, where they are needed:
-    towards dream queries and projectors through a frozen language model, and through the frozen U-Net.
+    The gradient of a tower's weights costs one more forward pass, and so does the gradient of its inputs, if
+    it is needed: for example for dream queries and projectors, behind a frozen language model or U-Net. Hence
+    a tower that is trained counts 3, a frozen one that conducts gradients 2, and any other 1.
     """
     trained = {path.split("/")[0] for path in partition(abstract_params(config), stage.trainable)[0]}
     before = {"vision": set(), "vae": set(), "llama": {"vision", "vision_projector", "dream_queries"}}
@@ -112,9 +120,9 @@ def passes(config: DreamLLMConfig, stage: StageConfig) -> dict[str, int]:
 
 
 def step_flops(config: DreamLLMConfig, stage: StageConfig) -> dict[str, float]:
-    """Model FLOPs of one step of a joint stage, by tower (none for the other objectives).
+    """Returns the model FLOPs of one step of a joint stage, by tower; {} for the other objectives.
 
-    Empty slots of tokens and pictures are computed like full ones, and count.
+    Empty slots of tokens and images are computed like full ones, and count.
     """
     if stage.objective != "joint":
         return {}

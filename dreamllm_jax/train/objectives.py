@@ -1,7 +1,10 @@
-"""What a stage minimizes: the joint loss of DreamLLM, and the three of stage 0.
+"""The objectives of stages: DreamLLM's joint loss, and the three with which stage 0 trains the towers.
 
-An objective maps (model, params, batch, step_noise, loss config, counts) to the loss and its metrics.
-`counts` are those of the *global* batch, so results add up over micro-batches, hosts and devices.
+An objective maps (model, params, batch, step_noise, loss config, counts) to (loss, metrics). `counts` are
+those of the *global* batch. Results therefore add up over micro-batches, hosts and devices:
+
+    a batch of two micro-batches with 3 and 1 supervised tokens, of cross-entropies 1, 2, 3 and 6 nats:
+    counts.tokens = 4, and the parts are (1 + 2 + 3) / 4 = 1.5 and 6 / 4 = 1.5; the loss is their sum, 3.0.
 """
 
 from __future__ import annotations
@@ -32,7 +35,12 @@ from dreamllm_jax.train.losses import (
 @typing.no_type_check  # single rows and shapes travel in the same container
 @flax.struct.dataclass
 class StepNoise:
-    """All randomness of a step, drawn per row: a function of (seed, step, row) alone."""
+    """All random numbers of a step, a function of (seed, step, row) alone.
+
+    `latent_noise` samples the VAE's posterior; `noise` and `offset` (one value per channel) noise the
+    latents; `perturbation` perturbs the U-Net's input (arXiv 2301.11706). `dropped` marks dreams without
+    condition.
+    """
 
     latent_noise: Float[Array, "B J h w c"]
     noise: Float[Array, "B J h w c"]
@@ -45,7 +53,7 @@ class StepNoise:
 @typing.no_type_check
 @flax.struct.dataclass
 class LossCounts:
-    """What the sums are divided by: supervised tokens, drawn images and rows of the global batch."""
+    """The divisors of the losses: supervised tokens (by weight), dreams and rows of the global batch."""
 
     tokens: Float[Array, ""]
     dreams: Float[Array, ""]
@@ -53,7 +61,7 @@ class LossCounts:
 
 
 def loss_counts(batch: Batch) -> LossCounts:
-    """The counts of a batch, at least one of each so that an absent kind adds zero."""
+    """Returns the counts of a batch, at least 1 each: without dreams their loss is 0 / 1."""
     return LossCounts(
         tokens=jnp.maximum(batch.loss_weights.sum(), 1.0),
         dreams=jnp.maximum(batch.dream_mask.sum().astype(jnp.float32), 1.0),
@@ -62,13 +70,13 @@ def loss_counts(batch: Batch) -> LossCounts:
 
 
 def sample_noise(keys: Array, dreams: int, model: DreamLLMConfig, config: LossConfig) -> StepNoise | None:
-    """StepNoise for rows with the given keys; None for a model that does not draw."""
+    """Returns the random numbers of rows with these keys; None for a model without a U-Net."""
     if model.unet is None:
         return None
     assert model.vae is not None
     latents = (dreams, model.latent_size, model.latent_size, model.vae.latent_channels)
 
-    def row(key: Array) -> StepNoise:
+    def sample_row(key: Array) -> StepNoise:
         k = jax.random.split(key, 6)
         return StepNoise(
             latent_noise=jax.random.normal(k[0], latents),
@@ -79,11 +87,11 @@ def sample_noise(keys: Array, dreams: int, model: DreamLLMConfig, config: LossCo
             dropped=jax.random.bernoulli(k[5], config.condition_dropout, (dreams,)),
         )
 
-    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), jax.vmap(row)(keys))
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), jax.vmap(sample_row)(keys))
 
 
 def sample_timesteps(key: Array, number: int, steps: int, config: LossConfig) -> Int[Array, " n"]:
-    """Training steps in [0, steps): uniform, or `(1 - u^3) steps` for uniform u ("cubic")."""
+    """Returns diffusion timesteps in [0, steps): uniform, or (1 - u^3) steps for uniform u ("cubic")."""
     if config.timestep_sampling == "uniform":
         return jax.random.randint(key, (number,), 0, steps)
     u = jax.random.uniform(key, (number,))
@@ -103,7 +111,13 @@ def denoising_errors(
     context: Float[Array, "M S X"],
     pooled: Float[Array, "M G"] | None,
 ) -> Float[Array, "B J"]:
-    """Each dream's weighted denoising error under its context; zero where there is no dream."""
+    """Returns each dream's weighted denoising error given its context, and 0 for empty dream slots.
+
+        w(t) * mean || U(z_t, t, context) - target ||^2,   z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps
+
+    z_0 are the VAE's latents of the dream, eps the noise with its offset, and the target is eps, the velocity
+    or z_0, as the schedule says. M = B J; `pooled` is SDXL's pooled text embedding.
+    """
     assert batch.dream_images is not None and model.config.vae is not None
     c = model.config.schedule
     table = diffusion.make_schedule(c)
@@ -128,7 +142,12 @@ def denoising_errors(
 
 
 def drop_conditions(x: Array, dropped: Bool[Array, "B J"], null_dream: Int[Array, "B"]) -> Array:
-    """Replaces dropped dreams' conditions [B, J, ...] by the row's own empty-prompt condition."""
+    """Returns the conditions [B, J, ...] after condition dropout: a dropped one becomes the empty prompt's.
+
+    This is the condition dropout of classifier-free guidance (arXiv 2207.12598). `null_dream[b]` is the index
+    of the row's dream for the empty prompt, or -1 if the row has none; then nothing is replaced in it. A row
+    with conditions [c0, c1, c2], dropped = [1, 0, 0] and null_dream = 2 becomes [c2, c1, c2].
+    """
     null = x[jnp.arange(x.shape[0]), jnp.maximum(null_dream, 0)][:, None]
     use = (dropped & (null_dream >= 0)[:, None]).reshape(dropped.shape + (1,) * (x.ndim - 2))
     return jnp.where(use, null, x)
@@ -142,7 +161,10 @@ def joint_objective(
     config: LossConfig,
     counts: LossCounts,
 ) -> tuple[Array, dict[str, Array]]:
-    """L = w_lm * CE + w_vm * score distillation (arXiv 2309.11499, equations 4 to 6)."""
+    """Returns DreamLLM's loss (arXiv 2309.11499, equations 4 to 6).
+
+    L = (w_lm * CE / tokens + w_vm * denoising error / dreams) / loss_scale
+    """
     variables = {"params": params}
     hidden = model.apply(variables, batch, method=DreamLLMModule.read)
     loss, metrics = jnp.zeros((), jnp.float32), {}
@@ -179,7 +201,7 @@ def diffusion_objective(
     config: LossConfig,
     counts: LossCounts,
 ) -> tuple[Array, dict[str, Array]]:
-    """Denoising under the text tower's states: how Stable Diffusion was trained (arXiv 2112.10752)."""
+    """Returns the denoising loss given the text tower's states (Stable Diffusion, arXiv 2112.10752)."""
     assert step_noise is not None
     dreams = batch.dream_mask.shape[1]
     context = model.apply({"params": params}, batch.tokens, method=DreamLLMModule.read_caption)
@@ -197,7 +219,10 @@ def vae_objective(
     config: LossConfig,
     counts: LossCounts,
 ) -> tuple[Array, dict[str, Array]]:
-    """Reconstruction (mean absolute and squared error) + weighted KL; no adversary, no perceptual net."""
+    """Returns the VAE's loss per image: mean |x' - x| + mean (x' - x)^2 + kl_weight * KL (arXiv 1312.6114).
+
+    There is no adversarial and no perceptual loss, so that it needs no other network.
+    """
     assert step_noise is not None and batch.dream_images is not None
     pixels, image, mean, logvar = model.apply(
         {"params": params},
@@ -225,7 +250,7 @@ def contrastive_objective(
     config: LossConfig,
     counts: LossCounts,
 ) -> tuple[Array, dict[str, Array]]:
-    """CLIP's contrastive loss between each row's first image and its text."""
+    """Returns CLIP's contrastive loss between the first image of each row and its text (arXiv 2103.00020)."""
     assert batch.images is not None
     image, text, scale = model.apply(
         {"params": params}, batch.images[:, 0], batch.tokens, method=DreamLLMModule.contrast

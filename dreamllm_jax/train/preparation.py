@@ -1,4 +1,4 @@
-"""What a run starts from: the tokenizer, the weights, the index of its tars."""
+"""What a run needs before its first step: the tokenizer, the initial parameters, the index of tars."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ from dreamllm_jax.data.mixture import has_index, index_sources
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dreamllm_jax.models.parameters import Flat, abstract_params, init_on_host
 
-# Opens the model that a recipe starts from; commands pass one that also reads PyTorch's formats.
+# Opens the model that a recipe starts from. The commands pass a function that also reads PyTorch's formats.
 OpenModel = Callable[[str], Pretrained]
 
 
 def prepare_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer that a recipe names, or that of the weights it starts from.
+    """Returns the tokenizer that a recipe names, or that of the model it starts from.
 
     Raises:
-      ValueError: there is neither, or the folder holds no tokenizer.
+      ValueError: the recipe names neither, or the folder has no tokenizer.
     """
     config = recipe.tokenizer
     if config.corpus is not None:
         return train_tokenizer(resolve("corpus", config.corpus)(), config.vocab_size)
     folder = config.path or recipe.init_from
     if folder is None:
-        raise ValueError("tokenizer: the recipe names none; set tokenizer.path to a folder with a tokenizer.")
+        raise ValueError(
+            "tokenizer: the recipe does not name one; set tokenizer.path to a folder with a tokenizer."
+        )
     return Tokenizer.load(folder)
 
 
 def prepare_index(config: DataConfig, folder: Path) -> None:
-    """Process 0 brings the index of a stage's tars up to date, in a folder that all see; the others wait.
+    """Updates the index of the tars that a stage reads. Process 0 does so while the others wait.
 
     Raises:
-      ValueError: a tar is missing, or is none.
-      OSError: the index cannot be written, or not be seen by this process.
+      ValueError: a tar is missing, or is not a tar file.
+      OSError: the index cannot be written, or this process cannot see it.
     """
     if not any(has_index(source) for source in config.sources):
         return
@@ -51,19 +53,21 @@ def prepare_index(config: DataConfig, folder: Path) -> None:
 
 
 def initial_params(recipe: Recipe, open_model: OpenModel = open_pretrained) -> tuple[DreamLLMConfig, Flat]:
-    """Weights of `recipe.init_from`, unread, with fresh ones for what that folder lacks; or all fresh.
+    """Returns (config, parameters) at the beginning of a run.
 
-    Says which towers are fresh, and which of the folder's the model has no place for.
+    Parameters come from `recipe.init_from`, unread; those that it lacks, or all if there is no `init_from`,
+    are newly initialized. Prints the towers that are newly initialized, and those of `init_from` that the
+    recipe's model does not use.
 
     Raises:
-      ValueError: the folder is no pretrained model, a tensor has another shape than the recipe's, or its
-        latents another scale.
+      ValueError: `init_from` is not a model, a tensor's shape differs from the recipe's, or the latents have
+        another scale.
     """
     expected = abstract_params(recipe.model)
     loaded = {} if recipe.init_from is None else _load_fitting(recipe, expected, open_model)
     fresh = init_on_host(recipe.model, jax.random.key(recipe.seed), expected.keys() - loaded.keys())
     if recipe.init_from is not None:
-        for names, what in ((fresh, "drawn afresh"), (loaded.keys() - expected.keys(), "left out")):
+        for names, what in ((fresh, "newly initialized"), (loaded.keys() - expected.keys(), "not used")):
             towers = sorted({name.split("/")[0] for name in names})
             if towers:
                 distributed.print_on_main(
@@ -73,11 +77,11 @@ def initial_params(recipe: Recipe, open_model: OpenModel = open_pretrained) -> t
 
 
 def _load_fitting(recipe: Recipe, expected: Flat, open_model: OpenModel) -> Flat:
-    """The parameters of `init_from`, checked against the recipe's model."""
+    """Returns the parameters of `init_from`, checked against the recipe's model."""
     assert recipe.init_from is not None
     pretrained = open_model(recipe.init_from)
     wrong = [
-        f"{k}: {v.shape} there, {expected[k].shape} in the recipe"
+        f"{k} has shape {v.shape}, not {expected[k].shape}"
         for k, v in pretrained.params.items()
         if k in expected and v.shape != expected[k].shape
     ]
@@ -86,7 +90,8 @@ def _load_fitting(recipe: Recipe, expected: Flat, open_model: OpenModel) -> Flat
     theirs, ours = pretrained.config.vae, recipe.model.vae
     if theirs is not None and ours is not None and theirs.scaling_factor != ours.scaling_factor:
         raise ValueError(
-            f"{recipe.init_from} has model.vae.scaling_factor={theirs.scaling_factor}, the recipe "
-            f"{ours.scaling_factor}; its U-Net knows latents of its own scale: set the recipe's to that."
+            f"{recipe.init_from} has model.vae.scaling_factor={theirs.scaling_factor}, and the recipe has "
+            f"{ours.scaling_factor}; its U-Net was trained on latents of its own scale: set the recipe's "
+            "factor to it."
         )
     return pretrained.params

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, said before anything is compiled or written."""
+"""Checks a recipe against its model, mesh and data before anything is compiled or written."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.models.parameters import Flat, abstract_params
 from dreamllm_jax.ops.attention.selection import MIN_KERNEL_LENGTH, select_implementation
 from dreamllm_jax.sharding import parameter_shardings
+from dreamllm_jax.train.hooks.make import custom_hook
+from dreamllm_jax.train.hooks.validation import validation_data
 from dreamllm_jax.train.optim import check_optimizer
 from dreamllm_jax.train.state import partition
 
-# The towers without which an objective has nothing to minimize.
+# The towers that an objective needs.
 NEEDED_TOWERS = {
     "joint": ("llama",),
     "vae": ("vae",),
@@ -30,12 +32,12 @@ NEEDED_TOWERS = {
 
 
 def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, tokenizer: Tokenizer) -> None:
-    """Checks the stages that are about to run, all of them, on shapes alone.
+    """Checks all stages that are about to run. No parameter is allocated.
 
     Raises:
-      ValueError: parameters or rows that the mesh does not divide; a kernel that its devices lack; a stage
-        whose trainable patterns, data or objective do not fit the model; an optimizer that is unknown or
-        unusable; a vocabulary smaller than the tokenizer's.
+      ValueError: the mesh does not divide the parameters or rows; a kernel is not available on its devices; a
+        stage's trainable patterns, data or objective do not fit the model; an optimizer is unknown or
+        unusable; the vocabulary is smaller than the tokenizer's.
     """
     _check_generation(recipe, tokenizer)
     check_attention_kernels(recipe.model, mesh)
@@ -49,7 +51,7 @@ def check_recipe(recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, toke
 
 
 def _check_generation(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """What the trained model is saved with must be possible for it."""
+    """Checks the generation settings that are saved with the trained model."""
     settings = recipe.generation
     try:
         if recipe.model.draws:
@@ -61,10 +63,14 @@ def _check_generation(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 
 def check_attention_kernels(model: DreamLLMConfig, mesh: Mesh) -> None:
-    """The kernels that the recipe asks for exist on the mesh's devices, which divide the heads."""
+    """Checks that the mesh divides the heads, and that its devices have the kernels that the recipe names.
+
+    Raises:
+      ValueError: the mesh does not divide the heads, or a kernel is not available.
+    """
     llama, split = model.llama, mesh.shape["tensor"]
-    both = () if llama is None else (llama.num_attention_heads, llama.num_key_value_heads)
-    for what, heads in zip(("heads", "key-value heads"), both, strict=False):
+    counts = () if llama is None else (llama.num_attention_heads, llama.num_key_value_heads)
+    for what, heads in zip(("heads", "key-value heads"), counts, strict=False):
         assert heads is not None  # the config fills it in
         if heads % split:
             raise ValueError(
@@ -81,15 +87,15 @@ def _check_stage(
 ) -> None:
     trainable, _ = partition(params, stage.trainable)
     if not trainable:
-        raise ValueError("trainable is empty; list what is to be trained, for example 'llama'.")
+        raise ValueError("trainable is empty; list the parts to train, for example 'llama'.")
     towers = NEEDED_TOWERS[stage.objective]
     absent = [name for name in towers if not getattr(model, name)]
     if absent:
         raise ValueError(f"objective {stage.objective!r} needs the model's {', '.join(absent)}; give it one.")
     if stage.objective == "diffusion" and model.unet is not None and model.unet.addition_embed_type:
         raise ValueError(
-            "objective 'diffusion' conditions on one text tower's states; a U-Net of SDXL also needs pooled "
-            "text and sizes: load it trained, and use objective 'joint'."
+            "objective 'diffusion' conditions on the states of one text tower; a U-Net of SDXL also needs "
+            "pooled text and sizes: load it from a checkpoint, and use objective 'joint'."
         )
     for name in {"llama", "text"} & set(towers):
         size = getattr(model, name).vocab_size
@@ -111,43 +117,82 @@ def _check_stage(
 
 
 def check_shardings(stage: StageConfig, params: Flat, mesh: Mesh, replicated: Sequence[str]) -> None:
-    """Every parameter has its place on the mesh, and what is kept whole is frozen."""
+    """Checks that every parameter can be sharded, and that replicated parts of the model are frozen.
+
+    Raises:
+      ValueError: no rule matches a parameter, the mesh does not divide it, or `replicated` names a part that
+        is trained or does not exist.
+    """
     trainable, frozen = partition(params, stage.trainable)
     for name in replicated:
         if name in {path.split("/")[0] for path in trainable}:
             raise ValueError(
                 f"mesh.replicated names {name!r}, which this stage trains; only frozen parts can be "
-                "replicated: take it out."
+                "replicated: remove it from the list."
             )
         if name not in {path.split("/")[0] for path in frozen}:
             raise ValueError(
-                f"mesh.replicated names {name!r}, which the model has not; its frozen parts are "
+                f"mesh.replicated names {name!r}, which the model does not have; its frozen parts are "
                 f"{', '.join(sorted({path.split('/')[0] for path in frozen}))}."
             )
     parameter_shardings(trainable, mesh)
     parameter_shardings(frozen, mesh, replicated)
 
 
+def check_hooks(
+    recipe: Recipe, stages: Sequence[StageConfig], mesh: Mesh, tokenizer: Tokenizer, can_write: bool
+) -> None:
+    """Checks the hooks of the stages that are about to run.
+
+    Raises:
+      ValueError: there is no held-out data, or it does not fit the mesh or the model; a custom hook cannot be
+        imported; samples are asked for, but `can_write` is False.
+    """
+    hooks = recipe.hooks
+    for name in hooks.custom:
+        custom_hook(name)
+    if hooks.sample_every is not None and not can_write:
+        raise ValueError(
+            "hooks.sample_every needs a model class to write documents with; pass make_writer=DreamLLM to "
+            "train, as the train command does."
+        )
+    for stage in stages if hooks.eval_every is not None else ():
+        try:
+            held_out = dataclasses.replace(
+                stage,
+                data=validation_data(hooks, stage),
+                optim=dataclasses.replace(stage.optim, grad_accum_steps=1),
+            )
+            check_batch_size(held_out, mesh)
+            row_layout(held_out.data, recipe.model, null_dream=stage.loss.condition_dropout > 0)
+            check_source(held_out.data, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}, validation: {error}") from error
+
+
 def _check_loss(stage: StageConfig, model: DreamLLMConfig) -> None:
-    """A stage whose loss is always zero would run and teach nothing."""
+    """Refuses a stage whose loss would always be zero."""
     loss, data = stage.loss, stage.data
     needed = {"vae": "max_dreams", "diffusion": "max_dreams", "contrastive": "max_images"}
     if stage.objective in needed and getattr(data, needed[stage.objective]) < 1:
         raise ValueError(
-            f"objective {stage.objective!r} needs pictures to learn from; set "
-            f"data.{needed[stage.objective]} to 1 or more."
+            f"objective {stage.objective!r} needs images; set data.{needed[stage.objective]} to 1 or more."
         )
     dreams = data.max_dreams - (loss.condition_dropout > 0)
-    drawn = loss.weight_vm and model.draws and dreams > 0
-    if stage.objective == "joint" and not loss.weight_lm and not drawn:
+    has_dreams = loss.weight_vm and model.draws and dreams > 0
+    if stage.objective == "joint" and not loss.weight_lm and not has_dreams:
         raise ValueError(
             f"nothing is learned: loss.weight_lm is 0, and with loss.weight_vm={loss.weight_vm:g} and "
-            f"data.max_dreams={data.max_dreams} no picture counts; raise one of the weights, or max_dreams."
+            f"data.max_dreams={data.max_dreams} no image counts; raise one of the weights, or max_dreams."
         )
 
 
 def check_batch_size(stage: StageConfig, mesh: Mesh) -> None:
-    """The devices and micro-batches divide the rows of a step, and the devices their length."""
+    """Checks that devices and micro-batches divide the rows of a step, and devices the length of a row.
+
+    Raises:
+      ValueError: they do not, or a contrastive stage has micro-batches.
+    """
     rows, parts = stage.data.batch_size, stage.optim.grad_accum_steps
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (split * parts):
@@ -162,6 +207,6 @@ def check_batch_size(stage: StageConfig, mesh: Mesh) -> None:
         )
     if parts > 1 and stage.objective == "contrastive":
         raise ValueError(
-            f"optim.grad_accum_steps={parts} would contrast the rows of each micro-batch alone; set it to 1 "
+            f"optim.grad_accum_steps={parts} would contrast only the rows of one micro-batch; set it to 1 "
             "for a contrastive stage."
         )

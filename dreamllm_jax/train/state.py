@@ -1,4 +1,4 @@
-"""The explicit state of training: what is trained, what is frozen, and how it is laid out."""
+"""The train state: trainable and frozen parameters, the optimizer's state, and how they are sharded."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SMALL = 1024
 @typing.no_type_check  # shapes, shardings and checkpoint masks travel in the same container
 @flax.struct.dataclass
 class TrainState:
-    """Parameters are flat: `{"llama/norm/scale": array, ...}`. `ema` is empty when it is off.
+    """The state of a stage. Parameters are flat, `{"llama/norm/scale": array, ...}`.
 
-    `key` is the stage's raw random key (uint32 [2]), as checkpoints hold it.
+    `ema` is empty if no average is kept. `key` is the raw data (uint32 [2]) of the stage's PRNG key.
     """
 
     step: jax.Array
@@ -42,21 +42,26 @@ class TrainState:
 
 
 def is_trainable(path: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns matches the beginning of the path, up to a `/` or its end."""
+    """Returns whether a pattern matches the beginning of the path, up to a `/` or the end.
+
+    `llama` matches `llama/norm/scale`, and not `llama_2/norm/scale`.
+    """
     return any(re.match(rf"(?:{p})(?:/|$)", path) for p in patterns)
 
 
 def partition(params: Flat, patterns: Sequence[str]) -> tuple[Flat, Flat]:
-    """(trainable, frozen).
+    """Returns (trainable, frozen) parameters.
 
     Raises:
-      ValueError: a pattern that matches no parameter, or is no regular expression.
+      ValueError: a pattern matches no parameter, or is not a regular expression.
     """
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"trainable pattern {pattern!r} is no regular expression: {error}.") from error
+            raise ValueError(
+                f"trainable pattern {pattern!r} is not a regular expression: {error}."
+            ) from error
         if not any(is_trainable(path, [pattern]) for path in params):
             tops = sorted({p.split("/")[0] for p in params})
             raise ValueError(
@@ -68,19 +73,19 @@ def partition(params: Flat, patterns: Sequence[str]) -> tuple[Flat, Flat]:
 
 
 def abstract_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and places of a stage's state; of `params` only the shapes matter.
+    """Returns shapes, dtypes and shardings of a stage's state; only the shapes of `params` are used.
 
-    The parts of the model that `recipe.mesh.replicated` names are not sliced along fsdp.
+    The parts of the model that `recipe.mesh.replicated` names are not sharded along fsdp.
     """
     trainable, frozen = partition(params, stage.trainable)
     trainable = _abstract(trainable, parameter_shardings(trainable, mesh), "float32")
     shardings = parameter_shardings(frozen, mesh, recipe.mesh.replicated)
     tx = make_optimizer(stage.optim)
     moments = jax.eval_shape(tx.init, trainable)
-    everywhere = replicated(mesh)
+    on_all_devices = replicated(mesh)
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
-        key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=on_all_devices),
+        key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=on_all_devices),
         trainable=trainable,
         frozen=_abstract(frozen, shardings, recipe.frozen_dtype),
         opt_state=_abstract(moments, optimizer_shardings(tx, trainable, mesh)),
@@ -89,18 +94,19 @@ def abstract_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh)
 
 
 def _abstract(tree: Any, shardings: Any, dtype: str | None = None) -> Any:
-    def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def describe(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype if dtype is None else jnp.dtype(dtype), sharding=sharding
         )
 
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree.map(describe, tree, shardings)
 
 
 def create_state(params: Flat, stage: StageConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """The state at the beginning of a stage, every array in its place on the mesh.
+    """Returns the state at the beginning of a stage, sharded on the mesh.
 
-    Parameters (arrays, or tensors in files) are copied. A host reads of files only what its own devices hold.
+    Parameters (arrays, or tensors in files) are copied. A host reads from files only what its own devices
+    hold.
     """
     shape = abstract_state(params, stage, recipe, mesh)
     trainable, frozen = (
@@ -132,7 +138,7 @@ def optimizer_shardings(tx: optax.GradientTransformation, trainable: Flat, mesh:
     """
     shardings = parameter_shardings(trainable, mesh)
 
-    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def sharding_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         names = path_string(path).split("/")
         name = next((n for i in range(len(names)) if (n := "/".join(names[i:])) in shardings), None)
         if leaf.shape in ((), (1,)) or (name is None and leaf.size <= SMALL):
@@ -152,23 +158,23 @@ def optimizer_shardings(tx: optax.GradientTransformation, trainable: Flat, mesh:
             "means v_row and v_col of optax.scale_by_factored_rms."
         )
 
-    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trainable))
+    return jax.tree_util.tree_map_with_path(sharding_of, jax.eval_shape(tx.init, trainable))
 
 
 def _averaged_axis(shape: Sequence[int], rows: bool) -> int:
-    """The axis that `optax.scale_by_factored_rms` averages over: the longest (rows), or the next."""
+    """Returns the axis that `optax.scale_by_factored_rms` averages over: the longest (rows) or the second."""
     return int(np.argsort(shape)[-1 if rows else -2])
 
 
 def final_params(state: TrainState, params: Flat) -> Flat:
-    """All parameters after a stage that began with `params`.
+    """Returns all parameters after a stage that began with `params`.
 
-    The frozen ones are those it began with, to the bit, whatever dtype they were held in; the
-    trained ones are the averaged ones where there is an EMA.
+    Frozen ones are those of `params`, bit for bit, whatever dtype the state held them in: they are never read
+    back from the devices. Trained ones are the average, if the stage keeps one.
     """
     return {**params, **(state.ema or state.trainable)}
 
 
 def stage_seed(recipe: Recipe, stage: StageConfig) -> int:
-    """What a stage's data is drawn from: no stage repeats the documents of another."""
+    """Returns the seed of a stage's data, so that no stage repeats the documents of another."""
     return (recipe.seed << 32) + zlib.crc32(stage.name.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float
 
+from dreamllm_jax import distributed
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.train import StageConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
@@ -21,7 +23,7 @@ from dreamllm_jax.train.state import TrainState
 
 
 def row_prng_keys(key: Array, step: Array, rows: int) -> Array:
-    """One key per row of the global batch: a function of (seed, step, row) alone."""
+    """Returns one key per row of the global batch, a function of (seed, step, row) alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), jnp.arange(rows))
 
 
@@ -34,41 +36,43 @@ def loss_and_metrics(
     model: DreamLLMModule,
     stage: StageConfig,
 ) -> tuple[Array, dict[str, Array]]:
-    """The stage's objective on some rows of the batch, as their share of the global mean."""
+    """Returns (loss, metrics) of the stage's objective on some rows, as their share of the global mean."""
     step_noise = sample_noise(keys, batch.dream_mask.shape[1], model.config, stage.loss)
     params = unflatten_dict({**frozen, **trainable}, sep="/")
     return OBJECTIVES[stage.objective](model, params, batch, step_noise, stage.loss, counts)
 
 
 def cast_for_compute(params: Flat, model: DreamLLMModule, gathered: bool, sliced: bool = True) -> Flat:
-    """What a step computes with: matrices in the model's dtype, and whole along fsdp where `gathered`.
+    """Returns the parameters that a step computes with: matrices in the model's dtype, vectors unchanged.
 
-    They are cast here, once, and before they travel: half the bytes. Vectors stay as they are. Not all are
-    `sliced` along fsdp where a mesh keeps some whole: then what is `gathered` is not pinned to slices first.
+    `gathered` replicates the matrices along fsdp. They are cast before that, which halves the bytes that are
+    communicated. `sliced=False` says that the mesh replicates some parameters already: a matrix that is to be
+    `gathered` is then not constrained to a slice first.
     """
     dtype, mesh = jnp.dtype(model.config.dtype), jax.sharding.get_abstract_mesh()
 
-    def one(path: str, x: Array) -> Array:
+    def cast_one(path: str, x: Array) -> Array:
         if not match_rule(path)[1] or (x.dtype == dtype and not gathered):
             return x
         if x.dtype != dtype:
             x = x.astype(dtype)
-            if not mesh.empty and (sliced or not gathered):  # else XLA gathers first and casts then
+            if not mesh.empty and (sliced or not gathered):  # or XLA would gather first and then cast
                 x = jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh))
         if gathered and not mesh.empty:
             x = jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, mesh, gathered))
         return x
 
-    return {path: one(path, x) for path, x in params.items()}
+    return {path: cast_one(path, x) for path, x in params.items()}
 
 
 def gradients(
     trainable: Flat, frozen: Flat, batch: Batch, keys: Array, model: DreamLLMModule, stage: StageConfig
 ) -> tuple[Flat, dict[str, Array]]:
-    """Gradients (float32, laid out as the parameters) and metrics of the whole batch.
+    """Returns gradients (float32, sharded as the parameters) and metrics of the batch.
 
-    It goes in `grad_accum_steps` micro-batches. Micro-batch a takes rows a, a + A, a + 2A, ...: each device
-    keeps its own rows.
+    The batch is divided into A = `grad_accum_steps` micro-batches. Micro-batch a has rows a, a + A, a + 2A,
+    ..., so that rows do not move between devices. With 8 rows on 2 devices and A = 2, the first device holds
+    rows 0..3 and computes rows 0 and 2, then rows 1 and 3.
     """
     counts, parts = loss_counts(batch), stage.optim.grad_accum_steps
     gathered = stage.optim.gather == "step"
@@ -80,7 +84,7 @@ def gradients(
         grads, metrics = jax.grad(loss_and_metrics, has_aux=True)(
             params, frozen, batch, keys, counts, model, stage
         )
-        return {k: _as_parameter(k, g) for k, g in grads.items()}, metrics
+        return {k: _as_parameter_gradient(k, g) for k, g in grads.items()}, metrics
 
     if parts == 1:
         return grad(batch, keys)
@@ -97,14 +101,14 @@ def gradients(
     return total
 
 
-def _as_parameter(path: str, gradient: Array) -> Array:
+def _as_parameter_gradient(path: str, gradient: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         spec = parameter_spec(path, gradient.shape, mesh)
         gradient = jax.lax.with_sharding_constraint(gradient, spec)
     if platform() == "tpu":
-        # Else XLA would sum gradients of micro-batches before it scatters them, whole on every device, and
-        # ends at that with an internal error: where data is 1 and the compiler takes its full effort.
+        # Without the barrier XLA sums the gradients of micro-batches unsharded before it scatters them, and
+        # fails with an internal error if the mesh axis data is 1 and the compiler's effort is at its maximum.
         gradient = jax.lax.optimization_barrier(gradient)
     return gradient.astype(jnp.float32)
 
@@ -113,11 +117,10 @@ def _as_parameter(path: str, gradient: Array) -> Array:
 def train_step(
     state: TrainState, batch: Batch, rate: Float[Array, ""], *, model: DreamLLMModule, stage: StageConfig
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step of a stage at learning rate `rate`; the state is donated.
+    """Returns the state and metrics after one optimizer step at learning rate `rate`. The state is donated.
 
-    Pass `stage.compile_key()`, so that stages with the same program share it.
-
-    Frozen parameters take part in the forward pass and conduct gradients, but receive none.
+    Pass `stage.compile_key()` as `stage`, so that stages with the same program share it. Gradients pass
+    through frozen parameters, which have none themselves.
     """
     keys = row_prng_keys(jax.random.wrap_key_data(state.key), state.step, batch.tokens.shape[0])
     grads, metrics = gradients(state.trainable, state.frozen, batch, keys, model, stage)
@@ -125,7 +128,7 @@ def train_step(
     trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
     ema = state.ema
     if stage.optim.ema_decay:
-        # Early on a shorter average, so that the random beginning is forgotten.
+        # The average is shorter at first, so that it forgets the initial values.
         decay = jnp.minimum(stage.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(trainable, ema, 1.0 - decay)
     metrics |= {
@@ -135,3 +138,14 @@ def train_step(
         "dreams": batch.dream_mask.sum(),
     }
     return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema), metrics
+
+
+def compile_on_all_processes(function: Any, *args: Any, **options: Any) -> None:
+    """Compiles a jitted function for these arguments on every process before any process runs it.
+
+    Compilation takes each process a different time, and on CPUs a collective waits 30 s at most. A single
+    process compiles when it calls the function.
+    """
+    if distributed.is_multi_process():
+        function.lower(*args, **options).compile()
+        distributed.barrier("compiled")

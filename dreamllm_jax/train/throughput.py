@@ -1,9 +1,10 @@
-"""How fast a stage runs: tokens, pictures and model FLOPs a second, and how well rows are filled."""
+"""The throughput of a stage: tokens, images and model FLOPs per second, and the share of padding."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -13,28 +14,35 @@ from dreamllm_jax.distributed import sum_over_processes
 
 
 class Throughput:
-    """Adds up what the steps since the last `read` did; of what compiling took, `restart` forgets.
+    """Measures the steps since the last `read`; `restart` discards them, for example the one that compiled.
 
-    Rates are of all devices together where they are per second, and per device where they say so. A tower's
-    `mfu` is its share of the devices' bfloat16 peak; they add up to `mfu`, which is known for devices in
-    `config.chips` only. Slots without a document or picture are computed, and count there: `pad_share` and
-    `picture_pad_share` say how many they are.
+    Rates per second are of all devices together; `tflops_per_device/<tower>` is per device. `mfu/<tower>` is
+    a tower's share of the devices' bfloat16 peak (model FLOPs utilization, arXiv 2204.02311, appendix B);
+    `mfu` is their sum. Both exist only for devices in `config/chips.py`. Empty slots of tokens and images are
+    computed too, and are part of the FLOPs: `pad_share` and `picture_pad_share` are their shares.
     """
 
     def __init__(self, flops: Mapping[str, float], devices: int, kind: str, slots: int):
-        """`flops`: of one step, by tower; `devices` of this kind share it. `slots`: tokens in its rows."""
+        """`flops` and token `slots` are those of one step, `kind` is JAX's name of the devices."""
         self._flops, self._devices, self._step_slots = dict(flops), devices, slots
         device = find_device(kind)
         self._peak = None if device is None else device.peak
         self.restart()
 
     def restart(self) -> None:
-        """Begins to measure anew."""
+        """Discards what was measured, and measures from now on."""
         self._start, self._steps = time.perf_counter(), 0
         self._slots = self._tokens = self._images = self._dreams = self._pictures = 0
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of the block out of the rates. The steps before it must have finished."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
     def count(self, batch: Batch) -> None:
-        """Takes one more step's batch: this process's rows of it (numpy)."""
+        """Adds a step with this batch: the rows of it that this process holds (numpy)."""
         self._steps += 1
         self._slots += batch.segment_ids.size
         self._tokens += int((batch.segment_ids > 0).sum())
@@ -43,16 +51,16 @@ class Throughput:
         self._pictures += batch.image_mask.size + batch.dream_mask.size
 
     def read(self) -> dict[str, float]:
-        """The rates since the last restart or reading; nothing where there was no step.
+        """Returns the rates since the last restart or reading, or {} if there was no step.
 
-        Of several processes, all read.
+        All processes must make this call.
         """
         seconds, steps = time.perf_counter() - self._start, self._steps
         if not steps:
             return {}
         counts = [self._slots, self._tokens, self._images, self._dreams, self._pictures]
         slots, tokens, images, dreams, pictures = sum_over_processes(counts)
-        # Processes count the rows that they hold; where `tensor` reaches over hosts some hold the same.
+        # Processes count the rows that they hold. If the axis tensor spans hosts, some hold the same rows.
         share = steps * self._step_slots / slots / seconds
         rates = {
             "steps_per_second": steps / seconds,

@@ -26,8 +26,9 @@ from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.generate.api import DreamLLM
-from dreamllm_jax.train.loop import stage_folder
-from dreamllm_jax.train.metrics import Meter, read_curves
+from dreamllm_jax.train.hooks.loggers import read_curves
+from dreamllm_jax.train.resources import ResourceMeter
+from dreamllm_jax.train.run_folder import RunFolder
 from examples.handwriting.config import SOURCE
 from examples.handwriting.judge import (
     COPY_QUANTILE,
@@ -95,7 +96,7 @@ def evaluate(workdir: Path) -> bool:
     fingerprint = fingerprint_of(model_folder)
     if is_done(workdir, fingerprint):
         return False
-    meter = Meter()
+    meter = ResourceMeter()
     export(model_folder, workdir / "checkpoint")
     model = DreamLLM.from_pretrained(workdir / "checkpoint")
     _check_abilities(model, recipe)
@@ -110,7 +111,7 @@ def evaluate(workdir: Path) -> bool:
     metrics = _scores(judge, creation, comprehension, written)
     metrics |= _circumstances(workdir, recipe, meter, model) | {"fingerprint": fingerprint}
     metrics |= _verdicts(metrics)
-    curves = {s.name: list(read_curves(stage_folder(workdir, recipe, s) / "logs")) for s in recipe.stages}
+    curves = {s.name: list(read_curves(RunFolder(workdir, recipe).stage(s).logs)) for s in recipe.stages}
     results = Results(metrics, creation, comprehension, written, judge.training, curves)
     write_text(workdir / "report.html", page(results))
     write_text(workdir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
@@ -160,12 +161,12 @@ def finished_model(workdir: Path, recipe: Recipe) -> Path:
       ValueError: a stage is not done.
     """
     for stage in recipe.stages:
-        if not (stage_folder(workdir, recipe, stage) / "done.json").is_file():
+        if not RunFolder(workdir, recipe).stage(stage).is_done():
             raise ValueError(
                 f"{workdir} is not trained to the end (stage {stage.name!r} is not done); run the training "
                 "again with the same --workdir: it continues where it stopped."
             )
-    return stage_folder(workdir, recipe, recipe.stages[-1]) / "model"
+    return RunFolder(workdir, recipe).stage(recipe.stages[-1]).model
 
 
 def fingerprint_of(model_folder: Path) -> str:
@@ -242,11 +243,11 @@ def _scores(
     return {**scores, "measured_on": measured_on}
 
 
-def _circumstances(workdir: Path, recipe: Recipe, meter: Meter, model: DreamLLM) -> dict[str, Any]:
+def _circumstances(workdir: Path, recipe: Recipe, meter: ResourceMeter, model: DreamLLM) -> dict[str, Any]:
     """Seconds and memory of every stage, the machine, and the settings of generation."""
     stages = []
     for stage in recipe.stages:
-        done = json.loads((stage_folder(workdir, recipe, stage) / "done.json").read_text(encoding="utf-8"))
+        done = json.loads(RunFolder(workdir, recipe).stage(stage).done_file.read_text(encoding="utf-8"))
         stages.append({"name": stage.name, "steps": stage.steps} | {k: done[k] for k in meter.read()})
     training = sum(s["seconds"] for s in stages)
     stages.append({"name": "evaluation", "steps": None, **meter.read()})

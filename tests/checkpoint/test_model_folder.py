@@ -1,4 +1,4 @@
-"""Folders as models: our own, PyTorch's, and those of the hub."""
+"""Opening models: saved folders, PyTorch checkpoints, and the hub."""
 
 import dataclasses
 
@@ -34,18 +34,18 @@ def test_a_published_folder_loads_as_its_conversion_does(golden, converted):
         np.testing.assert_array_equal(source.params[path], value, err_msg=path)
 
 
-def test_it_is_placed_on_a_mesh_as_it_is_read(golden, converted, devices):
-    """No array is whole on a device that should hold a part; the model generates what one device does."""
+def test_it_is_sharded_as_it_is_read(golden, converted, devices):
+    """Parameters are sharded over the devices, and the model generates what it does on one device."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), devices)
-    spread = DreamLLM.from_pretrained(golden / "dreamllm-a" / "checkpoint", mesh=mesh)
+    sharded = DreamLLM.from_pretrained(golden / "dreamllm-a" / "checkpoint", mesh=mesh)
     alone = DreamLLM.from_pretrained(converted)
-    parts, whole = flatten_dict(spread.params, sep="/"), flatten_dict(alone.params, sep="/")
+    parts, full = flatten_dict(sharded.params, sep="/"), flatten_dict(alone.params, sep="/")
     split = 0
-    for path, value in whole.items():
+    for path, value in full.items():
         np.testing.assert_array_equal(np.asarray(parts[path]), np.asarray(value), err_msg=path)
         split += parts[path].addressable_shards[0].data.size < value.size
-    assert split > len(whole) / 3
-    assert spread.generate_text("hello", max_new_tokens=4) == alone.generate_text("hello", max_new_tokens=4)
+    assert split > len(full) / 3
+    assert sharded.generate_text("hello", max_new_tokens=4) == alone.generate_text("hello", max_new_tokens=4)
 
 
 def test_dtype_and_unread_tensors(golden):
@@ -56,7 +56,7 @@ def test_dtype_and_unread_tensors(golden):
 
 
 def test_kernels_stay_where_the_model_was_trained(converted, tmp_path):
-    """A model trained with a TPU's kernel is saved without it: it runs everywhere."""
+    """A model that was trained with a TPU kernel is saved without it, and runs everywhere."""
     opened = open_pretrained(converted)
     trained = dataclasses.replace(opened.config, attention=AttentionConfig(llama="splash"))
     params = {path: tensor.read() for path, tensor in opened.params.items()}

@@ -1,4 +1,4 @@
-"""The converted form on disk: whole or absent, bit for bit, and checked."""
+"""Folders of parameters: complete or absent, bit for bit, with checksums."""
 
 import json
 
@@ -35,7 +35,7 @@ def params():
 
 
 def load(folder, dtype=None):
-    """All parameters of a folder, read and nested."""
+    """Returns all parameters of a folder, read and nested."""
     return unflatten_dict(
         {path: tensor.read() for path, tensor in cast(open_params(folder), dtype).items()}, sep="/"
     )
@@ -125,7 +125,7 @@ def test_a_failing_tensor_leaves_no_readable_folder(tmp_path):
 
 @pytest.mark.parametrize("row_readable", [True, False])
 def test_blocks_share_what_is_read(row_readable, monkeypatch, devices):
-    """Every row once, a few at a time where they can be read apart; every device gets its own."""
+    """Every row is read once, in chunks if the tensor is row-readable; every device gets its own block."""
     values = np.arange(8 * 6 * 4, dtype=np.float32).reshape(8, 6, 4)
     reads = []
 

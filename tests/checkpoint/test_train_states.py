@@ -1,4 +1,4 @@
-"""States within a stage: saved whole, restored where they were, the newest kept."""
+"""States within a stage: saved, restored on another mesh, and only the newest kept."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ PATH = "llama/lm_head/kernel"
 
 
 def state_at(step: int, mesh) -> TrainState:
-    """A state of one matrix, all of whose numbers tell the step."""
+    """Returns a state of one matrix, whose values depend on the step."""
     tx = make_optimizer(OptimConfig())
     shardings = parameter_shardings({PATH: jnp.zeros((16, 8))}, mesh)
     params = {PATH: jax.device_put(np.arange(128.0, dtype=np.float32).reshape(16, 8) + step, shardings[PATH])}

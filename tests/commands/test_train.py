@@ -65,7 +65,7 @@ def test_the_command_ends_in_a_sentence(complaint, tmp_path):
         ("model.unet.block_out_channels=(0,64)", "block_out_channels is (0, 64); it must be at least 1"),
         ("stages.stage2.trainable=[]", "stage 'stage2': trainable is empty"),
         ("stages.stage1_creation.data.max_dreams=0", "stage 'stage1_creation': nothing is learned"),
-        ("stages.stage0_vae.data.max_dreams=0", "stage 'stage0_vae': objective 'vae' needs pictures"),
+        ("stages.stage0_vae.data.max_dreams=0", "stage 'stage0_vae': objective 'vae' needs images"),
         ("generation.template=foo", "generation: Unknown conversation template 'foo'"),
         ("generation.num_inference_steps=5000", "generation: num_steps is 5000"),
         ("generation.eta=0.5", "generation: eta is 0.5"),

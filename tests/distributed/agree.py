@@ -1,4 +1,4 @@
-"""What test_local_processes.py starts as two processes: they agree, disagree, and one of them fails."""
+"""test_local_processes.py starts this as two processes: they agree, disagree, and one of them fails."""
 
 import sys
 from pathlib import Path

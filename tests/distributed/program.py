@@ -1,9 +1,9 @@
-"""What test_together.py starts as two processes and as one: trains, is asked to end, goes on, generates.
+"""test_together.py starts this as two processes and as one: trains, is preempted, resumes, and generates.
 
-python program.py FOLDER RECIPE.json [OTHER]: leaves FOLDER/run, and FOLDER/<process>.json with what was read
-and generated. Without OTHER the run is asked to end in its last stage, leaves a copy of its folder as it is
-then, FOLDER/ended, and goes on. With OTHER, such a copy by another number of processes, FOLDER/run is trained
-at one go; it is the run in OTHER that goes on, is asked to end, and goes on.
+python program.py FOLDER RECIPE.json [OTHER] writes FOLDER/run, and FOLDER/<process>.json with what this
+process read and generated. Without OTHER, the run is preempted in its last stage, its folder is copied to
+FOLDER/ended, and it resumes. With OTHER, such a copy from another number of processes, FOLDER/run is trained
+without interruption; the run in OTHER resumes, is preempted, and resumes again.
 """
 
 import json
@@ -23,6 +23,7 @@ from dreamllm_jax.config.train import Recipe
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.sharding import make_mesh, process_row_indices
 from dreamllm_jax.train import loop
+from tests.train.test_loop import brief_writer
 
 STEPS = 7  # of the last stage
 ASKED_AT = 3  # its step before which the last process gets a SIGTERM
@@ -31,13 +32,13 @@ DRAWN = dict(sampler="ddim", num_inference_steps=2)
 
 
 def fingerprints(batch) -> list[int]:
-    """A number for each row of a batch, of all that the row holds."""
+    """Returns a checksum of everything in each row of a batch."""
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     return [zlib.crc32(b"".join(a[i].tobytes() for a in arrays)) for i in range(len(batch.tokens))]
 
 
 def recorded(stage) -> list[dict[int, int]]:
-    """From now on this gets, for every step of a stage, the rows that this process read for it."""
+    """Returns a list that will receive, for every step of a stage, the rows that this process read."""
     seen, shard_batch = [], loop.shard_batch
 
     def seeing(batch, mesh, rows):
@@ -50,7 +51,7 @@ def recorded(stage) -> list[dict[int, int]]:
 
 
 def ended(recipe: Recipe, run: Path, at: int) -> str:
-    """Trains until the last process is asked to end before this step of the last stage; what is then said."""
+    """Trains until one process gets a SIGTERM before step `at` of the last stage; returns the message."""
     step, last = loop.train_step, jax.process_index() == jax.process_count() - 1
 
     def asked_to_end(state, *args, **options):
@@ -62,7 +63,7 @@ def ended(recipe: Recipe, run: Path, at: int) -> str:
     asked_to_end.lower = step.lower
     loop.train_step = asked_to_end
     try:
-        loop.train(recipe, run)
+        loop.train(recipe, run, make_writer=brief_writer)
     except distributed.Preempted as notice:
         return str(notice)
     finally:
@@ -80,11 +81,11 @@ def main(folder: Path, mapping: dict, other: Path | None) -> None:
         if distributed.is_main():
             shutil.copytree(run, folder / "ended")
         distributed.barrier("copied")
-        trained = loop.train(recipe, run)
+        trained = loop.train(recipe, run, make_writer=brief_writer)
     else:
-        trained = loop.train(recipe, run)
+        trained = loop.train(recipe, run, make_writer=brief_writer)
         sentence = ended(recipe, other, ASKED_AGAIN_AT)
-        loop.train(recipe, other)
+        loop.train(recipe, other, make_writer=brief_writer)
 
     model = DreamLLM.from_pretrained(trained, mesh=make_mesh(recipe.mesh))
     texts = model.generate_text(["Write one plus one.", "Which"], max_new_tokens=8, temperature=1.0, seed=3)

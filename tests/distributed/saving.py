@@ -1,4 +1,4 @@
-"""What agree.py checks of saving: every process writes, and the folder is what one process would write."""
+"""Checks for agree.py: every process writes a part of a model, and the result is that of one process."""
 
 from pathlib import Path
 
@@ -28,12 +28,12 @@ def check_saving(folder: Path, config: DreamLLMConfig, tokenizer: Tokenizer) -> 
     alone = open_pretrained(folder / "alone").params
     mixed = dict(values)
     names = sorted(values)
-    for name, sharding in parameter_shardings({n: values[n] for n in names[::2]}, mesh).items():
+    for name, sharding in parameter_shardings(values, mesh).items():
         mixed[name] = to_device(values[name], sharding)
     mixed[names[0]] = to_device(values[names[0]], NamedSharding(mesh, PartitionSpec()))
-    mixed |= {name: alone[name] for name in names[1::4]}
+    mixed |= {name: alone[name] for name in names[1::4]} | {name: values[name] for name in names[2::4]}
     divided = [name for name in mixed if distributed.spans_processes(mixed[name])]
-    assert len(divided) > 10
+    assert len(divided) >= 3, divided
 
     wrote, gathered = [], []
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,7 @@ def check_saving(folder: Path, config: DreamLLMConfig, tokenizer: Tokenizer) -> 
     sizes = [sum((folder / "together" / name).stat().st_size for name in part) for part in everyones]
     assert max(sizes) < 0.7 * sum(sizes), sizes
     assert {id(array) for array in gathered} == {id(mixed[name]) for name in divided}
-    assert len(gathered) > 2 * len(divided)
+    assert len(gathered) > len(divided)  # more than one chunk
 
     together = open_pretrained(folder / "together")
     assert together.config == config and list(together.params) == list(alone)

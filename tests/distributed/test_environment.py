@@ -1,4 +1,4 @@
-"""What `initialize` makes of the environment: JAX is asked rightly, or what is wrong is said."""
+"""`initialize` passes what the environment says to JAX, or names what is wrong with it."""
 
 import os
 
@@ -15,7 +15,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "
 
 @pytest.fixture
 def asked(monkeypatch):
-    """`initialize` in an environment of these variables alone; what JAX is then asked, or its own error."""
+    """Calls `initialize` with only these variables set; returns its calls of jax.distributed.initialize."""
     launcher = (
         "JAX_C",
         "JAX_N",
@@ -65,13 +65,13 @@ def test_alone(asked):
 
 
 def test_nothing_is_set(asked):
-    """A laptop, and a TPU VM: JAX looks by itself, and finds no others on the laptop."""
+    """On a laptop or a TPU VM JAX detects the cluster, and finds none on the laptop."""
     ((args, options),) = asked({}, NO_CLUSTER)
     assert args == () and options["cluster_detection_method"] is None and options["local_device_ids"] is None
 
 
 def test_slurm(asked):
-    """JAX reads SLURM's variables; a lone task of a node gets all of its GPUs, not the first alone."""
+    """JAX reads SLURM's variables. A single task on a node gets all of its GPUs, not only the first."""
     ((_, options),) = asked(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"})
     assert options["local_device_ids"] == list(range(8)) and options["cluster_detection_method"] is None
     ((_, options),) = asked(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_GPUS_ON_NODE": "8"})
@@ -79,7 +79,7 @@ def test_slurm(asked):
 
 
 def test_mpi(asked, monkeypatch):
-    """Open MPI 5 and other MPIs are known to JAX through mpi4py only."""
+    """JAX detects Open MPI 5 and other MPIs only through mpi4py."""
     started = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name)
     ((_, options),) = asked(started)
@@ -93,7 +93,7 @@ WRONG = {
     "an address alone": ({ADDRESS: "a:1"}, f"{COUNT} and {INDEX} are not; set all three, or none."),
     "no number": (SET | {COUNT: "two"}, f"{COUNT}=two is not an integer"),
     "too large an index": (SET | {INDEX: "4"}, f"{INDEX}=4 does not fit {COUNT}=4"),
-    "no port": (SET | {ADDRESS: "10.0.0.1"}, "is no host:port"),
+    "no port": (SET | {ADDRESS: "10.0.0.1"}, "is not host:port"),
     "SLURM counts otherwise": (SET | SLURM, "contradict SLURM_NTASKS=2 and SLURM_PROCID=1"),
 }
 
@@ -106,7 +106,7 @@ def test_what_contradicts_itself_is_said(asked, variables, sentence):
 
 
 def test_the_others_are_not_found(asked):
-    """Never silently one process where a launcher started several."""
+    """If a launcher started several processes, this is never silently a single one."""
     with pytest.raises(ValueError, match="PMI_SIZE=4 says that there are several processes, but not how to"):
         asked({"PMI_SIZE": "4"}, NO_CLUSTER)
     late = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out\n  details")
@@ -117,7 +117,7 @@ def test_the_others_are_not_found(asked):
 
 
 def test_a_host_that_is_late_is_no_wrong_recipe(asked):
-    """The training ends with exit code 1 then, after which clusters start it again; with 2 they do not."""
+    """Training then ends with exit code 1, after which clusters restart it. With 2 they do not."""
     unknown = RuntimeError("Failed to recognize coordinator address slice-0-0.dream")
     sentence = r"address slice-0-0.dream: the host of process 0 was not found within 9 s"
     with pytest.raises(TimeoutError, match=sentence):
@@ -125,7 +125,7 @@ def test_a_host_that_is_late_is_no_wrong_recipe(asked):
 
 
 def test_too_late(asked):
-    """A fault of the program, not of its user."""
+    """This is an error of the program, not of its user."""
     late = RuntimeError("jax.distributed.initialize() must be called before any JAX calls.")
     with pytest.raises(RuntimeError, match="must be called before"):
         asked({"PMI_SIZE": "4"}, late)

@@ -1,4 +1,4 @@
-"""launch/local_processes.sh: N processes with their variables and lines; one that fails ends all."""
+"""launch/local_processes.sh: N processes with their variables and output; if one fails, all end."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def test_variables_and_lines():
 
 
 def test_one_that_fails_ends_the_others(tmp_path):
-    """Also one that does not listen, and what it started."""
+    """This includes a process that ignores SIGTERM, and its children."""
     code = (
         f"child={tmp_path}/child; if [ $JAX_PROCESS_ID = 0 ]; then until [ -s $child ]; do sleep 0.1; done; "
         'exit 7; fi; trap "" TERM; sleep 600 & echo $! >$child; wait'
@@ -49,7 +49,7 @@ def test_one_that_fails_ends_the_others(tmp_path):
 
 
 def test_a_term_is_handed_on_and_waited_for(tmp_path):
-    """As long as a training needs to save its state, here longer than the 3 s that a failure leaves."""
+    """The wait is as long as saving takes: here longer than the 3 s that follow a failure."""
     code = (
         f"cd {tmp_path}; trap 'sleep 5; touch saved.$JAX_PROCESS_ID; exit 143' TERM; touch $JAX_PROCESS_ID; "
     )
@@ -69,8 +69,8 @@ def test_a_term_is_handed_on_and_waited_for(tmp_path):
         ((), "N, the number of processes, is ''; give 1 or more"),
         (("0", "--", "true"), "N, the number of processes, is '0'"),
         (("2", "--devices", "--", "true"), "--devices is '--'; give 1 or more"),
-        (("2", "true"), "Before the command -- is missing"),
-        (("2", "--"), "After -- the command is missing"),
+        (("2", "true"), "-- is missing before the command"),
+        (("2", "--"), "The command is missing after --"),
     ],
 )
 def test_what_is_wrong_is_said(arguments, sentence):
@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said(arguments, sentence):
 
 
 def test_two_agree_and_an_error_of_one_ends_both(tmp_path):
-    """The assertions are in agree.py; then one of them runs out of disk, and the other waits for it."""
+    """The assertions are in agree.py. At its end one process fails while the other waits for it."""
     begin = time.monotonic()
     result = launched("2", "--", sys.executable, "-m", "tests.distributed.agree", str(tmp_path))
     measured = [line[:3] for line in result.stdout.splitlines() if line.endswith("] measured")]

@@ -1,6 +1,6 @@
 """Two processes of four devices do what one process of eight does: train, save, resume, load, generate.
 
-Two are ended and go on; one trains at one go, and goes on where the two were ended.
+Two are preempted and resume. One trains without interruption, and resumes the run of the two.
 """
 
 import copy
@@ -16,7 +16,7 @@ import pytest
 
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.pipeline import batches
-from dreamllm_jax.train.metrics import read_curves
+from dreamllm_jax.train.hooks.loggers import read_curves
 from dreamllm_jax.train.preparation import prepare_tokenizer
 from dreamllm_jax.train.state import stage_seed
 from tests.distributed.program import ASKED_AGAIN_AT, ASKED_AT, STEPS, fingerprints
@@ -28,7 +28,7 @@ LAUNCH = HERE.parents[1] / "launch" / "local_processes.sh"
 
 
 def started(folder: Path, processes: int, devices: int, mapping: dict, *other: Path) -> SimpleNamespace:
-    """What so many processes leave, and what they said."""
+    """Returns the results and the output of this many processes."""
     folder.mkdir()
     (folder / "recipe.json").write_text(json.dumps(mapping))
     command = [str(LAUNCH), str(processes), "--devices", str(devices), "--"]
@@ -43,10 +43,12 @@ def started(folder: Path, processes: int, devices: int, mapping: dict, *other: P
 
 
 def left(run: Path) -> dict:
-    """The curves of each stage, and what its end says of the data."""
+    """Returns the curves and the data statistics of each stage."""
     stages = sorted((run / "stages").iterdir())
     return dict(
         curves={p.name: list(read_curves(p / "logs")) for p in stages},
+        validation={p.name: list(read_curves(p / "logs", "validation")) for p in stages},
+        samples=sorted(str(p.relative_to(run)) for p in run.rglob("*.html")),
         counts={p.name: json.loads((p / "done.json").read_text())["data"] for p in stages},
     )
 
@@ -55,6 +57,9 @@ def left(run: Path) -> dict:
 def mapping():
     # Parameters are sliced over both processes: neither can write, read or use them alone.
     mapping = copy.deepcopy(RECIPE) | {"mesh": dict(data=1, fsdp=4, tensor=2), "checkpoint_every": 100}
+    mapping["hooks"] = dict(
+        eval_every=2, eval_batches=2, sample_every=STEPS, sample_prompts=["Count", "Which"]
+    )
     mapping["stages"][1] |= dict(trainable=(*RECIPE["stages"][1]["trainable"], "llama"), steps=STEPS)
     return mapping
 
@@ -69,7 +74,7 @@ def runs(mapping, tmp_path_factory):
 
 
 def ended_after(run) -> int:
-    """The step that the processes of a run say they were ended after: the same on all."""
+    """Returns the step after which a run was preempted, the same on all processes."""
     (sentence,) = {m["sentence"] for m in run.made}
     words = sentence.split()
     assert words[0] == "joint:"
@@ -91,12 +96,12 @@ def test_both_see_all_devices(runs):
 
 
 def test_no_process_loads_compiled_programs(runs):
-    """Their collectives come in any order on CPUs: eight devices waited for each other, or gloo gave up."""
+    """On CPUs their collectives run in no fixed order: devices would deadlock, or gloo fail."""
     assert not any(m["cached"] for run in runs for m in run.made)
 
 
 def test_training_is_the_same(runs):
-    """Every step's losses, gradient norm and counts, and the weights, which two processes wrote together."""
+    """Losses, gradient norm and counts of every step are equal, and so are the weights that both wrote."""
     one, two = runs
     assert one.curves.keys() == two.curves.keys() == {"0_vae", "1_joint"}
     for stage, records in one.curves.items():
@@ -110,7 +115,7 @@ def test_training_is_the_same(runs):
 
 
 def test_all_end_and_resume_at_one_step(runs):
-    """The notice came to one process alone, in the middle of the last stage."""
+    """One process received the SIGTERM, in the middle of the last stage."""
     one, two = runs
     step = ended_after(two)
     assert ASKED_AT <= step < ASKED_AGAIN_AT and f"joint: resumes after step {step} of {STEPS}" in two.said
@@ -121,7 +126,7 @@ def test_all_end_and_resume_at_one_step(runs):
 
 
 def test_another_number_of_processes_goes_on(runs):
-    """One process, where two were ended: every step is as in the run that nothing ended."""
+    """One process resumes what two began: every step is as in an uninterrupted run."""
     one, two = runs
     step = ended_after(two)
     assert f"joint: resumes after step {step} of {STEPS}" in one.said
@@ -130,8 +135,21 @@ def test_another_number_of_processes_goes_on(runs):
     assert one.went_on.counts == one.counts == two.counts
 
 
+def test_hooks_run_on_all_processes(runs):
+    """Validation losses are equal, and process 0 writes the samples of all; a preempted step has no hooks."""
+    one, two = runs
+    for run in (one, two, one.went_on):
+        assert run.samples == [f"stages/1_joint/samples/step_{STEPS:08d}/{i}.html" for i in (0, 1)]
+        assert [r["step"] for r in run.validation["0_vae"]] == [2]
+        steps = [r["step"] for r in run.validation["1_joint"]]
+        assert steps[0] == 2 and steps[-1] == STEPS and len(steps) >= 3
+        for stage, records in run.validation.items():
+            expected = {r["step"]: r for r in one.validation[stage]}
+            check_same_curves(records, [expected[r["step"]] for r in records], f"validation of {stage}")
+
+
 def test_no_row_is_skipped_or_read_twice(runs, mapping):
-    """Each process reads its own rows, however often and by whomever the run went on."""
+    """Each process reads its own rows, however often and with how many processes the run resumes."""
     one, two = runs
     recipe = build_recipe(mapping)
     stage, tokenizer = recipe.stages[-1], prepare_tokenizer(recipe)

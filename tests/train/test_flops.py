@@ -1,4 +1,4 @@
-"""Model FLOPs: of single operations, of whole towers by formula, and how often a step passes them."""
+"""Model FLOPs of single operations, of towers against formulas, and of steps."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_convolutions(form):
 
 @pytest.mark.parametrize("heads", [32, 8])
 def test_llama_by_its_formula(heads):
-    """Two FLOPs a token and weight, and whole squares of attention: at 7B's size, on shapes alone."""
+    """Two FLOPs per token and weight, and unmasked attention, at 7B's size, without allocation."""
     config = LlamaConfig(num_key_value_heads=heads)
     d, f, layers, rows, length = 4096, 11008, 32, 2, 512
     weights = layers * (2 * d * d + 2 * d * (heads * 128) + 3 * d * f) + d * config.vocab_size

@@ -1,10 +1,12 @@
-"""A tiny recipe from beginning to end: what stays, what moves, what is averaged, and being cut off."""
+"""A tiny recipe from beginning to end: frozen, trained and averaged parameters, hooks, and interruptions."""
 
 import copy
 import functools
+import importlib
 import json
 import re
 import shutil
+from contextlib import closing
 from types import SimpleNamespace
 
 import jax
@@ -13,14 +15,21 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
+from dreamllm_jax import DreamLLM
 from dreamllm_jax.checkpoint.model_folder import open_pretrained
 from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.data.pipeline import batches
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train import loop, preparation, recipe_checks
-from dreamllm_jax.train.metrics import read_curves
+from dreamllm_jax.train.hooks import validation
+from dreamllm_jax.train.hooks.loggers import read_curves
+from dreamllm_jax.train.hooks.protocol import Hook, Record
+from dreamllm_jax.train.objectives import loss_counts
 from dreamllm_jax.train.optim import learning_rates
-from dreamllm_jax.train.state import partition
+from dreamllm_jax.train.state import partition, stage_seed
+from dreamllm_jax.train.step import loss_and_metrics, row_prng_keys
+from dreamllm_jax.train.vae_scale import with_measured_scale
 from tests.folders import load_pretrained
 from tests.train import tiny
 
@@ -71,7 +80,7 @@ STAGE = RECIPE["stages"][1]
 
 
 def changed(*path_and_value):
-    """The recipe, with one entry replaced: changed("stages", 1, "name", "other")."""
+    """Returns the recipe with one entry replaced: changed("stages", 1, "name", "other")."""
     *path, last, value = path_and_value
     mapping = copy.deepcopy(RECIPE)
     functools.reduce(lambda node, key: node[key], path, mapping)[last] = value
@@ -95,7 +104,7 @@ def with_llama(**changes):
 
 
 class Spy:
-    """Stands for `train_step`: keeps what every step left, and may cut a run off in the middle."""
+    """Replaces `train_step`: records the parameters of every step, and may interrupt a run."""
 
     def __init__(self, dies_before=None):
         self.states, self.dies_before = {}, dies_before
@@ -116,22 +125,23 @@ class Spy:
         return state, metrics
 
 
-def run(monkeypatch, folder, until=None, dies_before=None):
+def run(monkeypatch, folder, until=None, dies_before=None, recipe=RECIPE, **options):
     spy = Spy(dies_before)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", spy)
-        model = loop.train(build_recipe(RECIPE), folder, until)
+        model = loop.train(build_recipe(recipe), folder, until, **options)
     return model, spy
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run without an accident, in two parts."""
+    """An uninterrupted run, in two parts."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         vae, _ = run(patch, folder, until="vae")
         beginning = tmp_path_factory.mktemp("beginning") / "copy"
         shutil.copytree(folder, beginning)
+        shutil.copytree(folder, beginning.with_name("hooked"))
         joint, spy = run(patch, folder)
     return SimpleNamespace(folder=folder, vae=vae, joint=joint, steps=spy.states, beginning=beginning)
 
@@ -178,7 +188,7 @@ def test_measured_scale_gives_latents_unit_variance(whole):
     params = load_pretrained(whole.vae).params
     images = np.random.default_rng(0).integers(0, 256, (4, 2, 8, 8, 3)).astype(np.uint8)
     unread = open_pretrained(whole.vae).params
-    measured = loop.with_measured_scale(config, unread, images).vae.scaling_factor
+    measured = with_measured_scale(config, unread, images).vae.scaling_factor
     variables = {"params": unflatten_dict({k: jnp.asarray(v) for k, v in params.items()}, sep="/")}
     flat = jnp.asarray(images.reshape(-1, 8, 8, 3))
     moments = DreamLLMModule(config).apply(variables, flat, method=DreamLLMModule.encode_image)
@@ -220,9 +230,9 @@ def test_what_a_finished_stage_leaves(whole):
 def test_what_documents_lost_is_said(capsys):
     counts = {"documents": 9, "tokens": 100, "dropped_images": 2, "dropped_tokens": 0, "broken_images": 1}
     stage = build_recipe(RECIPE).stages[1]
-    loop._say_losses(stage, counts)
+    loop._print_dropped(stage, counts)
     assert capsys.readouterr().out == "joint: in 9 documents 2 dropped images, 1 broken images\n"
-    loop._say_losses(stage, counts | {"dropped_images": 0, "broken_images": 0})
+    loop._print_dropped(stage, counts | {"dropped_images": 0, "broken_images": 0})
     assert capsys.readouterr().out == ""
 
 
@@ -255,9 +265,102 @@ def test_resuming_goes_on_bit_by_bit(whole, monkeypatch, capsys):
     assert logs[0] == logs[1]
 
 
+class Recorder(Hook):
+    """A custom hook that records its calls."""
+
+    told: list
+
+    def before_stage(self, context, state, log):
+        self.told.append((context.stage.name, int(state.step)))
+        self._log = log
+
+    def is_due(self, step):
+        return step == 3
+
+    def after_step(self, step, state, metrics):
+        self.told.append((step, int(state.step), float(metrics["loss"])))
+        self._log(Record("own", step, {"seen": 1.0}))
+
+    def log(self, record):
+        self.told.append((record.series, record.step))
+
+    def after_stage(self):
+        self.told.append("end")
+
+
+HOOKS = dict(
+    eval_every=2,
+    eval_batches=2,
+    sample_every=4,
+    sample_prompts=("Write one.", "Which"),
+    profile_steps=(3, 4),
+    custom=("tests.train.test_loop:Recorder",),
+)
+
+
+def brief_writer(*args):
+    """Makes a `DreamLLM` that writes short documents."""
+    model = DreamLLM(*args)
+
+    def generate_document(prompts, *, seed):
+        return model.generate_document(prompts, seed=seed, max_new_tokens=4, max_images=0)
+
+    return SimpleNamespace(generate_document=generate_document)
+
+
+def test_hooks_run_and_change_nothing(whole, monkeypatch):
+    monkeypatch.setattr(Recorder, "told", [], raising=False)
+    monkeypatch.setattr(importlib.import_module("tests.train.test_loop"), "Recorder", Recorder)
+    folder = whole.beginning.with_name("hooked")
+    _, spy = run(monkeypatch, folder, recipe=RECIPE | {"hooks": HOOKS}, make_writer=brief_writer)
+    for step, seen in spy.states.items():
+        for path, value in whole.steps[step].trainable.items():
+            np.testing.assert_array_equal(seen.trainable[path], value, err_msg=f"step {step}: {path}")
+    stage = folder / "stages" / "1_joint"
+    curves = [list(read_curves(f / "stages" / "1_joint" / "logs")) for f in (folder, whole.folder)]
+    assert curves[0] == curves[1]
+    # Samples: one page for each prompt, every four steps and at the end.
+    pages = sorted(str(path.relative_to(stage / "samples")) for path in (stage / "samples").rglob("*.html"))
+    assert pages == [f"step_{step:08d}/{i}.html" for step in (4, 5) for i in (0, 1)]
+    assert "<" in (stage / "samples" / pages[-1]).read_text()
+    assert [*(stage / "logs" / "profile").rglob("*.xplane.pb")]
+    # The custom hook receives all records, its own included.
+    told = Recorder.told
+    assert told[0] == ("joint", 0) and told[-1] == "end" and told.count("end") == 1
+    assert (3, 3, pytest.approx(curves[0][2]["loss"])) in told and ("own", 3) in told
+    assert [t[1] for t in told if t[0] == "validation"] == [2, 4, 5]
+    check_validation(whole, list(read_curves(stage / "logs", "validation")))
+
+
+def check_validation(whole, records):
+    """The last record is the objective on all held-out rows as one batch, with the averaged parameters."""
+    assert [r["step"] for r in records] == [2, 4, 5] and len({r["loss"] for r in records}) == 3
+    recipe = build_recipe(RECIPE | {"hooks": HOOKS})
+    stage, saved = recipe.stages[1], load_pretrained(whole.joint)
+    data, seed = validation.validation_data(recipe.hooks, stage), validation.validation_seed(recipe, stage)
+    assert data == stage.data and seed != stage_seed(recipe, stage)
+    tokenizer = preparation.prepare_tokenizer(recipe)
+    with closing(batches(data, saved.config, tokenizer, seed=seed, null_dream=True)) as stream:
+        held_out = [next(stream), next(stream)]
+    batch = jax.tree.map(lambda *rows: np.concatenate(rows), *held_out)
+    key = jax.random.fold_in(jax.random.key(recipe.seed), seed % 2**32)
+    keys = jnp.concatenate([row_prng_keys(key, jnp.int32(i), data.batch_size) for i in (0, 1)])
+    expected = jax.jit(loss_and_metrics, static_argnames=("model", "stage"))(
+        saved.params,
+        {},
+        batch,
+        keys,
+        loss_counts(batch),
+        model=DreamLLMModule(saved.config),
+        stage=stage.compile_key(),
+    )[1]
+    for name, value in expected.items():
+        np.testing.assert_allclose(records[-1][name], value, rtol=2e-5, err_msg=name)
+
+
 UNFIT = {
     "an unknown stage": (RECIPE, "stage4", "recipe 'tiny' has no stage 'stage4'; its stages: vae, joint."),
-    "a mesh of another size": (changed("mesh", dict(data=3, fsdp=1)), None, "does not divide the 8 devices"),
+    "a mesh of another size": (changed("mesh", dict(data=3, fsdp=1)), None, "does not match the 8 devices"),
     "two open axes": (changed("mesh", dict(data=-1, fsdp=-1)), None, "at most one may be -1"),
     "rows": (
         changed("stages", 1, "data", "batch_size", 12),
@@ -299,7 +402,11 @@ UNFIT = {
         "dimension 60 is not divisible by mesh axes {'tensor': 8}",
     ),
     "a pattern": (changed("stages", 1, "trainable", ("lama",)), None, "pattern 'lama' matches no parameter"),
-    "no pattern": (changed("stages", 1, "trainable", ("(",)), None, "pattern '(' is no regular expression"),
+    "no pattern": (
+        changed("stages", 1, "trainable", ("(",)),
+        None,
+        "pattern '(' is not a regular expression",
+    ),
     "an objective": (
         changed("stages", 0, "objective", "contrastive"),
         None,
@@ -321,7 +428,29 @@ UNFIT = {
         "data.source is not set",
     ),
     "no kind": (changed("stages", 1, "data", "source_options", "kinds", {}), None, "stage 'joint'"),
-    "no tokenizer": (changed("tokenizer", {}), None, "tokenizer: the recipe names none"),
+    "no tokenizer": (changed("tokenizer", {}), None, "tokenizer: the recipe does not name one"),
+    "no held-out files": (
+        changed("hooks", dict(eval_every=1))
+        | {"stages": [{**STAGE, "data": dict(sources=[dict(kind="pairs", path=__file__)], batch_size=8)}]},
+        None,
+        "hooks.eval_every needs held-out data, and the stage reads files",
+    ),
+    "held-out rows": (
+        changed("hooks", dict(eval_every=1, validation={**STAGE["data"], "batch_size": 12})),
+        None,
+        "stage 'vae', validation: data.batch_size=12 is not divisible by",
+    ),
+    "no writer": (
+        changed("hooks", dict(sample_every=1, sample_prompts=("a",))),
+        None,
+        "hooks.sample_every needs a model class",
+    ),
+    "a hook that is not one": (
+        changed("hooks", dict(custom=("json:JSONDecoder",))),
+        None,
+        "a JSONDecoder; return",
+    ),
+    "no such hook": (changed("hooks", dict(custom=("json:Hook",))), None, "has no 'Hook'"),
     "no weights": (changed("init_from", "nowhere"), None, "nowhere does not exist"),
 }
 
@@ -362,14 +491,16 @@ def test_weights_of_another_shape(whole, tmp_path, monkeypatch):
     mapping = changed("init_from", str(whole.joint))
     mapping["model"] = {**tiny.MODEL, "num_dream_queries": 5}
     with pytest.raises(
-        ValueError, match=r"does not fit .* dream_queries/dream_queries: \(4, 64\) there, \(5, 64\)"
+        ValueError, match=r"does not fit .* dream_queries/dream_queries has shape \(4, 64\), not \(5, 64\)"
     ):
         loop.train(build_recipe(mapping), tmp_path / "work")
 
 
 def test_latents_of_another_scale(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "init_on_host", None)
-    with pytest.raises(ValueError, match=r"has model.vae.scaling_factor=.* latents of its own scale: set"):
+    with pytest.raises(
+        ValueError, match=r"has model.vae.scaling_factor=.* latents of its own scale: set the recipe"
+    ):
         loop.train(build_recipe(changed("init_from", str(whole.joint))), tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
@@ -383,7 +514,7 @@ def test_weights_that_a_folder_lacks_are_drawn(whole, monkeypatch, capsys):
     params = preparation.initial_params(build_recipe(mapping))[1]
     drawn = {path for path, value in params.items() if isinstance(value, str)}
     assert {path.split("/")[0] for path in drawn} == {"text", "contrastive"}
-    assert f"drawn afresh, {len(drawn)} tensors of contrastive, text" in capsys.readouterr().out
+    assert f"newly initialized, {len(drawn)} tensors of contrastive, text" in capsys.readouterr().out
     assert params.keys() - drawn == theirs.params.keys()
     for path, value in theirs.params.items():
         np.testing.assert_array_equal(params[path].read(), value)
@@ -394,7 +525,7 @@ def test_weights_without_a_place_are_named(whole, capsys):
     mapping["model"] = {k: v for k, v in tiny.MODEL.items() if k == "llama"}
     params = preparation.initial_params(build_recipe(mapping))[1]
     assert {path.split("/")[0] for path in params} == {"llama"}
-    assert re.search(r"left out, \d+ tensors of condition_projector, .*vision", capsys.readouterr().out)
+    assert re.search(r"not used, \d+ tensors of condition_projector, .*vision", capsys.readouterr().out)
 
 
 def test_the_tokenizer_of_the_weights(whole):

@@ -1,4 +1,4 @@
-"""The losses against the plainest form of each."""
+"""The losses against their plainest implementations."""
 
 import functools
 import re
@@ -38,7 +38,7 @@ def chunked(hidden, kernel, targets, weights, chunk):
 
 @pytest.fixture(scope="module")
 def plain(inputs):
-    """Sum and right predictions in numpy, float64."""
+    """Returns the loss and the correct predictions in numpy, float64."""
     hidden, kernel, targets, weights = (np.asarray(x, np.float64) for x in inputs)
     logits = hidden @ kernel
     chosen = np.take_along_axis(logits, targets.astype(int)[..., None], -1)[..., 0]
@@ -64,7 +64,7 @@ def test_chunks_change_neither_loss_nor_gradients(inputs, plain, chunk):
 
 @pytest.mark.parametrize("chunk", [2, 3])
 def test_logits_of_a_whole_row_are_never_held(inputs, chunk):
-    """Neither forward nor backward, in any intermediate value of the program."""
+    """No intermediate value of the forward or backward program has that size."""
     run = jax.grad(lambda *args: chunked(*args, chunk)[0], (0, 1))
     sizes = set()
 
@@ -101,7 +101,7 @@ MESHES = {
 
 
 def on_mesh(mesh, rows=8, length=16, width=24, vocabulary=112):
-    """The jitted value and gradients, and their arguments in their places."""
+    """Returns the jitted value and gradients, and their sharded arguments."""
     rng = np.random.default_rng(1)
     hidden, kernel = rng.normal(size=(rows, length, width)), rng.normal(size=(width, vocabulary))
     targets = rng.integers(0, vocabulary, (rows, length)).astype(np.int32)
@@ -133,7 +133,7 @@ def test_meshes_change_neither_loss_nor_gradients(mesh, rows, devices):
 
 @pytest.mark.parametrize("mesh", ["8 fsdp", "2 data, 2 fsdp, 2 tensor", "2 fsdp, 2 tensor, 2 context"])
 def test_nothing_of_the_vocabulary_travels_but_its_matrix_once(mesh, devices):
-    """No collective in a loop touches it; outside, the matrix is gathered and its gradient summed."""
+    """No collective in a loop involves the head. Outside, it is gathered, and its gradient summed, once."""
     mesh = make_mesh(MESHES[mesh], devices)
     with jax.set_mesh(mesh):
         run, arguments = on_mesh(mesh)
@@ -182,7 +182,7 @@ def test_contrastive_loss_with_all_texts_different():
 
 
 def test_equal_texts_are_all_right():
-    """Images of one text share its probability, and any of them counts as matched."""
+    """Images of the same text share its probability, and any of them counts as a match."""
     text = unit(np.eye(4)[[0, 1, 1, 2]])
     same = (text @ text.T).astype(np.float32)
     loss, right = contrastive_loss(*map(jnp.asarray, (text, text, np.float32(50.0), same)))
@@ -197,3 +197,12 @@ def test_kl_to_unit_gaussian():
     mean[1, 0, 0, 0], logvar[1, 1, 1, 2] = 2.0, 1.0
     kl = kl_to_unit_gaussian(jnp.asarray(mean), jnp.asarray(logvar))
     np.testing.assert_allclose(kl, [0.0, 0.5 * 4 + 0.5 * (np.e - 2)], rtol=1e-6)
+
+
+def test_examples_of_docstrings():
+    """Two positions, of which the second has no weight."""
+    logits, weights = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 1.0]]])), jnp.array([[1.0, 0.0]])
+    loss, correct = chunked(logits, jnp.eye(2), jnp.array([[1, 0]]), weights, 2)
+    np.testing.assert_allclose([loss, correct], [np.log(4 / 3), 1], rtol=1e-6)
+    assert loss_scale(LossConfig(weight_lm=3.0, weight_vm=4.0, scale="l1")) == 7
+    assert loss_scale(LossConfig(weight_lm=3.0, weight_vm=4.0, scale="l2")) == 5

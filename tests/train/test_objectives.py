@@ -1,4 +1,4 @@
-"""The joint loss depends on documents and their noise, not on padding or on other rows."""
+"""The joint loss depends on documents and their noise, and not on padding or other rows."""
 
 import dataclasses
 import functools
@@ -26,14 +26,14 @@ from tests.train import tiny
 fields = [field.name for field in dataclasses.fields(StepNoise)]
 
 
-def rows_of_noise(step_noise: StepNoise, places: list[tuple[int, int, int] | None]) -> StepNoise:
-    """Noise for rows that hold the dreams `first` to `first + n - 1` of row `b`, for places (b, first, n)."""
+def rows_of_noise(step_noise: StepNoise, slices: list[tuple[int, int, int] | None]) -> StepNoise:
+    """Returns the noise of dreams `first` to `first + n - 1` of row `b`, for every (b, first, n)."""
 
     def take(values):
         out = np.zeros_like(values)
-        for row, place in enumerate(places):
-            if place is not None:
-                b, first, n = place
+        for row, part in enumerate(slices):
+            if part is not None:
+                b, first, n = part
                 out[row, :n] = values[b, first : first + n]
         return out
 
@@ -68,7 +68,7 @@ def test_a_packed_row_equals_its_documents_one_by_one(
 
 
 def scrambled(x, keep, rng):
-    """`x` with other values of its own kind wherever `keep` is false."""
+    """Returns `x` with other values of its kind where `keep` is false."""
     keep = np.broadcast_to(keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim)), x.shape)
     if x.dtype == bool:
         other = ~x
@@ -96,12 +96,12 @@ def test_padding_changes_nothing(batch, step_noise, joint, params, packed_result
 
 
 def test_other_rows_change_nothing(documents, batch, step_noise, joint, params, same_gradients):
-    """One row's share of the loss, among the others and among quite different ones."""
+    """A row's share of the loss is the same among other rows."""
     mine = 2
     rng, keep = np.random.default_rng(2), np.arange(tiny.ROWS) == mine
 
     def share(some, step_noise):
-        """All other rows are read, but count nothing."""
+        """The other rows have no weight in the loss."""
         muted = some.replace(
             loss_weights=np.where(keep[:, None], some.loss_weights, 0),
             dream_mask=np.where(keep[:, None], some.dream_mask, False),
@@ -170,7 +170,7 @@ def test_dropped_conditions_become_the_rows_null():
 
 
 def encode_by_hand(module, images):
-    """An encoder whose mean is given by the image."""
+    """An encoder whose mean is the image."""
     mean = images[:, ::2, ::2, :1] / 255.0 * jnp.ones(4)
     return jnp.concatenate([mean, jnp.full_like(mean, -2.0)], axis=-1)
 
@@ -182,7 +182,7 @@ def denoise_nothing(module, latents, timesteps, context, added=None):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_denoising_errors_by_hand(batch, step_noise, kind, monkeypatch):
-    """The target holds the offset, the input the perturbation too; min-SNR weighs; absent dreams are zero."""
+    """The target has the offset, the input the perturbation too; min-SNR weights; empty slots are 0."""
     monkeypatch.setattr(DreamLLMModule, "encode_image", encode_by_hand)
     monkeypatch.setattr(DreamLLMModule, "denoise", denoise_nothing)
     config = tiny.config(schedule=dict(prediction_type=kind))

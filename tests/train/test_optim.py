@@ -1,4 +1,4 @@
-"""The learning rate's values, one update of the optimizer by hand, and what saves memory beside optax."""
+"""Learning rates, one optimizer update computed by hand, and the memory-saving moments against optax."""
 
 import math
 
@@ -79,7 +79,7 @@ LEAN = OptimConfig(optimizer="adafactor", mu_dtype="bfloat16", clip_norm=None)
 
 
 def draw(seed):
-    """Rows and columns differ in their sizes."""
+    """Rows and columns have different sizes."""
     rng = np.random.default_rng(seed)
 
     def numbers(*shape):
@@ -120,7 +120,7 @@ def test_the_lean_ones_are_those_of_optax(config, theirs):
 
 
 def test_what_the_lean_ones_hold():
-    """Bytes: 2 a weight for the first moment; of the second, two vectors for each matrix that is large."""
+    """2 bytes per weight for the first moment, and two vectors per large matrix for the second."""
     state = make_optimizer(LEAN).init(draw(0))
     weights = sum(int(np.prod(shape)) for shape in SHAPES.values())
     vectors = 2 * (128 + 256) + 2 * (128 + 128) + (256 + 128)

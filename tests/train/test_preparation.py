@@ -1,4 +1,4 @@
-"""What a run makes ready before its first step: the index of its tars, once for all of its starts."""
+"""Preparation of a run: its tars are indexed once for all of its starts."""
 
 import copy
 
@@ -6,13 +6,13 @@ import pytest
 
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.formats import tar_index
-from dreamllm_jax.train import loop
+from dreamllm_jax.train import loop, stage_progress
 from tests.data.datasets import picture, write_tar
 from tests.train.test_loop import RECIPE
 
 
 class Ready(Exception):
-    """The data is open, and the run would go on."""
+    """The data is open, and the run would continue."""
 
 
 def test_tars_are_indexed_in_the_work_folder_by_the_first_start_alone(tmp_path, monkeypatch):
@@ -23,7 +23,7 @@ def test_tars_are_indexed_in_the_work_folder_by_the_first_start_alone(tmp_path, 
     def ready(folder, every, keep):
         raise Ready
 
-    monkeypatch.setattr(loop, "StageCheckpoints", ready)
+    monkeypatch.setattr(stage_progress, "StageCheckpoints", ready)
     for name in ("0.tar", "1.tar"):
         write_tar(tmp_path / name, {"0.png": picture(), "0.txt": b"a red field"})
     mapping = copy.deepcopy(RECIPE)

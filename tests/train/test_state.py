@@ -1,4 +1,4 @@
-"""What a stage holds: the trained in full, the frozen without any state, all of it where the rules say."""
+"""The train state: optimizer state for trainable parameters only, and everything sharded by the rules."""
 
 import dataclasses
 import functools
@@ -136,5 +136,5 @@ def test_partition_refuses_what_matches_nothing():
         ValueError, match="pattern 'llma' matches no parameter of this model; its parts are llama, unet"
     ):
         partition(params, ["unet", "llma"])
-    with pytest.raises(ValueError, match="is no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         partition(params, ["unet("])

@@ -1,4 +1,4 @@
-"""One step is the same step on every mesh, in any number of micro-batches."""
+"""A step gives the same result on every mesh and with any number of micro-batches."""
 
 import functools
 
@@ -46,7 +46,7 @@ FROZEN = {
 
 @pytest.fixture
 def check_step(devices, params, batch, keys, packed_result, same_gradients):
-    """Metrics and gradients of the trained parts, the others frozen, against those of one device."""
+    """Metrics and gradients, with some parts frozen, equal those of one device."""
 
     def check(config: MeshConfig, trained: tuple[str, ...] | None, optim: dict) -> None:
         mesh = make_mesh(config, devices if config != ALONE else devices[:1])
@@ -79,7 +79,7 @@ def test_loss_and_gradients_with_frozen_towers(mesh, trained, optim, check_step)
 
 
 def test_a_tower_kept_whole_need_not_divide_fsdp(devices):
-    """Frozen in float32 it is cast, and gathered once a step: nothing is sliced on the way."""
+    """A float32 frozen table is cast and gathered once per step, and never sliced in between."""
     mesh, model = (
         make_mesh(MeshConfig(data=1, fsdp=8), devices),
         DreamLLMModule(tiny.config(dtype="bfloat16")),

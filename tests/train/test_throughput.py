@@ -1,18 +1,16 @@
-"""Rates of training: what was counted, by the seconds it took."""
+"""Throughput: counts divided by seconds."""
 
-import json
 import types
 
 import pytest
 
 from dreamllm_jax.train import throughput
-from dreamllm_jax.train.metrics import MetricWriter
 from dreamllm_jax.train.throughput import Throughput
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
     now = types.SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now.seconds)
     return now
@@ -50,10 +48,10 @@ def test_an_unknown_device_has_no_peak(clock, batch):
     assert rates["tflops_per_device/llama"] == 1 and not [name for name in rates if name.startswith("mfu")]
 
 
-def test_they_are_written(tmp_path):
-    writer = MetricWriter(tmp_path)
-    writer.write_speed(10, {"mfu": 0.5})
-    writer.write_speed(20, {"mfu": 0.6})
-    writer.close()
-    lines = (tmp_path / "speed.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 10, "mfu": 0.5}, {"step": 20, "mfu": 0.6}]
+def test_pauses_do_not_count(clock, batch):
+    meter = Throughput({}, devices=1, kind="cpu", slots=batch.segment_ids.size)
+    meter.count(batch)
+    clock.seconds += 2
+    with meter.paused():
+        clock.seconds += 100
+    assert meter.read()["steps_per_second"] == 0.5

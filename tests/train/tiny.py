@@ -1,19 +1,23 @@
 """A DreamLLM with every tower, as small as eight devices along any mesh axis allow, and rows for it."""
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from dreamllm_jax.config.base import build
 from dreamllm_jax.config.model import DreamLLMConfig, model_config
-from dreamllm_jax.config.train import StageConfig
+from dreamllm_jax.config.train import MeshConfig, Recipe, StageConfig
 from dreamllm_jax.data.packing import RowLayout, assemble_batch
 from dreamllm_jax.data.pieces import interleaved
 from dreamllm_jax.data.sequences import EncodedDocument, encode_pieces
 from dreamllm_jax.data.tokenizer import SpecialTokens, Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import Flat, abstract_params
+from dreamllm_jax.sharding import make_mesh
+from dreamllm_jax.train.run_folder import StageFolder
+from dreamllm_jax.train.stage_context import StageContext
 
 VOCABULARY = 408
 # Recipes of the tests train on the documents and the text of the demonstration.
@@ -124,6 +128,15 @@ def stage(loss=None, **changes) -> StageConfig:
     """The joint stage in which everything is trained."""
     base = dict(name="joint", trainable=(".*",), steps=10, data={}, loss={**LOSS, **(loss or {})})
     return build(StageConfig, {**base, **changes})
+
+
+def stage_context(folder: Path) -> StageContext:
+    """The context of the tiny model's joint stage on one device."""
+    recipe = Recipe(name="tiny", model=config(), stages=(stage(),))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return StageContext(
+        recipe, recipe.stages[0], config(), Letters(), mesh, StageFolder(folder), folder / "index"
+    )
 
 
 def random_params(config: DreamLLMConfig, seed: int = 0) -> Flat:

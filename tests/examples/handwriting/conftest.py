@@ -17,7 +17,7 @@ from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.document import Document
 from dreamllm_jax.generate.api import DreamLLM
 from dreamllm_jax.models.parameters import abstract_params
-from dreamllm_jax.train.loop import stage_folder
+from dreamllm_jax.train.run_folder import RunFolder
 from examples.handwriting.cases import unseen_cases
 from examples.handwriting.config import SOURCE
 from examples.handwriting.digits import load_digits
@@ -119,13 +119,13 @@ def workdir(tmp_path, save_model):
     """As a finished training leaves it."""
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(RECIPE)))
     for i, stage in enumerate(RECIPE.stages):
-        folder = stage_folder(tmp_path, RECIPE, stage)
-        (folder / "logs").mkdir(parents=True)
+        folder = RunFolder(tmp_path, RECIPE).stage(stage)
+        folder.logs.mkdir(parents=True)
         records = [{"step": s, "loss_lm": 1 / s, "token_accuracy": 0.1 * s} for s in range(1, 6)]
-        (folder / "logs" / "curves.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+        (folder.logs / "curves.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
         done = {"seconds": 10.0 * (i + 1), "peak_rss_gib": 0.5 + i, "steps": 5, "data": {}}
-        (folder / "done.json").write_text(json.dumps(done))
-    save_model(stage_folder(tmp_path, RECIPE, RECIPE.stages[-1]) / "model")
+        folder.done_file.write_text(json.dumps(done))
+    save_model(RunFolder(tmp_path, RECIPE).stage(RECIPE.stages[-1]).model)
     return tmp_path
 
 

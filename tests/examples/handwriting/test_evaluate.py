@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.data import DataConfig
-from dreamllm_jax.train.loop import stage_folder
+from dreamllm_jax.train.run_folder import RunFolder
 from examples.handwriting import evaluate as evaluation
 from tests.folders import load_pretrained
 
@@ -89,7 +89,7 @@ def test_the_report_stands_alone_and_shows_everything(evaluated):
 
 def test_the_checkpoint_is_the_model_without_what_only_stage_0_needs(evaluated, recipe):
     exported = load_pretrained(evaluated / "checkpoint")
-    whole = load_pretrained(stage_folder(evaluated, recipe, recipe.stages[-1]) / "model")
+    whole = load_pretrained(RunFolder(evaluated, recipe).stage(recipe.stages[-1]).model)
     assert exported.config == dataclasses.replace(whole.config, text=None, contrastive=False)
     assert exported.generation == whole.generation
     left_out = {k.split("/")[0] for k in whole.params.keys() - exported.params.keys()}
@@ -99,7 +99,7 @@ def test_the_checkpoint_is_the_model_without_what_only_stage_0_needs(evaluated, 
 
 
 def test_what_is_done_is_not_done_again(evaluated, monkeypatch, save_model, recipe):
-    model_folder = stage_folder(evaluated, recipe, recipe.stages[-1]) / "model"
+    model_folder = RunFolder(evaluated, recipe).stage(recipe.stages[-1]).model
 
     def refuse(*args):
         raise AssertionError("This was done before.")
@@ -157,7 +157,7 @@ def test_folders_that_cannot_be_evaluated(workdir, tmp_path, monkeypatch, capsys
         return complaint
 
     assert "is not a work folder of a training run" in sentence(tmp_path / "nowhere")
-    (stage_folder(workdir, recipe, recipe.stages[1]) / "done.json").rename(workdir / "done.json")
+    RunFolder(workdir, recipe).stage(recipe.stages[1]).done_file.rename(workdir / "done.json")
     assert "stage 'second' is not done" in sentence()
     (workdir / "recipe.json").write_text("{")
     assert "is not a recipe" in sentence()
@@ -165,14 +165,14 @@ def test_folders_that_cannot_be_evaluated(workdir, tmp_path, monkeypatch, capsys
     change_recipe(stages=stages)
     assert "is not trained on examples.handwriting.source" in sentence()
     change_recipe()
-    (workdir / "done.json").rename(stage_folder(workdir, recipe, recipe.stages[1]) / "done.json")
-    model = stage_folder(workdir, recipe, recipe.stages[1]) / "model"
+    (workdir / "done.json").rename(RunFolder(workdir, recipe).stage(recipe.stages[1]).done_file)
+    model = RunFolder(workdir, recipe).stage(recipe.stages[1]).model
     model.rename(workdir / "lost")
     assert "does not exist" in sentence()
 
 
 def test_a_model_that_cannot_draw_is_not_evaluated(workdir, recipe, oracle):
-    model = oracle.from_pretrained(stage_folder(workdir, recipe, recipe.stages[1]) / "model")
+    model = oracle.from_pretrained(RunFolder(workdir, recipe).stage(recipe.stages[1]).model)
     blind = dataclasses.replace(model.config, unet=None, vae=None, text=None, contrastive=False)
     object.__setattr__(model._engine, "config", blind)
     with pytest.raises(ValueError, match="cannot draw"):
