@@ -7,13 +7,14 @@ import jax
 import pytest
 from PIL import Image
 
-from dreamllm_jax.aot import chips, compilation
+from dreamllm_jax.aot import compilation
 from dreamllm_jax.aot.compilation import compile_and_report
 from dreamllm_jax.aot.memory import bytes_held, too_large
 from dreamllm_jax.aot.program import generation_program, train_program
 from dreamllm_jax.aot.report import by_kind, to_json
 from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.commands.main import main
+from dreamllm_jax.config import chips
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import MeshConfig, Recipe
