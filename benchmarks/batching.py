@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 from dreamllm_jax import DreamLLM
 from examples.handwriting.words import TRAINING_COUNTS, WORDS, caption, count
@@ -24,7 +25,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, generate: Callable[[object, int], object], prompts: list[str], rounds: int) -> None:
+def compare(name: str, generate: Callable[[Any, int], object], prompts: list[str], rounds: int) -> None:
     """Times `generate` alternately on all prompts at once and on each prompt alone, and prints one line.
 
     Both are called once before, to compile.

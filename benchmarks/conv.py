@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ FORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "xla": lambda x, k: xla_convolution(x, k, 1, (1, 1)),
     "conv": lambda x, k: convolve(x, k, 1, (1, 1)),
     "joined": lambda x, k: jnp.concatenate(slices(x), -1) @ k.reshape(-1, k.shape[-1]),
-    "summed": lambda x, k: sum(s @ k[i // 3, i % 3] for i, s in enumerate(slices(x))),
+    "summed": lambda x, k: cast(jax.Array, sum(s @ k[i // 3, i % 3] for i, s in enumerate(slices(x)))),
 }
 
 

@@ -24,6 +24,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ def measure(folder: Path, layers: int) -> dict[str, object]:
         "to-torch": ([*tool, "to-torch", "--quiet"], "jax", "torch"),
         "copy again": ([sys.executable, "-c", COPY], "model", "copy"),
     }
-    results: dict[str, object] = {"bytes": size}
+    results: dict[str, Any] = {"bytes": size}
     for name, (command, source, target) in steps.items():
         shutil.rmtree(folder / target, ignore_errors=True)
         command = [*command, str(folder / source), str(folder / target)]

@@ -45,7 +45,7 @@ from dreamllm_jax.ops.attention.reference import reference_attention
 from dreamllm_jax.ops.attention.splash import splash_attention
 from dreamllm_jax.sharding import make_mesh
 
-Arrays = tuple[jax.Array, ...]
+Arrays = tuple[Any, ...]  # or their shapes
 
 
 @dataclasses.dataclass(frozen=True)

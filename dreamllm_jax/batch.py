@@ -12,12 +12,14 @@ Signatures, einsums and comments of the project use one alphabet:
 from __future__ import annotations
 
 import typing
+from typing import Any
 
 import flax.struct
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 
 
-@typing.no_type_check  # shapes and shardings travel in the same container
+# Any: arrays are numpy's on a host and JAX's on devices; shapes and shardings travel in this container too.
+@typing.no_type_check
 @flax.struct.dataclass
 class Batch:
     """Rows of fixed length with fixed numbers of images. Every array is sharded along its first axis.
@@ -44,16 +46,16 @@ class Batch:
     Images are uint8. Floating-point images are taken as pixels that are already normalized for their tower.
     """
 
-    tokens: Int[Array, "B L"]
-    targets: Int[Array, "B L"]
-    segment_ids: Int[Array, "B L"]
-    positions: Int[Array, "B L"]
-    loss_weights: Float[Array, "B L"]
-    image_slots: Int[Array, "B L"]
-    dream_slots: Int[Array, "B L"]
-    image_mask: Bool[Array, "B I"]
-    dream_mask: Bool[Array, "B J"]
-    null_dream: Int[Array, "B"]
-    images: Num[Array, "B I h w 3"] | None = None
-    dream_images: Num[Array, "B J h2 w2 3"] | None = None
-    dream_sizes: Int[Array, "B J 6"] | None = None
+    tokens: Int[Any, "B L"]
+    targets: Int[Any, "B L"]
+    segment_ids: Int[Any, "B L"]
+    positions: Int[Any, "B L"]
+    loss_weights: Float[Any, "B L"]
+    image_slots: Int[Any, "B L"]
+    dream_slots: Int[Any, "B L"]
+    image_mask: Bool[Any, "B I"]
+    dream_mask: Bool[Any, "B J"]
+    null_dream: Int[Any, "B"]
+    images: Num[Any, "B I h w 3"] | None = None
+    dream_images: Num[Any, "B J h2 w2 3"] | None = None
+    dream_sizes: Int[Any, "B J 6"] | None = None

@@ -290,7 +290,8 @@ def process_row_indices(mesh: Mesh, batch_size: int) -> list[int]:
             f"A batch of {batch_size} rows is not divisible by data x fsdp = {split} devices; "
             "choose a multiple of it."
         )
-    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    indices: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    slices = indices.values()
     return sorted({row for (cut,) in slices for row in range(*cut.indices(batch_size))})
 
 
@@ -308,7 +309,7 @@ def shard_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
     def put(x: Any) -> jax.Array:
         assert len(x) == len(held), f"{len(x)} rows; this process has {len(held)} of {total}"
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(total)
             begin = bisect.bisect_left(held, start)  # a device's rows are consecutive here too
             return np.asarray(x[begin : begin + stop - start])

@@ -34,7 +34,7 @@ class SliceHead:
 
     def describe(self) -> tuple[str | None, int | None, int]:
         """Returns the slice's name, the number of its hosts, and the chips on each."""
-        from ray.util.accelerators import tpu
+        from ray.util.accelerators import tpu  # pyright: ignore[reportMissingImports]
 
         chips = tpu.get_num_tpu_chips_on_node()
         return tpu.get_current_pod_name(), tpu.get_current_pod_worker_count(), chips
@@ -219,7 +219,7 @@ def main() -> int:
             print(shlex.join([*(f"{name}={value}" for name, value in settings.items()), *options.command]))
             return 0
         try:
-            import ray
+            import ray  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ValueError(
                 "ray is not installed; pip install 'ray[default]', or run this on a Ray node."

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.beside_torch import bounds, ours
 from benchmarks.beside_torch.inputs import Inputs
-from benchmarks.beside_torch.sizes import Size
+from benchmarks.beside_torch.sizes import Size, Training
 from benchmarks.beside_torch.timing import Disagreement, Timing, Work, alternate, time_in_blocks
 
 # The largest errors allowed; nothing is timed if one is exceeded.
@@ -66,10 +66,10 @@ def joint(session: Session) -> dict[str, dict[str, Any]]:
     found = {}
     for training in session.size.training:
 
-        def make_ours(training=training) -> ours.Step:
+        def make_ours(training: Training = training) -> ours.Step:
             return ours.Step(session.inputs, training)
 
-        def make_theirs(training=training) -> theirs.Step:
+        def make_theirs(training: Training = training) -> theirs.Step:
             return theirs.Step(session.inputs, training, session.torch_settings)
 
         name = f"joint, {training}"
@@ -204,7 +204,7 @@ def text_to_image(session: Session) -> dict[str, dict[str, Any]]:
         Work(lambda: our_side.draw(size.pictures)),
         Work(lambda: their_side.draw(contexts, null, noise)),
     )
-    pictures = [work.run() for work in works]
+    pictures: list[Any] = [work.run() for work in works]
     name = f"text to image, {size.pictures} x {size.model.image_size} px, {size.steps} steps"
     errors = session.check_agreement(name, {"picture": _mean_byte_difference(*pictures)})
     for work in works:

@@ -62,10 +62,9 @@ class Step:
 class _TokenIdsOnly(Tokenizer):
     """A tokenizer without text: prompts and outputs are token ids."""
 
-    vocab_size = 0
-
     def __init__(self, vocab_size: int):
-        self.special, self.vocab_size = SPECIAL, vocab_size
+        self.special = SPECIAL
+        vars(self)["vocab_size"] = vocab_size  # instead of the cached property
 
 
 class Generator:

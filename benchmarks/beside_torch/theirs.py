@@ -50,8 +50,8 @@ class Towers(nn.Module):
             self.llama = LlamaForCausalLM(TorchLlamaConfig(**_settings(config_files.llama_json, model.llama)))
             clip = CLIPVisionConfig(**_settings(config_files.clip_vision_json, model.vision))
             self.vision = CLIPVisionModel(clip)
-            self.unet = UNet2DConditionModel.from_config(config_files.unet_json(model.unet))
-            self.vae = AutoencoderKL.from_config(config_files.vae_json(model.vae))
+            self.unet: Any = UNet2DConditionModel.from_config(config_files.unet_json(model.unet))
+            self.vae: Any = AutoencoderKL.from_config(config_files.vae_json(model.vae))
             width = model.llama.hidden_size
             self.vision_projector = nn.Linear(model.vision.hidden_size, width)
             self.condition_projector = nn.Linear(width, model.unet.cross_attention_dim, bias=False)
@@ -120,6 +120,7 @@ class Step:
             fused=True,
         )
         batch = inputs.training_batch
+        assert batch.images is not None and batch.dream_images is not None
         self.images = torch.tensor(batch.images[:, 0], device=torch_settings.device)
         self.dream_images = torch.tensor(batch.dream_images[:, 0], device=torch_settings.device)
         self.tokens = torch.tensor(batch.tokens, device=torch_settings.device)
@@ -198,7 +199,7 @@ class Generator:
         self.size, self.inputs, self.torch_settings = inputs.size, inputs, torch_settings
         self.towers = Towers(inputs, torch_settings)
         self.towers.requires_grad_(False)
-        self.one_token = self.towers.llama.forward
+        self.one_token: Any = self.towers.llama.forward
         if torch_settings.compiled:
             self.one_token = torch.compile(self.towers.llama.forward, mode="reduce-overhead")
             self.towers.unet.compile()
@@ -217,7 +218,9 @@ class Generator:
         """Reads `rows` prompts into a cache that has capacity for `tokens_after` more tokens."""
         tokens = torch.tensor(self.inputs.prompts(rows).tokens, device=self.torch_settings.device)
         cache = self._cache(self.size.prompt + tokens_after)
-        out = self.towers.llama(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out: Any = self.towers.llama(
+            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         self.synchronize()
         return DecodeState(cache, out.logits[:, -1].float())
 
@@ -241,7 +244,7 @@ class Generator:
         Runs DDIM with classifier-free guidance, then the VAE's decoder.
         """
         settings, towers = self.size.generation, self.towers
-        scheduler = DDIMScheduler.from_config(config_files.scheduler_json(self.size.model.schedule))
+        scheduler: Any = DDIMScheduler.from_config(config_files.scheduler_json(self.size.model.schedule))
         scheduler.set_timesteps(settings.num_inference_steps, device=self.torch_settings.device)
         null_and_contexts = torch.cat([null.expand_as(contexts), contexts])
         latents = noise.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class Disagreement(Exception):
@@ -16,7 +17,7 @@ class Disagreement(Exception):
 class Work:
     """One side's work. `prepare` runs first and is not timed; `run` is timed and waits for its result."""
 
-    run: Callable[[], object]
+    run: Callable[[], Any]
     prepare: Callable[[], object] = lambda: None
 
     def seconds(self) -> float:

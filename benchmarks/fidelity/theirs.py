@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def llama(case: Case, source: Path) -> Arrays:
     """Records the logits of 500 tokens, and the gradient with respect to their embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**case.settings, attn_implementation="eager"))
+    model = LlamaForCausalLM(LlamaConfig(**{**case.settings, "attn_implementation": "eager"}))
     model.save_pretrained(source)
     ids = torch.tensor(np.random.default_rng(1).integers(3, 32000, (1, 500)))
     embeds = model.model.embed_tokens(ids).detach().numpy()
@@ -132,11 +133,11 @@ def unet(case: Case, source: Path) -> Arrays:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
     model = UNet2DConditionModel(**case.settings)
-    vae = AutoencoderKL(
-        **settings(SD_15.vae),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    vae: Any = AutoencoderKL(**settings(SD_15.vae), **blocks)
     model.save_pretrained(source / "unet")
     vae.save_pretrained(source / "vae")
     schedule = DDPMScheduler(
@@ -176,7 +177,7 @@ def main() -> None:
     case, folder = CASES[sys.argv[1]], Path(sys.argv[2])
     torch.manual_seed(0)
     found = KINDS[case.kind](case, folder / "source")
-    np.savez(folder / "reference.npz", **found)
+    np.savez(folder / "reference.npz", allow_pickle=False, **found)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def compile_and_report(
             "optim.grad_accum_steps, or let --search look."
         ) from error
     seconds, text = time.perf_counter() - begin, compiled.as_text()
+    assert text is not None
     parsed = parse(text)
     census = take_census(parsed, program.mesh.shape)
     roof = roofline(census, math.fsum(program.model_flops.values()), program.mesh, chip)

@@ -50,6 +50,7 @@ def measure(arguments: dict[str, Any], compiled: jax.stages.Compiled, kept: floa
     gradients, gathered weights, short-lived buffers.
     """
     stats = compiled.memory_analysis()
+    assert stats is not None
     kinds = {kind: bytes_held(tree) for kind, tree in arguments.items()}
     kinds["padding"] = max(0.0, stats.argument_size_in_bytes - sum(kinds.values()))
     kinds["results"] = float(stats.output_size_in_bytes - stats.alias_size_in_bytes)

@@ -31,7 +31,7 @@ GENERATION = ("prefill", "decode", "denoise")
 # Compiler options by effort. At low effort a 7B step compiles in about an eighth of the time; FLOPs and
 # memory are the same to a few percent. 9 is XLA's EFFORT_O0. The older option "exec_time_optimization_effort"
 # is refused by libtpu 0.0.50. 0 means unset, which is full effort.
-EFFORTS: dict[str, dict[str, int]] = {"low": {"optimization_level": 9}, "full": {}}
+EFFORTS: dict[str, Any] = {"low": {"optimization_level": 9}, "full": {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +124,8 @@ def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ..
     capacity = config.context_length
     length = bucket_length(max(1, capacity - recipe.generation.max_new_tokens), capacity)
     stage = dataclasses.replace(recipe.stages[0].data, length=length, max_images=1, max_dreams=0)
-    batch = empty_batch(1, row_layout(stage, config, null_dream=False), pad=0).replace(
-        dream_images=None, dream_sizes=None
-    )
+    batch = empty_batch(1, row_layout(stage, config, null_dream=False), pad=0)
+    batch = dataclasses.replace(batch, dream_images=None, dream_sizes=None)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
     model = DreamLLMModule(config)
     return jax.jit(functools.partial(prefill, model=model, capacity=capacity)), (batch,)
@@ -134,6 +133,8 @@ def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ..
 
 def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config, new = recipe.model, recipe.generation.max_new_tokens
+    assert config.llama is not None
+    vocabulary = config.llama.vocab_size
     read, inputs = _prefill(recipe, params, rows)
     read, reading_of = _flat(read)
     # The KV cache has the sharding that prefill gives it.
@@ -147,17 +148,17 @@ def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...
     def others() -> tuple[Any, ...]:
         keys = jax.random.split(jax.random.key(0), rows)
         ints, flags = jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool)
-        forbidden, number = jnp.zeros(config.llama.vocab_size, bool), jnp.int32(0)
+        forbidden, number = jnp.zeros(vocabulary, bool), jnp.int32(0)
         temperature, top_p = jnp.float32(0), jnp.float32(1)
         return flags, ints, keys, Control(forbidden, ints[:1], number, flags, number, temperature, top_p)
 
-    others, others_of = _flat(others)
+    flat_others, others_of = _flat(others)
 
     def run(params: Any, state: list[Any], others: list[Any]) -> Any:
         model = DreamLLMModule(config)
         return decode_text(params, reading_of(state), *others_of(others), model=model, max_new_tokens=new)
 
-    return jax.jit(run, donate_argnums=1), (state, jax.eval_shape(others))
+    return jax.jit(run, donate_argnums=1), (state, jax.eval_shape(flat_others))
 
 
 def _flat(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], Callable[[list[Any]], Any]]:
@@ -178,10 +179,10 @@ def _flat(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], Calla
 def _denoise(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config = recipe.model
     assert config.unet is not None
+    width, pooled = config.unet.cross_attention_dim, config.unet.pooled_text_dim
 
     def others():
-        context = jnp.zeros((rows, config.num_dream_queries, config.unet.cross_attention_dim), config.dtype)
-        pooled = config.unet.pooled_text_dim
+        context = jnp.zeros((rows, config.num_dream_queries, width), config.dtype)
         condition = (context, None if pooled is None else jnp.zeros((rows, pooled), config.dtype))
         return condition, condition, jax.random.split(jax.random.key(0), rows)
 

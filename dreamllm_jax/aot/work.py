@@ -87,7 +87,7 @@ def _traced(
     for aval in {id(v): v.aval for v in jaxpr.jaxpr.outvars[: len(residuals)]}.values():
         if (aval.shape, aval.dtype) not in known:
             held[aval.memory_space] += math.prod(aval.shape) * aval.dtype.itemsize
-    return count_flops(jaxpr.jaxpr), *held.values()
+    return count_flops(jaxpr.jaxpr), held[jax.memory.Space.Device], held[jax.memory.Space.Host]
 
 
 @functools.lru_cache(maxsize=2)

@@ -57,7 +57,7 @@ class ByteRange:
             return self._bytes(start, stop)
         data = self._bytes(low, high)
         for i in touched:
-            self._check(i, zlib.crc32(data[i * block - low : (i + 1) * block - low]))
+            self._check(i, zlib.crc32(data[i * block - low : (i + 1) * block - low].data))
         return data[start - low : stop - low]
 
     def _bytes(self, start: int, stop: int) -> np.ndarray:
@@ -72,7 +72,7 @@ class ByteRange:
     def _crc_of(self, start: int, stop: int) -> int:
         crc = 0
         for at in range(start, stop, CHUNK_BYTES):
-            crc = zlib.crc32(self._bytes(at, min(at + CHUNK_BYTES, stop)), crc)
+            crc = zlib.crc32(self._bytes(at, min(at + CHUNK_BYTES, stop)).data, crc)
         return crc
 
     def _check(self, block: int, crc: int) -> None:

@@ -143,7 +143,7 @@ def to_device(value: Any, sharding: Sharding, dtype: Any = None) -> jax.Array:
     tensor = value if isinstance(value, Tensor) else ArrayTensor("an array", value)
     if dtype is not None:
         tensor = Cast(tensor, np.dtype(dtype))
-    indices = sharding.addressable_devices_indices_map(tensor.shape)
+    indices = cast(Mapping[jax.Device, Index], sharding.addressable_devices_indices_map(tensor.shape))
     distinct = {_ends(index): index for index in indices.values()}
     blocks = dict(zip(distinct, read_blocks(tensor, list(distinct.values())), strict=True))
     parts = [
@@ -165,7 +165,11 @@ def progress_bar(total: int, label: str, shown: bool) -> Iterator[Callable[[int]
     from tqdm import tqdm
 
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024) as bar:
-        yield bar.update
+
+        def report(count: int) -> None:
+            bar.update(count)
+
+        yield report
 
 
 def check_disk_space(folder: Path, needed: int) -> None:

@@ -15,6 +15,7 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dreamllm_jax.atomic import atomic_write
 from dreamllm_jax.checkpoint.byte_ranges import ByteRange, Checksums
@@ -117,7 +118,8 @@ def write_safetensors(
     `progress` is called with the number of bytes of each chunk. The file appears under its name only when it
     is complete.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, tensor in tensors.items():
         end = offset + num_bytes(tensor)
         header[name] = {

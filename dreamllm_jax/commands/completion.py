@@ -9,6 +9,6 @@ import shtab
 FILES, FOLDERS = shtab.FILE, shtab.DIRECTORY
 
 
-def completes(action: argparse.Action, what: dict[str, str]) -> None:
+def completes(action: argparse.Action, what: object) -> None:
     """Tells the completion scripts what an argument's value is; shtab looks for an attribute `complete`."""
     vars(action)["complete"] = what

@@ -7,7 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "", saved: 
         raise ValueError(f"{name}: got {mapping!r}; expected a mapping with the keys of {cls.__name__}.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    given, old = dict(mapping.items()), renamed(cls.__name__)
+    given, old = dict(cast(Mapping[str, Any], mapping).items()), renamed(cls.__name__)
     if saved:
         given = translate(cls.__name__, given)
     for key in given:

@@ -64,7 +64,7 @@ def _tar_members(path: Path) -> Iterator[Member]:
     try:
         with tarfile.open(path, "r:") as archive:
             while (info := archive.next()) is not None:
-                archive.members = []  # the list would hold every header
+                vars(archive)["members"] = []  # the list would hold every header
                 if info.isfile() and info.offset_data + info.size <= size:
                     count += 1
                     yield Member(info.name, info.offset_data, info.size)

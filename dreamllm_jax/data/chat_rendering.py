@@ -20,6 +20,7 @@ import functools
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from dreamllm_jax.config.hugging_face import import_transformers
 from dreamllm_jax.data.pieces import Begin, Control, End, Piece, Text
@@ -30,7 +31,7 @@ _LOCK = threading.Lock()  # transformers keeps one compiled template, with state
 
 
 def render(
-    template: str, messages: list[dict], variables: Mapping[str, str], prompt: bool, marks_answers: bool
+    template: str, messages: list[dict], variables: Mapping[str, Any], prompt: bool, marks_answers: bool
 ) -> tuple[str, list[tuple[int, int]]]:
     """(text, the characters [start, end) inside of `{% generation %}` blocks) as transformers renders it.
 
@@ -40,13 +41,14 @@ def render(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with _LOCK:
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [messages],
             chat_template=template,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=marks_answers,
             **variables,
         )
+    texts, spans = rendered
     return texts[0], spans[0] if marks_answers else []
 
 

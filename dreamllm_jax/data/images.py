@@ -62,7 +62,7 @@ def to_rgb(image: ImageLike) -> Image.Image:
         if 0 in image.size:
             raise ValueError("it has no pixels")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+        if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")

@@ -220,6 +220,7 @@ def assemble_batch(
             )
             for image in sequence.images:
                 if batch.images is not None:
+                    assert layout.image_size is not None
                     batch.images[b, images] = to_vision(image, layout.image_size)
                 images += 1
             for dream in sequence.dreams:
@@ -276,6 +277,7 @@ def _write_document(
 def _write_dream(batch: Batch, b: int, index: int, image: ImageLike, layout: RowLayout) -> None:
     if batch.dream_images is None:
         return
+    assert layout.dream_size is not None
     batch.dream_images[b, index], sizes = to_diffusion(image, layout.dream_size)
     if batch.dream_sizes is not None:
         batch.dream_sizes[b, index] = sizes

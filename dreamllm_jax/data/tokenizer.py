@@ -318,7 +318,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     learned = json.loads(scratch.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
     vocab = {piece: i for i, piece in enumerate((*_BASE_TOKENS, *_BYTES, *pieces))}
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in learned["merges"]]
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in learned["merges"])
+    merges = [(left, right) for left, right in pairs]
     backend = _backend(
         models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )

@@ -15,6 +15,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -84,8 +85,10 @@ class SentencePieceBackend(Backend):
         from google.protobuf.message import DecodeError
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
+        messages: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
+
         try:
-            content = sentencepiece_model_pb2.ModelProto.FromString(model)
+            content = messages.ModelProto.FromString(model)
             if not content.pieces:
                 raise ValueError("it has no pieces")
             self._prefixing = SentencePieceProcessor(model_proto=model)
@@ -94,7 +97,7 @@ class SentencePieceBackend(Backend):
             self._bare = SentencePieceProcessor(model_proto=content.SerializeToString())
         except (DecodeError, RuntimeError, ValueError) as error:
             raise ValueError(f"not a SentencePiece model, or a damaged one: {error}") from error
-        kind = sentencepiece_model_pb2.ModelProto.SentencePiece
+        kind = messages.ModelProto.SentencePiece
         self.model, self.legacy, self._own = model, legacy, len(content.pieces)
         self._added: dict[int, tokenizers.AddedToken] = {}
         for index, piece in enumerate(content.pieces):

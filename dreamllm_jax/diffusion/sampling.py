@@ -71,6 +71,7 @@ def sample(
         latents = at.latents * latents + at.clean * clean + at.previous_clean * previous
         if stochastic:
             if noise is None:
+                assert keys is not None
                 noise = row_normal(jax.vmap(jax.random.fold_in, (0, None))(keys, index), latents.shape[1:])
             latents += at.noise * noise
         return (latents, clean), None

@@ -40,7 +40,8 @@ from dreamllm_jax.generate.prompts import (
 from dreamllm_jax.generate.settings import DocumentSettings, ImageSettings, Seed, TextSettings
 from dreamllm_jax.sharding import parameter_shardings
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _on_mesh(

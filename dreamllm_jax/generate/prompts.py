@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """
     if isinstance(prompt, str | Document):
         return [prompt], False
-    prompts = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    prompts: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
     for p in prompts:
         if not isinstance(p, str | Document):
             raise ValueError(

@@ -8,6 +8,7 @@ these slots, projected, are the cross-attention context of the U-Net. Any tower 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -31,6 +32,10 @@ class DreamLLMModule(nn.Module):
 
     config: DreamLLMConfig
     tables_gathered: bool = False
+
+    if TYPE_CHECKING:  # flax declares a union that no caller can use; the result is that of `method`
+
+        def apply(self, variables: Any, *args: Any, method: Any = None, **options: Any) -> Any: ...
 
     def setup(self):
         c = self.config

@@ -6,6 +6,7 @@ embeddings follow arXiv 2104.09864, in the half-split layout of Hugging Face che
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -85,10 +86,12 @@ class LlamaAttention(nn.Module):
         self, x: Float[Array, "B L D"], context: LayerContext, cache: KVCache | None, layer: Int[Array, ""]
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         c = self.config
+        assert c.num_key_value_heads is not None and c.head_dim is not None
+        width = c.head_dim
         linear = partial(Dense, use_bias=c.attention_bias, dtype=self.dtype, kernel_init=_normal(c))
 
         def heads(name: str, number: int, axis: str) -> jax.Array:
-            y = linear(number * c.head_dim, name=name)(x).reshape(*x.shape[:2], number, c.head_dim)
+            y = linear(number * width, name=name)(x).reshape(*x.shape[:2], number, width)
             # Constrained here too: otherwise XLA gathers x along its length, and every device multiplies all
             # of it.
             return constrain(y, "batch", "length", axis, "head_dim")
@@ -101,11 +104,13 @@ class LlamaAttention(nn.Module):
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             entries = (layer, rows, slice(None), context.slots)
-            cache = cache.replace(
+            cache = dataclasses.replace(
+                cache,
                 k=cache.k.at[entries].set(k.astype(cache.k.dtype), mode="drop"),
                 v=cache.v.at[entries].set(v.astype(cache.v.dtype), mode="drop"),
             )
-            k, v = (jnp.swapaxes(y[layer], 1, 2) for y in (cache.k, cache.v))
+            written = (cache.k, cache.v)
+            k, v = (jnp.swapaxes(y[layer], 1, 2) for y in written)
         if context.read_rotation is not None:
             k = rotate(k, context.read_rotation)
         # This gathers a sharded length: a query may attend to its whole row.
@@ -224,9 +229,9 @@ class Llama(nn.Module):
             slots=jnp.where(valid, positions, cache.capacity),
             read_rotation=read_rotation,
         )
-        hidden, cache = self._run(embeds, context, cache, layers)
-        assert cache is not None
-        return hidden, cache.replace(lengths=lengths)
+        hidden, written = self._run(embeds, context, cache, layers)
+        assert written is not None
+        return hidden, dataclasses.replace(written, lengths=lengths)
 
     def head(self) -> Float[Array, "D V"]:
         """Returns the matrix from hidden states to logits in `dtype`: the transposed embeddings if tied."""
@@ -270,6 +275,7 @@ def rotations(config: LlamaConfig, positions: Int[Array, "B L"], lengths: Int[Ar
     - s + 1)^(H/(H-2))` for a length n greater than the m positions of pretraining.
     """
     scaling, width = config.rope_scaling, config.head_dim
+    assert width is not None
     exponents = np.arange(0, width, 2) / width
     frequencies = jnp.asarray(config.rope_theta**-exponents, jnp.float32)
     if scaling is not None and scaling.type == "linear":

@@ -143,7 +143,7 @@ class UpBlock(Block):
                 x = self.transformer(i, x, context)
         if self.resamples:
             # The encoder rounded odd heights and widths up, so crop to the size of the next skip.
-            x = Upsample(dtype=self.dtype, name="upsamplers_0")(x, skips[-1].shape[1:3])
+            x = Upsample(dtype=self.dtype, name="upsamplers_0")(x, (skips[-1].shape[1], skips[-1].shape[2]))
         return x
 
 

@@ -32,7 +32,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        padding = (self.size // 2,) * 2 if self.padding is None else self.padding
+        padding = (self.size // 2, self.size // 2) if self.padding is None else self.padding
         # Constrained on both sides. Otherwise XLA may split the channels between two convolutions, and for
         # images smaller than the kernel its partitioner then computes wrong gradients (JAX 0.10).
         x = constrain(x.astype(self.dtype), *AXES)

@@ -25,7 +25,7 @@ import functools
 import operator
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ def head_major_attention(
     grouped_mask = None if mask is None else mask[:, :, None]
     step = min(length, max(QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))) if causal else length
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    out = _attend(grouped, keys, values, grouped_mask, step, name_output)
+    out = cast(Array, _attend(grouped, keys, values, grouped_mask, step, name_output))
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
 
 
@@ -246,7 +246,7 @@ def _attend_backward(
 def _padded_sum(parts: list[Array], shape: tuple[int, ...]) -> Array:
     """Returns the sum of gradients of the first keys, each padded with zeros to all keys of `shape`."""
     no_padding = [(0, 0)] * (len(shape) - 2)
-    return sum(jnp.pad(x, [*no_padding, (0, shape[-2] - x.shape[-2]), (0, 0)]) for x in parts)
+    return cast(Array, sum(jnp.pad(x, [*no_padding, (0, shape[-2] - x.shape[-2]), (0, 0)]) for x in parts))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -52,7 +52,8 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return group_norm(x, scale, bias, self.groups, self.epsilon, self.silu).astype(self.dtype)
+        out = cast(Array, group_norm(x, scale, bias, self.groups, self.epsilon, self.silu))
+        return out.astype(self.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -69,7 +69,7 @@ def scan_layers(module: M, length: int, policy: str, inputs: int) -> M:
         remat(module, policy),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * inputs,
+        in_axes=cast(Any, (nn.broadcast,) * inputs),  # declared as int
         length=length,
     )
 

@@ -54,13 +54,13 @@ def chunked_cross_entropy(
     sliced = not gathered and "fsdp" in batch_axes and head.shape[0] % mesh.shape["fsdp"] == 0
     parts = math.prod(mesh.shape[name] for name in mesh_axes(rows[1]))
 
-    def local(head: Array, *inputs: Array) -> tuple[Array, Array]:
+    def local(head: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
         if sliced:
             head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
         # Marked as varying here, the head's gradient is summed over devices once, not after each chunk.
         head = _pcast_varying(head, tuple(name for name in batch_axes if name != "fsdp" or not sliced))
         vocab_axis = "tensor" if columns[1] else None
-        sums = _cross_entropy(head, *inputs, -(-chunk // parts), vocab_axis, batch_axes)
+        sums = _cross_entropy(head, hidden, targets, weights, -(-chunk // parts), vocab_axis, batch_axes)
         return jax.lax.psum(sums, batch_axes) if batch_axes else sums
 
     in_specs = (PartitionSpec("fsdp" if sliced else None, columns[1]), rows, *[PartitionSpec(*rows[:2])] * 2)

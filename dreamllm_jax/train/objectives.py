@@ -10,6 +10,7 @@ those of the *global* batch. Results therefore add up over micro-batches, hosts 
 from __future__ import annotations
 
 import typing
+from typing import Any
 
 import flax.struct
 import jax
@@ -42,12 +43,12 @@ class StepNoise:
     condition.
     """
 
-    latent_noise: Float[Array, "B J h w c"]
-    noise: Float[Array, "B J h w c"]
-    offset: Float[Array, "B J 1 1 c"]
-    perturbation: Float[Array, "B J h w c"]
-    timesteps: Int[Array, "B J"]
-    dropped: Bool[Array, "B J"]
+    latent_noise: Float[Any, "B J h w c"]
+    noise: Float[Any, "B J h w c"]
+    offset: Float[Any, "B J 1 1 c"]
+    perturbation: Float[Any, "B J h w c"]
+    timesteps: Int[Any, "B J"]
+    dropped: Bool[Any, "B J"]
 
 
 @typing.no_type_check
@@ -55,9 +56,9 @@ class StepNoise:
 class LossCounts:
     """The divisors of the losses: supervised tokens (by weight), dreams and rows of the global batch."""
 
-    tokens: Float[Array, ""]
-    dreams: Float[Array, ""]
-    rows: Float[Array, ""]
+    tokens: Float[Any, ""]
+    dreams: Float[Any, ""]
+    rows: Float[Any, ""]
 
 
 def loss_counts(batch: Batch) -> LossCounts:

@@ -7,6 +7,7 @@ their rates and lengths alone share one compiled program.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     decay = optax.add_decayed_weights(
         config.weight_decay,
-        mask=lambda params: {k: not k.endswith(("/scale", "/bias", "logit_scale")) for k in params},
+        mask=_decayed,
     )
     return optax.chain(*clip, direction, decay)
 
@@ -73,3 +74,8 @@ def check_optimizer(config: OptimConfig) -> None:
             f"optim.optimizer={config.optimizer!r} points against the gradient; return the direction alone, "
             "such as optax.scale_by_adam(), without the negative learning rate of optax.adam(rate)."
         )
+
+
+def _decayed(params: Any) -> dict[str, bool]:
+    """Returns whether each parameter decays: all but scales and biases."""
+    return {k: not k.endswith(("/scale", "/bias", "logit_scale")) for k in params}

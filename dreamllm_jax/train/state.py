@@ -33,8 +33,8 @@ class TrainState:
     `ema` is empty if no average is kept. `key` is the raw data (uint32 [2]) of the stage's PRNG key.
     """
 
-    step: jax.Array
-    key: jax.Array
+    step: Any
+    key: Any
     trainable: Flat
     frozen: Flat
     opt_state: Any

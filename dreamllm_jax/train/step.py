@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -137,7 +138,8 @@ def train_step(
         "tokens": batch.loss_weights.sum(),
         "dreams": batch.dream_mask.sum(),
     }
-    return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema), metrics
+    state = dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema)
+    return state, metrics
 
 
 def compile_on_all_processes(function: Any, *args: Any, **options: Any) -> None:

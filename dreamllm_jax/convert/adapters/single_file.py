@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dreamllm_jax.checkpoint.tensors import Tensor
+from dreamllm_jax.config.base import build
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.towers import ScheduleConfig, UNetConfig, VaeConfig
 from dreamllm_jax.convert.foreign import ForeignCheckpoint
@@ -170,7 +171,9 @@ def configs(
         sample_size=1024 if added else 512,
         scaling_factor=0.13025 if added else 0.18215,
     )
-    schedule = ScheduleConfig(prediction_type=prediction_type or "epsilon", set_alpha_to_one=False)
+    schedule = build(
+        ScheduleConfig, {"prediction_type": prediction_type or "epsilon", "set_alpha_to_one": False}
+    )
     return unet_config, vae_config, schedule
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -41,7 +43,8 @@ def chunked_attention(
 
     rule = Mask() if mask is None else mask.per_query(length)
     if rule.key_lengths is not None and rule.key_lengths.shape[1] == 1:
-        rule = rule.replace(key_lengths=jnp.broadcast_to(rule.key_lengths, (len(rule.key_lengths), length)))
+        lengths = jnp.broadcast_to(rule.key_lengths, (len(rule.key_lengths), length))
+        rule = dataclasses.replace(rule, key_lengths=lengths)
     # float32, because the gradients of keys and values are summed over the chunks in this dtype.
     keys_values = [x.astype(jnp.float32) for x in (k, v)]
 
@@ -52,6 +55,6 @@ def chunked_attention(
 
     q_chunks = constrain(split(q), None, *axes, "heads", "head_dim")
     mask_chunks = [None if x is None else split(x) for x in (rule.segment_ids, rule.key_lengths)]
-    out = jax.lax.map(lambda x: attend(*x, keys_values), (q_chunks, *mask_chunks))
+    out = jax.lax.map(lambda x: attend(x[0], x[1], x[2], keys_values), (q_chunks, *mask_chunks))
     out = jnp.moveaxis(out, 0, 2).reshape(len(q), -1, *q.shape[2:])
     return constrain(out[:, :length], *axes, "heads", "head_dim")

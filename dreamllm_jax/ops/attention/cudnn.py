@@ -5,6 +5,8 @@ It was written without a GPU. On one, `python -m benchmarks.kernels --size=full`
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -28,7 +30,9 @@ def cudnn_attention(
     """
     q = constrain(q, batch_axis, None, "heads", "head_dim")
     causal = mask is not None and mask.causal
-    rest = None if mask is None else boolean_mask(mask.replace(causal=False), q.shape[1], k.shape[1])
+    rest = None
+    if mask is not None:
+        rest = boolean_mask(dataclasses.replace(mask, causal=False), q.shape[1], k.shape[1])
     out = jax.nn.dot_product_attention(q, k, v, mask=rest, is_causal=causal, implementation="cudnn")
     if mask is None or mask.segment_ids is None:
         return out

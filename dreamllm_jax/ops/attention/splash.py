@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,8 @@ def splash_attention(
     if not mesh.empty and mesh.size > 1:
         rows, queries, heads, _ = q_spec
         of_queries, of_keys = PartitionSpec(rows, heads, queries), PartitionSpec(rows, heads)
+        specs: Any = (PartitionSpec(rows, queries), PartitionSpec(rows))
+        segment_specs = pallas.SegmentIds(*specs)
         run = jax.shard_map(
             run,
             in_specs=(
@@ -71,7 +74,7 @@ def splash_attention(
                 of_queries,
                 of_keys,
                 of_keys,
-                None if ids is None else pallas.SegmentIds(PartitionSpec(rows, queries), PartitionSpec(rows)),
+                None if ids is None else segment_specs,
             ),
             out_specs=of_queries,
             check_vma=False,
@@ -107,7 +110,7 @@ def _segments(q: Array, k: Array, mask: Mask | None, multiple: int) -> pallas.Se
     )
 
 
-def _kernel(q: Array, k: Array, causal: bool, parts: int, interpret: bool) -> pallas.SplashAttentionKernel:
+def _kernel(q: Array, k: Array, causal: bool, parts: int, interpret: bool) -> Any:
     """Returns the kernel for queries [B, N, L, H], split into `parts` along L, and keys [B, K, S, H]."""
     length, keys = q.shape[2] // parts, k.shape[2]
     # A causal mask depends on the position of the part. Without one all parts are alike, and the kernel is
