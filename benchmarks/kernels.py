@@ -115,7 +115,7 @@ def compile_passes(function: Callable, case: Case, arrays: Arrays) -> tuple[Any,
         return function(q, k, v, masks.packed(ids) if case.packed else None)
 
     def forward_backward(q, k, v, output_gradient, ids):
-        out, vjp = jax.vjp(lambda *x: forward(*x, output_gradient, ids), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: forward(q, k, v, output_gradient, ids), q, k, v)
         return out, *vjp(output_gradient)
 
     forward, forward_backward = (jax.jit(f).lower(*arrays).compile() for f in (forward, forward_backward))
@@ -159,7 +159,7 @@ def measure(case: Case, turns: int, dtype: Any) -> dict[str, dict[str, Any]]:
             continue
         runs[name, "forward"] = lambda f=forward: f(*arrays)
         runs[name, "forward_backward"] = lambda f=forward_backward: f(*arrays)
-        memory = forward_backward.memory_analysis().temp_size_in_bytes
+        memory = temporary_bytes(forward_backward)
         found[name] = {"memory_mib": memory / 2**20, "errors": errors[name]}
     times = time_in_turns(runs, turns)
     for name in errors:
@@ -169,6 +169,13 @@ def measure(case: Case, turns: int, dtype: Any) -> dict[str, dict[str, Any]]:
             found[name][f"{passes}_ms"] = times[name, passes]
             found[name][f"{passes}_speedup"] = times["xla", passes] / times[name, passes]
     return found
+
+
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """Returns the memory that a program allocates beside its arguments and results, in bytes."""
+    stats = program.memory_analysis()
+    assert stats is not None
+    return stats.temp_size_in_bytes
 
 
 def compiled_memory(case: Case, chip: Any) -> dict[str, dict[str, Any]]:
@@ -185,7 +192,7 @@ def compiled_memory(case: Case, chip: Any) -> dict[str, dict[str, Any]]:
             except UNSUPPORTED as error:
                 found[name] = {"error": str(error).splitlines()[0]}
                 continue
-            found[name] = {"memory_mib": forward_backward.memory_analysis().temp_size_in_bytes / 2**20}
+            found[name] = {"memory_mib": temporary_bytes(forward_backward) / 2**20}
     return found
 
 

@@ -176,8 +176,8 @@ def main() -> None:
     """Creates the model of the case that the command line names, and writes its folder."""
     case, folder = CASES[sys.argv[1]], Path(sys.argv[2])
     torch.manual_seed(0)
-    found = KINDS[case.kind](case, folder / "source")
-    np.savez(folder / "reference.npz", allow_pickle=False, **found)
+    found: dict[str, Any] = KINDS[case.kind](case, folder / "source")
+    np.savez(folder / "reference.npz", **found)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def to_device(value: Any, sharding: Sharding, dtype: Any = None) -> jax.Array:
     tensor = value if isinstance(value, Tensor) else ArrayTensor("an array", value)
     if dtype is not None:
         tensor = Cast(tensor, np.dtype(dtype))
-    indices = cast(Mapping[jax.Device, Index], sharding.addressable_devices_indices_map(tensor.shape))
+    indices: Any = sharding.addressable_devices_indices_map(tensor.shape)
     distinct = {_ends(index): index for index in indices.values()}
     blocks = dict(zip(distinct, read_blocks(tensor, list(distinct.values())), strict=True))
     parts = [
