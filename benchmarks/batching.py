@@ -38,7 +38,8 @@ def compare(name: str, generate: Callable[[Any, int], object], prompts: list[str
         for seed, prompt in enumerate(prompts):
             generate(prompt, seed)
 
-    as_batch(), one_by_one()
+    as_batch()
+    one_by_one()
     pairs = [(seconds(as_batch), seconds(one_by_one)) for _ in range(rounds)]
     batch, single = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / s for b, s in pairs)

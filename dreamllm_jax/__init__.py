@@ -1,7 +1,12 @@
 """DreamLLM in JAX: a language model that reads and writes documents of text and images."""
 
+from typing import TYPE_CHECKING
+
 from dreamllm_jax.document import Document
 from dreamllm_jax.version import __version__
+
+if TYPE_CHECKING:
+    from dreamllm_jax.generate.api import DreamLLM
 
 __all__ = ["Document", "DreamLLM", "__version__"]
 

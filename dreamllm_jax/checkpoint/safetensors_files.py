@@ -135,7 +135,7 @@ def write_safetensors(
     with atomic_write(file) as beside, beside.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for number, chunk in stream_chunks(tensors.values()):
-            data = memoryview(chunk.reshape(-1).view("u1")) if chunk.size else memoryview(b"")
+            data = chunk.reshape(-1).view("u1").data if chunk.size else memoryview(b"")
             out.write(data)
             sums[names[number]].update(data)
             progress(len(data))

@@ -108,7 +108,7 @@ class Mixture:
         for i, source in enumerate(self.formats):
             numbers = grain.MapDataset.range(len(source)).shuffle(seed=_seed(seed, i)).repeat()
             orders.append(numbers.map(lambda number, i=i: (i, number)))
-        self._order = orders[0]
+        self._order: Any = orders[0]  # grain's types do not tell what an order yields
         if len(orders) > 1:
             mixed = grain.MapDataset.mix(orders, list(weights))
             seed = _seed(seed, len(orders))

@@ -216,7 +216,7 @@ class _DocumentGenerator:
         return self._generator
 
 
-def _readable(pieces: list[Piece]) -> tuple[list[Piece], int]:
+def _readable(pieces: Sequence[Piece]) -> tuple[list[Piece], int]:
     """The pieces with opened pictures, and the number of broken pictures, left out with their markers."""
     readable: list[Piece] = []
     for piece in pieces:

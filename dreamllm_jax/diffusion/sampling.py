@@ -67,7 +67,8 @@ def sample(
         index, columns, noise = inputs
         at = Plan(*columns)
         prediction = denoise(latents, jnp.full(latents.shape[:1], at.timestep)).astype(jnp.float32)
-        clean, _ = to_clean_and_noise(config.prediction_type, prediction, latents, at.alpha_bar)
+        level = jnp.asarray(at.alpha_bar)
+        clean, _ = to_clean_and_noise(config.prediction_type, prediction, latents, level)
         latents = at.latents * latents + at.clean * clean + at.previous_clean * previous
         if stochastic:
             if noise is None:
@@ -141,4 +142,4 @@ def make_plan(config: ScheduleConfig, sampler: str, num_steps: int, eta: float =
                 f"sampler {sampler!r} returned {name} of shape {column.shape}; it must be {num_steps} finite "
                 "numbers, one for each step."
             )
-    return Plan(*columns, float(plan.initial_scale))
+    return Plan(*columns, initial_scale=float(plan.initial_scale))

@@ -93,7 +93,8 @@ def exit_process(code: int) -> None:
     """Ends this process with an exit code, without waiting for work of the other processes."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # most errors occur on all processes: end together
         client().wait_at_barrier("leaving", 5000)
     if jax.process_index() == 0:

@@ -182,10 +182,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The recipe; with arg "tiny", a few steps of each stage (to try the machinery, not to learn)."""
     if arg not in (None, "tiny"):
         raise ValueError(f"examples/handwriting/config.py has no variant {arg!r}; leave it out, or say tiny.")
+    stages = [*stage0(), *dream_stages()]
+    if arg == "tiny":
+        stages = [s | dict(steps=4) for s in stages]
     recipe = dict(
         name="handwriting",
         model=model(),
-        stages=[*stage0(), *dream_stages()],
+        stages=stages,
         tokenizer=dict(corpus="examples.handwriting.words:corpus_text", vocab_size=VOCABULARY),
         generation=dict(
             max_new_tokens=32,
@@ -198,7 +201,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
         frozen_dtype="float32",
         checkpoint_every=200,
     )
-    if arg == "tiny":
-        for stage in recipe["stages"]:
-            stage["steps"] = 4
     return ConfigDict(recipe)

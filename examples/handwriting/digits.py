@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -75,7 +76,7 @@ def load_digits(size: int = 16, seed: int = 0) -> tuple[Digits, Digits]:
     """Training and held-out digits: four fifths and one fifth of each class, fixed by `seed`."""
     from sklearn.datasets import load_digits as load  # slow to import, and only here
 
-    data = load()
+    data: Any = load()
     rng = np.random.default_rng(seed)
     training, held_out = [], []
     for digit in range(10):

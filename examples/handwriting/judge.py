@@ -44,7 +44,8 @@ class Judge:
     def __init__(self, size: int):
         """Trains on the training originals; `size` is that of the pictures to judge, in pixels."""
         self.training, self.held_out = load_digits(size)
-        self._machine = SVC(gamma=0.001).fit(_rows(self.training.originals), self.training.labels)
+        self._machine = SVC(gamma=0.001)  # pyright: ignore[reportArgumentType]: the stub wants a word
+        self._machine.fit(_rows(self.training.originals), self.training.labels)
         guesses = self._machine.predict(_rows(self.held_out.originals))
         self.accuracy = float((guesses == self.held_out.labels).mean())
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, OffsetBox, OffsetImage, TextArea, VPacker
+from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, OffsetImage, TextArea, VPacker
 
 from dreamllm_jax.atomic import atomic_write
 from dreamllm_jax.document import Document
@@ -52,7 +53,7 @@ def draw(documents: Mapping[str, Document]) -> bytes:
       documents: from prompt to document; each is drawn on one line, with images of IMAGE_HEIGHT points.
     """
     with rc_context({"font.family": "sans-serif", "font.size": FONT_SIZE}):
-        lines: list[OffsetBox] = []
+        lines: list[Artist] = []
         for prompt, document in documents.items():
             lines += [_text(prompt, GREY), _line(document)]
         page = VPacker(children=lines, pad=0, sep=FONT_SIZE * 0.6, align="left")
@@ -67,8 +68,8 @@ def draw(documents: Mapping[str, Document]) -> bytes:
     return buffer.getvalue()
 
 
-def _line(document: Document) -> OffsetBox:
-    parts: Sequence[OffsetBox] = [
+def _line(document: Document) -> Artist:
+    parts: list[Artist] = [
         _text(part.strip(), INK) if isinstance(part, str) else _image(part)
         for part in document
         if not isinstance(part, str) or part.strip()
@@ -76,11 +77,11 @@ def _line(document: Document) -> OffsetBox:
     return HPacker(children=parts, pad=0, sep=FONT_SIZE * 0.6, align="center")
 
 
-def _text(text: str, color: str) -> OffsetBox:
+def _text(text: str, color: str) -> Artist:
     return TextArea(text, textprops={"color": color})
 
 
-def _image(image) -> OffsetBox:
+def _image(image) -> Artist:
     pixels = np.asarray(image.convert("RGB"))
     return OffsetImage(pixels, zoom=IMAGE_HEIGHT / pixels.shape[0], interpolation="nearest")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ CURVE, INK, GRID = "#3f7ae0", "#7a8496", "#8a93a340"
 # Values that span more than this factor are shown on a logarithmic axis.
 LOGARITHMIC_FROM = 20
 SMOOTHING = 0.8
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 7.5,
     "font.family": "sans-serif",
     "svg.fonttype": "none",

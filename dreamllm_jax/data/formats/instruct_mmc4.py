@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from dreamllm_jax.data.chat import conversation
 from dreamllm_jax.data.files import BrokenRecord, JsonRecords, find_files
 from dreamllm_jax.data.formats.base import Format, FormatContext, conversation_template
 from dreamllm_jax.data.formats.mmc4 import read_document
-from dreamllm_jax.data.pieces import Picture, Piece, interleaved
+from dreamllm_jax.data.pieces import Picture, Piece, Text, interleaved
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 
@@ -55,5 +56,5 @@ class Instructions(Format):
             raise BrokenRecord(f"record {number} is left out: it has no instruction.")
         parts = read_document(record, number, self.images, self.min_similarity)
         *answer, _ = interleaved(parts, self.mode)  # without its End: the turn has its own
-        turn = [piece if isinstance(piece, Picture) else piece.text for piece in answer]
+        turn = [piece if isinstance(piece, Picture) else cast(Text, piece).text for piece in answer]
         return conversation([[record["instruction"].strip()], turn], template=self.template)

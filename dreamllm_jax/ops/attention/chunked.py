@@ -51,7 +51,8 @@ def chunked_attention(
     @jax.checkpoint
     def attend(q: Array, ids: Array | None, lengths: Array | None, keys_values: list[Array]) -> Array:
         part = Mask(ids, rule.key_segment_ids, lengths)
-        return reference_attention(q, *(x.astype(q.dtype) for x in keys_values), part, name_output=False)
+        keys, values = (x.astype(q.dtype) for x in keys_values)
+        return reference_attention(q, keys, values, part, name_output=False)
 
     q_chunks = constrain(split(q), None, *axes, "heads", "head_dim")
     mask_chunks = [None if x is None else split(x) for x in (rule.segment_ids, rule.key_lengths)]
