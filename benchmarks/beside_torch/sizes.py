@@ -113,8 +113,20 @@ def _full(dtype: Dtype) -> Size:
         remat=RematConfig(llama="dots"),
     )
     optim = OptimConfig(optimizer="adafactor", mu_dtype="bfloat16")
-    stages = dict(training=("stage1", "stage2"), exclusive=("stage2",), optim=optim)
-    return Size("full", model, 4, 2048, 1024, 128, 8, 4, 25, **stages)
+    return Size(
+        "full",
+        model,
+        4,
+        2048,
+        1024,
+        128,
+        8,
+        4,
+        25,
+        training=("stage1", "stage2"),
+        exclusive=("stage2",),
+        optim=optim,
+    )
 
 
 def _smallest(dtype: Dtype) -> Size:

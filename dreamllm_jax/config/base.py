@@ -7,7 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "", saved: 
     if isinstance(mapping, cls):
         return mapping
     name = where or cls.__name__
-    if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
+    if not _is_mapping(mapping):
         raise ValueError(f"{name}: got {mapping!r}; expected a mapping with the keys of {cls.__name__}.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -58,6 +58,10 @@ def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "", saved: 
         raise ValueError(f"{where}{between}{short}") from None
 
 
+def _is_mapping(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return hasattr(value, "items")  # ConfigDict does not derive from Mapping
+
+
 def _convert(hint: Any, value: Any, where: str, saved: bool) -> Any:
     if isinstance(value, np.generic):  # numpy's numbers are numbers
         value = value.item()
@@ -71,7 +75,7 @@ def _convert(hint: Any, value: Any, where: str, saved: bool) -> Any:
             raise ValueError(f"{where}: got {value!r}; expected one of {', '.join(map(repr, args))}.")
         return value
     if origin is dict:
-        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+        if not _is_mapping(value):
             raise ValueError(f"{where}: got {value!r}; expected a mapping.")
         return {k: _plain(v) for k, v in value.items()}
     if origin is tuple:

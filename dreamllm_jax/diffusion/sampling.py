@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,12 +66,13 @@ def sample(
     def step(carry, inputs):
         latents, previous = carry
         index, columns, noise = inputs
-        at = Plan(*columns)
+        at: Any = Plan(*columns)
         prediction = denoise(latents, jnp.full(latents.shape[:1], at.timestep)).astype(jnp.float32)
         clean, _ = to_clean_and_noise(config.prediction_type, prediction, latents, at.alpha_bar)
         latents = at.latents * latents + at.clean * clean + at.previous_clean * previous
         if stochastic:
             if noise is None:
+                assert keys is not None  # checked above
                 noise = row_normal(jax.vmap(jax.random.fold_in, (0, None))(keys, index), latents.shape[1:])
             latents += at.noise * noise
         return (latents, clean), None
@@ -140,4 +142,4 @@ def make_plan(config: ScheduleConfig, sampler: str, num_steps: int, eta: float =
                 f"sampler {sampler!r} returned {name} of shape {column.shape}; it must be {num_steps} finite "
                 "numbers, one for each step."
             )
-    return Plan(*columns, float(plan.initial_scale))
+    return Plan._make([*columns, float(plan.initial_scale)])
