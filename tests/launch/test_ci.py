@@ -57,7 +57,9 @@ def test_the_jobs_run_what_a_contributor_runs():
 
 def test_pre_commit_runs_what_ci_runs():
     """Each tool of .ci/run is a hook, with the same arguments, and the other way round."""
-    tools = set(re.findall(r'^ *"\$python" -m (.+)$', RUN, re.M)) | set(re.findall(r"^exec (\S+)$", RUN, re.M))
+    tools = set(re.findall(r'^ *"\$python" -m (.+)$', RUN, re.M)) | set(
+        re.findall(r"^exec (\S+)$", RUN, re.M)
+    )
     hooks = {hook["entry"].removeprefix(".venv/bin/python -m ") for hook in HOOKS}
     hooks = {hook.replace(" --force-exclude", "") for hook in hooks}
     tools = {tool.removesuffix(' --pythonpath "$python"').removesuffix(" .") for tool in tools}
