@@ -1,4 +1,4 @@
-"""Frozen dataclasses from plain mappings: built once, strictly, with every unknown key refused."""
+"""Builds frozen dataclasses from plain mappings, strictly: an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ C = TypeVar("C")
 def build(cls: type[C], mapping: Mapping[str, Any] | C, where: str = "", saved: bool = False) -> C:
     """Builds the frozen dataclass `cls` from a mapping (dict or ConfigDict), recursively.
 
-    `saved` says that the mapping was read from a file that this project wrote: keys of earlier versions are
+    Set `saved` for a mapping from a file that this project wrote: keys of earlier versions are then
     translated (see `renames`).
 
     Raises:
-      ValueError: an unknown key, a missing required one or a value of the wrong type, with the
-        key's full path, what was given and what is expected.
+      ValueError: a key is unknown or missing, or a value has the wrong type. The message has the key's full
+        path, what was given and what is expected.
     """
     if isinstance(mapping, cls):
         return mapping
@@ -92,7 +92,7 @@ def _convert(hint: Any, value: Any, where: str, saved: bool) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A ConfigDict inside a free mapping as a dict; other values as they are."""
+    """Returns a ConfigDict inside a free mapping as a dict, and other values unchanged."""
     return {k: _plain(v) for k, v in value.items()} if hasattr(value, "items") else value
 
 
@@ -111,7 +111,7 @@ def _convert_union(args: tuple, value: Any, where: str, saved: bool) -> Any:
 
 
 def check_sizes(config: Any, where: str, names: Iterable[str]) -> None:
-    """Raises ValueError where one of these sizes (ints, or tuples of them) is below 1."""
+    """Raises ValueError if one of these sizes (ints, or tuples of ints) is below 1."""
     for name in names:
         value = getattr(config, name)
         if value is not None and min(value if isinstance(value, tuple) else (value,), default=0) < 1:
@@ -119,7 +119,7 @@ def check_sizes(config: Any, where: str, names: Iterable[str]) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `build`: plain JSON-ready values, nested."""
+    """Returns the inverse of `build`: nested plain values, ready for JSON."""
     return dataclasses.asdict(config)
 
 

@@ -43,11 +43,11 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DreamLLMConfig:
-    """The composition. A tower that is None is absent, with its connector and its losses.
+    """Which towers a DreamLLM has, and how they are connected.
 
-    `vision_select_layer` counts as transformers' `hidden_states` does (-2: the last but one);
-    `text` is the text tower the U-Net was pretrained with: used in stage 0 alone, never by
-    DreamLLM itself.
+    A tower that is None is absent, and so are its connector and its losses. `vision_select_layer` counts like
+    transformers' `hidden_states`: -2 is the last but one. `text` is the text tower with which the U-Net was
+    pretrained; only stage 0 of the demonstration uses it, never DreamLLM itself.
     """
 
     llama: LlamaConfig | None = None
@@ -115,20 +115,20 @@ class DreamLLMConfig:
 
     @property
     def num_patches(self) -> int:
-        """P: the slots one seen image takes in a row (0 without a vision tower)."""
+        """P: the slots that one image takes in a row; 0 without a vision tower."""
         if self.vision is None:
             return 0
         return self.vision_projector.num_outputs(self.vision.num_patches)
 
     @property
     def context_length(self) -> int:
-        """Tokens that the language model can hold, scaled rotary positions included."""
+        """The longest sequence, in tokens, that the language model takes; rotary scaling is included."""
         assert self.llama is not None
         return self.llama.context_length
 
     @property
     def latent_size(self) -> int:
-        """Height and width of the latents of one drawn image."""
+        """Height and width of the latents of one image."""
         assert self.vae is not None
         return self.image_size // self.vae.downscale
 
@@ -175,5 +175,5 @@ class GenerationConfig:
 
 
 def model_config(mapping: Any, saved: bool = False) -> DreamLLMConfig:
-    """Builds the model's config from a recipe's `model` section, or from one that was `saved`, strictly."""
+    """Builds the model's config from the `model` section of a recipe, or of a `saved` file, strictly."""
     return build(DreamLLMConfig, mapping, "model", saved)

@@ -12,18 +12,18 @@ PREFIX = "--config."
 def apply_overrides(recipe: Any, arguments: Iterable[str]) -> Any:
     """Sets each `--config.PATH=VALUE` in a recipe (ConfigDict or dict), in place, and returns it.
 
-    A part of PATH is a key, the number of a list's entry, or the name of one (a stage's). VALUE is a
+    Each part of PATH is a key, or the number or name of an entry of a list (such as a stage). VALUE is a
     Python literal, or else a string. Whether a key exists is decided when the recipe is built, which
     refuses unknown ones.
 
     Raises:
-      ValueError: an argument of another form, or a path through something that is not there.
+      ValueError: the argument has another form, or its path leads through an entry that does not exist.
     """
     for argument in arguments:
         path, equals, text = argument.removeprefix(PREFIX).partition("=")
         if not argument.startswith(PREFIX) or not equals or not path:
             raise ValueError(
-                f"{argument!r} is no override of the recipe; write {PREFIX}KEY=VALUE, "
+                f"{argument!r} is not an override of the recipe; write {PREFIX}KEY=VALUE, "
                 f"for example {PREFIX}seed=1."
             )
         *parents, last = path.split(".")
@@ -54,7 +54,9 @@ def _name(entry: Any) -> str | None:
 
 def _check_mapping(node: Any, part: str, argument: str) -> None:
     if not isinstance(node, MutableMapping) and not hasattr(node, "keys"):
-        raise ValueError(f"{argument}: {part!r} lies inside {node!r}, which has no keys; shorten the path.")
+        raise ValueError(
+            f"{argument}: {part!r} is below the value {node!r}, which has no keys; shorten the path."
+        )
 
 
 def _value(text: str) -> Any:

@@ -22,7 +22,7 @@ Activation = Literal["silu", "quick_gelu", "gelu"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Context extension: positions divided by `factor`, or the NTK-aware base grown with length."""
+    """Context extension: positions are divided by `factor`, or the base grows with the length (NTK-aware)."""
 
     type: Literal["linear", "dynamic"]
     factor: float
@@ -66,7 +66,7 @@ class LlamaConfig:
 
     @property
     def context_length(self) -> int:
-        """Tokens that one document can have, scaled rotary positions included."""
+        """The longest document, in tokens; rotary scaling is included."""
         scaling = self.rope_scaling
         return int(self.max_position_embeddings * (scaling.factor if scaling else 1))
 
@@ -239,7 +239,7 @@ class UNetConfig:
             )
 
     def per_block(self, name: str) -> tuple[int, ...]:
-        """`transformer_layers_per_block` or `num_heads` of every resolution, as a tuple."""
+        """Returns `transformer_layers_per_block` or `num_heads` of every resolution, as a tuple."""
         value = (
             (self.num_attention_heads or self.attention_head_dim)
             if name == "num_heads"
@@ -249,7 +249,7 @@ class UNetConfig:
 
     @property
     def pooled_text_dim(self) -> int | None:
-        """Width of the pooled text embedding (SDXL), None without added conditions."""
+        """Width of the pooled text embedding (SDXL); None without added conditions."""
         if self.addition_embed_type is None:
             return None
         return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim  # type: ignore[operator]
@@ -365,10 +365,12 @@ class ProjectorConfig:
             )
 
     def num_outputs(self, num_patches: int) -> int:
-        """Vectors out for `num_patches` vectors in: sam quarters each side of the patch grid.
+        """Returns the number of output vectors for `num_patches` input vectors.
+
+        Example: a grid of 16 x 16 patches stays 256 vectors, except for sam, which quarters each side: 16.
 
         Raises:
-          ValueError: conv and sam need a square grid.
+          ValueError: the patches do not form a square grid, which conv and sam need.
         """
         if self.kind in ("linear", "mlp"):
             return num_patches

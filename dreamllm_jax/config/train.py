@@ -19,10 +19,10 @@ def _require(holds: bool, config: Any, path: str, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all that are left.
+    """The number of devices along each mesh axis; one of them may be -1, for all remaining devices.
 
-    `replicated` names frozen parts of the model ("unet", "vae", "vision", "llama") that are not sliced along
-    fsdp: they take more memory, and are never gathered.
+    `replicated` names frozen parts of the model ("unet", "vae", "vision", "llama") that are not sharded along
+    fsdp: they take more memory and are never gathered.
     """
 
     data: int = 1
@@ -37,7 +37,7 @@ class LossConfig:
     """Weights and options of the joint loss; the published models used the defaults.
 
     `scale` divides the weighted sum by the l1 or l2 norm of the two weights. `timestep_sampling` "cubic"
-    prefers noisy steps, where the condition decides what is drawn (arXiv 2302.08453, section 3.3).
+    prefers noisy steps, where the condition decides the image's content (arXiv 2302.08453, section 3.3).
     """
 
     weight_lm: float = 1.0
@@ -105,10 +105,10 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage: what is trained, on what, towards which objective, for how long.
+    """One stage of training: its parameters, data, objective and number of steps.
 
-    `trainable` lists regular expressions; a parameter is trained where one matches the beginning
-    of its path (`llama`, `vision_projector`, ...), and frozen elsewhere.
+    `trainable` lists regular expressions. A parameter is trained if one of them matches the beginning of its
+    path (`llama`, `vision_projector`, ...); all others are frozen.
     """
 
     name: str
@@ -123,7 +123,7 @@ class StageConfig:
         _require(self.steps >= 1, self, "steps", "be at least 1")
 
     def compile_key(self) -> StageConfig:
-        """The stage without what its compiled step does not depend on: name, length, data, rates."""
+        """Returns the stage as the key of its compiled step: without its name, steps, data and rates."""
         optim = OptimConfig()
         rates = dict(
             learning_rate=optim.learning_rate, warmup_ratio=optim.warmup_ratio, schedule=optim.schedule
@@ -182,10 +182,10 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; rename one.")
 
     def stage(self, name: str) -> StageConfig:
-        """The stage of that name.
+        """Returns the stage of this name.
 
         Raises:
-          ValueError: there is none.
+          ValueError: the recipe has no such stage.
         """
         for stage in self.stages:
             if stage.name == name:
@@ -197,9 +197,9 @@ class Recipe:
 
 
 def recipe(mapping: Any, saved: bool = False) -> Recipe:
-    """Builds a recipe from what a `configs/` file returns, or from a `saved` recipe.json, strictly.
+    """Builds a recipe from what `get_config` returns, or from a `saved` recipe.json, strictly.
 
     Raises:
-      ValueError: an unknown key, a wrong type or an impossible value, by its full path.
+      ValueError: an unknown key, a wrong type or an impossible value; its full path is named.
     """
     return build(Recipe, mapping, "", saved)

@@ -25,8 +25,8 @@ def test_values_are_set_by_path_number_and_name():
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("--seed=3", "is no override"),
-        ("--config.seed", "is no override"),
+        ("--seed=3", "is not an override"),
+        ("--config.seed", "is not an override"),
         ("--config.stages.c.steps=1", "its entries are a, b"),
         ("--config.seed.x=1", "has no keys"),
     ],
