@@ -96,7 +96,7 @@ def packed(rows: int, kinds: dict, **changes) -> dict:
 
 def stage0() -> list[dict]:
     """What the real system downloads."""
-    text_only = packed(16, dict(text=1.0), max_images=0, max_dreams=0)
+    text_only = packed(8, dict(text=1.0), max_images=0, max_dreams=0)
     return [
         stage("stage0_vae", ("vae",), 250, 2e-3, captions(64), objective="vae", loss=dict(kl_weight=1e-4)),
         stage(
@@ -119,7 +119,7 @@ def stage0() -> list[dict]:
         stage(
             "stage0_language",
             ("llama",),
-            1000,
+            1800,
             2e-3,
             text_only,
             loss=dict(weight_lm=1.0, weight_vm=0.0),

@@ -59,6 +59,9 @@ _UNSEEN = 0.3  # of told pictures, those that are not seen after they are dreame
 # Of told pictures, those with their word in the query slots, and with it in the patch slots. In a story most
 # are without: the numbers are to be had from its instruction, which is always there and always right.
 _FACT_IN, _TOLD_IN = (0.8, 0.5), (0.5, 0.3)
+# Of stories in words, those in which only the last picture has its word, and only in its query slots. It has
+# to be worked out from the instruction, as in a drawn story, whose queries hold no words to copy.
+_LAST_ONLY = 0.5
 _STRAY_PATCH = 0.6  # of pictures told in their patches, those with a patch that says another number
 
 
@@ -146,9 +149,17 @@ def _story_in_words(rng: np.random.Generator, mode: str) -> list[str | Piece]:
     """A story with a word picture in place of each picture."""
     top = _LARGEST if rng.random() < _BEYOND_DIGITS else _DIGIT
     first, parts = story(rng, top, given=mode != "creation")
-    written: list[str | Piece] = [
-        _word_picture(p, mode, rng, *_TOLD_IN) if isinstance(p, int) else p for p in parts
-    ]
+    last_only = rng.random() < _LAST_ONLY
+    written: list[str | Piece] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, str):
+            written.append(part)
+        elif last_only:
+            written.append(
+                _word_picture(part, mode, rng, in_query=float(i == len(parts) - 1), in_patches=0.0)
+            )
+        else:
+            written.append(_word_picture(part, mode, rng, *_TOLD_IN))
     if isinstance(first, str):
         return [first, *written]
     given = WordPicture(NUMBERS[first], seen=True, dreamed=False, patches=_patches(first, rng))

@@ -71,6 +71,18 @@ def test_a_story_in_word_pictures_has_the_layout_of_one_in_pictures():
         assert pieces[0].text == f"Write {first.word} plus {second.word}."
 
 
+def test_many_sums_are_to_be_worked_out_from_their_instruction():
+    """Only the last picture has its word, in its query slots: no earlier one says what is added."""
+    sums = last_only = 0
+    for pieces in documents():
+        pictures = [p for p in pieces if isinstance(p, WordPicture)]
+        if isinstance(pieces[0], Text) and pieces[0].text.startswith("Write"):
+            sums += 1
+            hidden = not any(p.patches for p in pictures) and all(p.position is None for p in pictures[:-1])
+            last_only += hidden and pictures[-1].position is not None
+    assert sums > 500 and last_only > 0.45 * sums
+
+
 def test_facts_mix_words_and_word_pictures():
     """Each number of a sum is a word in some facts and a word picture in others, independently."""
     facts = [
