@@ -6,6 +6,7 @@ files. A run may resume with another number of processes, or on another mesh, th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -73,7 +74,7 @@ def train(
             distributed.print_on_main(f"{stage.name}: done")
         else:
             config, params = (
-                initial_params(recipe, open_model) if model_folder is None else _load(model_folder)
+                initial_params(recipe, open_model) if model_folder is None else _load(model_folder, recipe)
             )
             run.claim()
             if stage.compile_key() != compile_key:
@@ -202,10 +203,14 @@ def _print_dropped(stage: StageConfig, counts: dict[str, int | float]) -> None:
         distributed.print_on_main(f"{stage.name}: in {counts['documents']} documents {listed}")
 
 
-def _load(folder: Path) -> tuple[DreamLLMConfig, Flat]:
+def _load(folder: Path, recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
+    """Returns the (config, parameters) that the previous stage saved, with the attention of the recipe.
+
+    Saved models do not name their attention kernels, because these belong to the machine that trains.
+    """
     distributed.wait_for_file(folder / "config.json")
     loaded = open_pretrained(folder)
-    return loaded.config, loaded.params
+    return dataclasses.replace(loaded.config, attention=recipe.model.attention), loaded.params
 
 
 def _check_finite(stage: StageConfig, step: int, values: dict[str, float]) -> None:

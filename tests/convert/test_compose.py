@@ -165,7 +165,7 @@ def test_a_tokenizer_of_another_model(sources, tmp_path, capsys):
     pieces = [f"{a}{b}" for a in "bcdfghjklmnpqrstvwxyz" for b in "aeiou"]
     train_tokenizer([" ".join(f"{x}{y}" for x in pieces for y in pieces)], 600).save(folder)
     assert command("to-jax", folder, tmp_path / "out", "--quiet") == 2
-    words = f"{folder}: its tokenizer has 600 tokens and its weights embed 512; they do not belong together"
+    words = f"{folder}: its tokenizer has 600 tokens, and its weights embed 512; they do not belong together"
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="its tokenizer has 600 tokens and its weights embed 512"):
         DreamLLM.from_pretrained(folder)

@@ -122,7 +122,7 @@ def test_a_full_disk_is_named_before_anything_is_written(direction, golden, tmp_
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
     assert command(direction, source, tmp_path / "out", "--quiet") == 2
     assert re.search(
-        r"needs 0.0 GiB of disk space, and 0.0 GiB are free; make room or choose another place",
+        r"needs 0.0 GiB of disk space, and 0.0 GiB are free; free some space, or choose another folder",
         capsys.readouterr().err,
     )
     assert not [path for path in tmp_path.iterdir() if path.name != "jax"]

@@ -1,6 +1,7 @@
 """A tiny recipe from beginning to end: frozen, trained and averaged parameters, hooks, and interruptions."""
 
 import copy
+import dataclasses
 import functools
 import importlib
 import json
@@ -17,6 +18,7 @@ from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax import DreamLLM
 from dreamllm_jax.checkpoint.model_folder import open_pretrained
+from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.pipeline import batches
 from dreamllm_jax.models.dreamllm import DreamLLMModule
@@ -169,6 +171,14 @@ def test_the_first_stage_trains_its_tower_alone(whole):
     assert trained.keys() == fresh.keys()
     moved = {path for path in fresh if (np.asarray(fresh[path]) != trained[path]).any()}
     assert moved == {path for path in fresh if path.startswith("vae/")}
+
+
+def test_a_later_stage_has_the_attention_of_the_recipe(whole):
+    """Saved models do not name it."""
+    recipe = build_recipe(RECIPE)
+    chunked = dataclasses.replace(recipe.model, attention=AttentionConfig(llama="chunked"))
+    config, _ = loop._load(whole.joint, dataclasses.replace(recipe, model=chunked))
+    assert config.attention == AttentionConfig(llama="chunked") != recipe.model.attention
 
 
 def test_the_speed_of_every_step_is_logged(whole):
