@@ -167,7 +167,7 @@ def test_a_tokenizer_of_another_model(sources, tmp_path, capsys):
     assert command("to-jax", folder, tmp_path / "out", "--quiet") == 2
     words = f"{folder}: its tokenizer has 600 tokens, and its weights embed 512; they do not belong together"
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="its tokenizer has 600 tokens and its weights embed 512"):
+    with pytest.raises(ValueError, match="its tokenizer has 600 tokens, and its weights embed 512"):
         DreamLLM.from_pretrained(folder)
     roomy = open_checkpoint(sources["llm"]).model
     roomy = dataclasses.replace(roomy, llama=dataclasses.replace(roomy.llama, vocab_size=32000))
