@@ -171,7 +171,7 @@ def test_a_tokenizer_of_another_model(sources, tmp_path, capsys):
         DreamLLM.from_pretrained(folder)
     roomy = open_checkpoint(sources["llm"]).model
     roomy = dataclasses.replace(roomy, llama=dataclasses.replace(roomy.llama, vocab_size=32000))
-    with pytest.raises(ValueError, match="has 512 tokens and its weights embed 32000"):
+    with pytest.raises(ValueError, match="has 512 tokens, and its weights embed 32000"):
         check_tokenizer_fits(Tokenizer.load(sources["llm"], extend=True), roomy, sources["llm"])
 
 
