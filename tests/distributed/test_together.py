@@ -21,7 +21,7 @@ from dreamllm_jax.train.preparation import prepare_tokenizer
 from dreamllm_jax.train.state import stage_seed
 from tests.distributed.program import ASKED_AGAIN_AT, ASKED_AT, STEPS, fingerprints
 from tests.folders import load_pretrained
-from tests.train.test_loop import RECIPE
+from tests.train.tiny_recipe import RECIPE
 
 HERE = Path(__file__).resolve().parent
 LAUNCH = HERE.parents[1] / "launch" / "local_processes.sh"

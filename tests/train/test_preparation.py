@@ -8,7 +8,7 @@ from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.formats import tar_index
 from dreamllm_jax.train import loop, stage_progress
 from tests.data.datasets import picture, write_tar
-from tests.train.test_loop import RECIPE
+from tests.train.tiny_recipe import RECIPE
 
 
 class Ready(Exception):

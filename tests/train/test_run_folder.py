@@ -7,7 +7,7 @@ import pytest
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.train.run_folder import RunFolder, read_recipe
-from tests.train.test_loop import RECIPE, changed
+from tests.train.tiny_recipe import RECIPE, changed
 
 
 def test_a_run_may_change_how_it_is_computed(tmp_path):
