@@ -92,7 +92,7 @@ start() {
 
 logs() {
   local tail_pid
-  [ -f "$folder/log" ] || fail "There is no job $name on $(hostname); start it first."
+  [ -f "$folder/log" ] || fail "Job $name does not exist on $(hostname); start it first."
   tail -n +1 -F "$folder/log" 2>/dev/null &
   tail_pid=$!
   trap 'kill "$tail_pid" 2>/dev/null || true' EXIT
@@ -123,7 +123,7 @@ status() {
     running) say "$(hostname): $name is running (process $(cat "$folder/pid"))." ;;
     ended) say "$(hostname): $name ended with exit code $(cat "$folder/exit")." ;;
     lost) say "$(hostname): $name is lost: the host was restarted." ;;
-    none) say "$(hostname): there is no job $name." ;;
+    none) say "$(hostname): job $name does not exist." ;;
   esac
 }
 

@@ -57,7 +57,7 @@ def allowed_imports() -> dict[str, set[str]]:
 
 
 def room_of(module: str) -> str | None:
-    """The room of a module inside the package ('models.llama' -> 'models'); None where it has none."""
+    """The room of a module inside the package ('models.llama' -> 'models'); None if it is in no room."""
     parts = module.split(".")
     if parts[-1] == "__main__" or module in COMMANDS:
         return "commands"

@@ -65,7 +65,7 @@ def meshes(
     """Returns every mesh over all devices that the parameters and a micro-batch of one row per device allow.
 
     Raises:
-      ValueError: there is no such mesh.
+      ValueError: no mesh satisfies these limits.
     """
     least = dataclasses.replace(stage, optim=dataclasses.replace(stage.optim, grad_accum_steps=1))
     found, rejections = [], ["its rows are too short to split"]

@@ -46,7 +46,7 @@ def measure(arguments: dict[str, Any], compiled: jax.stages.Compiled, kept: floa
 
     Parts of the state that the program does not use count too, since they occupy the chip all the same.
     "padding" is what the tiles of the inputs take beyond their contents. "activations" are the bytes kept for
-    the backward pass (`kept`, see `activations`), "temporaries" the rest of what the program allocates:
+    the backward pass (`kept`, see `activations`), and "temporaries" all other allocations of the program:
     gradients, gathered weights, short-lived buffers.
     """
     stats = compiled.memory_analysis()

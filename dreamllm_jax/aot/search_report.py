@@ -53,7 +53,7 @@ def search_summary(search: Search, stage: StageConfig, chip: Chip) -> str:
 
 
 def _row(trial: Trial) -> str:
-    """Formats one trial; a second line has the compiler's error if there is no program."""
+    """Formats one trial; a second line has the compiler's error if compilation failed."""
     row = f"{gib(trial.estimate.memory()):>12}{trial.estimate.seconds:>10.4g} s"
     if (found := trial.report) is not None:
         roof = found.roofline

@@ -236,38 +236,10 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cast:
-    """A tensor converted to another floating dtype; integers and booleans are unchanged."""
+class _Derived:
+    """A tensor made from one other; unless a subclass says otherwise, it differs only in how it is read."""
 
     base: Tensor
-    to: np.dtype
-
-    @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def row_readable(self) -> bool:
-        return self.base.row_readable
-
-    @property
-    def shape(self) -> Shape:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.to if is_floating(self.base.dtype) else self.base.dtype
-
-    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        return self.base.read(start, stop).astype(self.dtype, copy=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class DeliveredTensor:
-    """A tensor whose chunks another thread reads and delivers, in the order of `chunk_ranges`."""
-
-    base: Tensor
-    next_chunk: Callable[[], np.ndarray]
 
     @property
     def origin(self) -> str:
@@ -284,6 +256,27 @@ class DeliveredTensor:
     @property
     def dtype(self) -> np.dtype:
         return self.base.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast(_Derived):
+    """A tensor converted to another floating dtype; integers and booleans are unchanged."""
+
+    to: np.dtype
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.to if is_floating(self.base.dtype) else self.base.dtype
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        return self.base.read(start, stop).astype(self.dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeliveredTensor(_Derived):
+    """A tensor whose chunks another thread reads and delivers, in the order of `chunk_ranges`."""
+
+    next_chunk: Callable[[], np.ndarray]
 
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
         return self.next_chunk()

@@ -151,7 +151,7 @@ def _prompts(options: argparse.Namespace) -> list[Document]:
         except UnidentifiedImageError as error:
             raise ValueError(f"--image={path} is not a picture that Pillow can read.") from error
         except FileNotFoundError as error:
-            raise ValueError(f"--image={path}: there is no such file.") from error
+            raise ValueError(f"--image={path}: the file does not exist.") from error
     return [Document([*pictures, prompt]) for prompt in options.prompts]
 
 

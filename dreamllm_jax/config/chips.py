@@ -32,7 +32,7 @@ class Chip(Device):
     `link` is the bytes per second of one ICI link in one direction; a chip has two links in each of the
     network's `dimensions`. Along a dimension whose length is a multiple of `wraps_at` the links close into
     rings. `dcn` is the chip's share of its host's network. GPUs have a switch in place of links: `link` is
-    half of what one sends, and there is one dimension, which always closes.
+    half of a GPU's bandwidth in one direction, and the single dimension always closes.
     """
 
     link: float

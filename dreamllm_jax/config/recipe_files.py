@@ -40,7 +40,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     name, _, argument = path.partition(":")
     if not Path(name).is_file():
         raise ValueError(
-            f"--config={name}: there is no such file; give a recipe, for example configs/stage2.py."
+            f"--config={name}: the file does not exist; give a recipe, for example configs/stage2.py."
         )
     spec = importlib.util.spec_from_file_location("recipe_file", name)
     assert spec is not None and spec.loader is not None

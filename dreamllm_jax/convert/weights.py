@@ -23,7 +23,7 @@ def read_file(file: str | Path) -> dict[str, Tensor]:
 
 
 def find_weights(folder: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Path | None:
-    """Returns the file (or the index of shards) with a folder's weights; None if there is none."""
+    """Returns the file (or the index of shards) with a folder's weights, or None if it has no weights."""
     for suffix in SUFFIXES:
         for stem in stems:
             if (folder / f"{stem}{suffix}").is_file():

@@ -34,7 +34,7 @@ class Images(Protocol):
     """Pictures by name."""
 
     def find(self, name: str) -> bytes | Path:
-        """The file's bytes or its path; empty bytes (a broken image) if there is no such file."""
+        """The file's bytes or its path; empty bytes (a broken image) if the file does not exist."""
         ...
 
 

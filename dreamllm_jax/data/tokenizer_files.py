@@ -70,7 +70,7 @@ def read_names(folder: Path, backend: Backend) -> dict[str, str]:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The Jinja template that writes conversations, from new files or old ones; None where there is none."""
+    """The Jinja template that writes conversations, from new files or old ones, or None."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -109,7 +109,7 @@ def _add_tokens(backend: SentencePieceBackend, added: dict[int, tokenizers.Added
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A file's content; empty where there is none."""
+    """A file's content, or an empty one if the file does not exist."""
     if not path.is_file():
         return {}
     try:

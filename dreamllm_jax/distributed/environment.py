@@ -125,7 +125,7 @@ def gpus_of_single_task(environment: Mapping[str, str]) -> list[int] | None:
 
 
 def no_cluster_found(error: Exception, environment: Mapping[str, str]) -> bool:
-    """Returns whether JAX's error means that there is no cluster, no group for this pod, or a late call."""
+    """Returns whether JAX's error means that no cluster or group was found, or the call was too late."""
     text = str(error)
     return (
         "coordinator_address should be defined" in text

@@ -64,7 +64,7 @@ class LayerContext:
     """The inputs that all layers share: rotary angles, the attention mask and cache entries.
 
     `rotation` holds the angles of the new tokens. `slots[b, l]` is the cache entry that token l is written
-    to; the capacity, which is no valid entry, drops the token. `read_rotation` holds the angles of all cache
+    to; an index equal to the capacity drops the token. `read_rotation` holds the angles of all cache
     entries, if keys are stored unrotated.
     """
 

@@ -222,7 +222,7 @@ def vae_objective(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns the VAE's loss per image: mean |x' - x| + mean (x' - x)^2 + kl_weight * KL (arXiv 1312.6114).
 
-    There is no adversarial and no perceptual loss, so that it needs no other network.
+    Adversarial and perceptual losses are left out: they would need another network.
     """
     assert step_noise is not None and batch.dream_images is not None
     pixels, image, mean, logvar = model.apply(

@@ -145,7 +145,7 @@ def check_hooks(
     """Checks the hooks of the stages that are about to run.
 
     Raises:
-      ValueError: there is no held-out data, or it does not fit the mesh or the model; a custom hook cannot be
+      ValueError: held-out data is missing, or it does not fit the mesh or the model; a custom hook cannot be
         imported; samples are asked for, but `can_write` is False.
     """
     hooks = recipe.hooks

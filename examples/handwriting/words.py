@@ -57,7 +57,7 @@ _STORY_SUMS, _STORY_COUNTS = 0.5, 0.3  # of stories, drawn ones too (the others:
 _BEYOND_DIGITS = 0.7  # of stories in text, those that may go beyond the digits
 _UNSEEN = 0.3  # of told pictures, those that are not seen after they are dreamed
 # Of told pictures, those with their word in the query slots, and with it in the patch slots. In a story most
-# are without: the numbers are to be had from its instruction, which is always there and always right.
+# have no word: the numbers follow from the instruction, which is always present and always right.
 _FACT_IN, _TOLD_IN = (0.8, 0.5), (0.5, 0.3)
 # Of stories in words, those in which only the last picture has its word, and only in its query slots. It has
 # to be worked out from the instruction, as in a drawn story, whose queries hold no words to copy.

@@ -78,7 +78,7 @@ def test_pictures_and_documents_are_files(folder, picture, tmp_path, capsys):
         (["--out=a.gif"], "--out=a.gif: give a file that ends in .html, .png, .txt"),
         (["--out=nowhere/a.png"], "its folder does not exist"),
         (["--text", "--guidance-scale=3", "--eta=1"], "--eta, --guidance-scale has no effect on --text"),
-        (["--image=none.png"], "--image=none.png: there is no such file"),
+        (["--image=none.png"], "--image=none.png: the file does not exist"),
         (["--image=text.txt"], "text.txt is not a picture"),
         (["--mesh=fsdp"], "'fsdp' is not AXIS=N"),
         (["--mesh=sideways=2"], "unknown key 'sideways'"),

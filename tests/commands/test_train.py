@@ -30,7 +30,7 @@ def test_a_recipe_and_its_variant():
 
 
 def test_what_is_no_recipe(tmp_path):
-    with pytest.raises(ValueError, match="there is no such file; give a recipe"):
+    with pytest.raises(ValueError, match="the file does not exist; give a recipe"):
         load_recipe(str(tmp_path / "none.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="has no function get_config"):
@@ -41,7 +41,7 @@ def test_what_is_no_recipe(tmp_path):
 
 def test_the_command_ends_in_a_sentence(complaint, tmp_path):
     message = complaint("--config=nowhere.py", f"--workdir={tmp_path / 'a'}")
-    assert message.startswith("error: --config=nowhere.py: there is no such file")
+    assert message.startswith("error: --config=nowhere.py: the file does not exist")
     message = complaint(f"--config={HANDWRITING}", f"--workdir={tmp_path / 'a'}", "--until=stage9")
     assert "has no stage 'stage9'" in message
     (tmp_path / "file").write_text("")

@@ -49,7 +49,7 @@ def test_neighbours_of_one_name_do_not_mix(tmp_path):
 
 
 def test_files_that_are_not_recipes(tmp_path):
-    with pytest.raises(ValueError, match="there is no such file; give a recipe"):
+    with pytest.raises(ValueError, match="the file does not exist; give a recipe"):
         load_recipe(str(tmp_path / "no.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match=r"the file has no function get_config\(arg\)"):

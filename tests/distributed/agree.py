@@ -78,7 +78,7 @@ config = tiny.config(vision=None, unet=None, vae=None)
 tokenizer = train_tokenizer(corpus_text(), tiny.VOCABULARY)
 check_saving(folder / "saving", config, tokenizer)
 
-# Tars: process 0 alone reads their headers, and all know the pairs; one that is no tar is everyone's error.
+# Tars: process 0 alone reads their headers, and all know the pairs; other files are errors everywhere.
 read, members = [], tar_index.members
 tar_index.members = lambda path: read.append(path.name) or members(path)
 if index == 0:

@@ -60,7 +60,7 @@ def test_sizes_of_the_pictures_condition_them(run, alone, sdxl_params, sdxl_batc
     changed = run(sdxl_params, {}, other, keys)[1]
     assert abs(changed["loss_vm"] - alone[1]["loss_vm"]) > 1e-3 * alone[1]["loss_vm"]
     np.testing.assert_allclose(changed["loss_lm"], alone[1]["loss_lm"], rtol=1e-6)
-    # Sizes where there is no dream change nothing.
+    # Sizes of empty dream slots change nothing.
     absent = np.where(sdxl_batch.dream_mask[..., None], sizes, 77)
     same = run(sdxl_params, {}, dataclasses.replace(sdxl_batch, dream_sizes=absent), keys)[1]
     np.testing.assert_allclose(same["loss_vm"], alone[1]["loss_vm"], rtol=1e-6)

@@ -65,7 +65,7 @@ def trip_count(program: Program, loop: Instruction, caller: Computation) -> int 
 
 
 def _initial_value(caller: Computation, loop: Instruction, index: int) -> int:
-    """Returns the constant that a loop's counter starts from; 0, as in every scan, if there is none."""
+    """Returns the constant that a loop's counter starts from, or 0 if it is not a constant."""
     start = caller.instructions[loop.operands[0]]
     if start.opcode == "tuple":
         start = caller.instructions[start.operands[index]]

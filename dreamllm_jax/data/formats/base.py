@@ -41,7 +41,7 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
-    """The options of a format that has none."""
+    """For formats without options."""
 
 
 @dataclasses.dataclass(frozen=True)

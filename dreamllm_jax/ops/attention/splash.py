@@ -102,7 +102,7 @@ def _segments(q: Array, k: Array, mask: Mask | None, multiple: int) -> pallas.Se
         ids: Int[Array, "B L"] = _padded(mask.segment_ids, multiple)
         return pallas.SegmentIds(ids, ids)
     if (mask is not None and mask.causal) or k.shape[1] % multiple == 0:
-        return None  # there is no padding, or causality hides it
+        return None  # nothing is padded, or causality hides the padding
     queries = q.shape[1] + -q.shape[1] % multiple
     # Padded queries attend to the real keys, so that every query has a key. Their results are cut off.
     return pallas.SegmentIds(

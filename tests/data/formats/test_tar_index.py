@@ -155,7 +155,7 @@ def test_pairs_that_are_not_whole_are_told_every_time(tmp_path):
 
 
 def test_sources_of_a_config(tars, read, tmp_path):
-    """Each has an index of its own, which the source is then opened with; what is no tar is named."""
+    """Each has an index of its own, which the source is then opened with; other files are named."""
     sources = [
         dict(kind="pairs", path=f"{tmp_path}/{{0..1}}.tar"),
         dict(kind="pairs", path=f"{tmp_path}/2.tar", weight=2),
