@@ -22,7 +22,7 @@ ORDER = (
     ("checkpoint",),
     ("train", "convert"),
     ("generate",),
-    ("parity", "aot"),
+    ("parity", "aot", "evaluate"),
     ("commands",),
 )
 # A room beside that order, what it stands on, and the row from which it may be used.

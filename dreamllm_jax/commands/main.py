@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import shtab
 
-from dreamllm_jax.commands import compile, convert, generate, inspect, parity, train
+from dreamllm_jax.commands import compile, convert, evaluate, generate, inspect, parity, train
 from dreamllm_jax.commands.command import CommandGroup, end, make_parser, run_command
 from dreamllm_jax.version import __version__
 
@@ -19,7 +19,7 @@ DREAMLLM = CommandGroup(
     name="dreamllm",
     summary="",
     description="DreamLLM in JAX: one model that reads and writes interleaved text and images.",
-    commands=tuple(m.COMMAND for m in (train, generate, convert, inspect, compile, parity)),
+    commands=tuple(m.COMMAND for m in (train, generate, evaluate, convert, inspect, compile, parity)),
 )
 
 

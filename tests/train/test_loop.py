@@ -21,9 +21,10 @@ from dreamllm_jax.config.train import recipe as build_recipe
 from dreamllm_jax.data.pipeline import batches
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train import loop, preparation
-from dreamllm_jax.train.hooks import validation
+from dreamllm_jax.train.held_out import held_out_seed
 from dreamllm_jax.train.hooks.loggers import read_curves
 from dreamllm_jax.train.hooks.protocol import Hook, Record
+from dreamllm_jax.train.hooks.validation import validation_data
 from dreamllm_jax.train.objectives import loss_counts
 from dreamllm_jax.train.optim import learning_rates
 from dreamllm_jax.train.state import partition, stage_seed
@@ -276,7 +277,7 @@ def check_validation(whole, records):
     assert [r["step"] for r in records] == [2, 4, 5] and len({r["loss"] for r in records}) == 3
     recipe = build_recipe(RECIPE | {"hooks": HOOKS})
     stage, saved = recipe.stages[1], load_pretrained(whole.joint)
-    data, seed = validation.validation_data(recipe.hooks, stage), validation.validation_seed(recipe, stage)
+    data, seed = validation_data(recipe.hooks, stage), held_out_seed(recipe, stage)
     assert data == stage.data and seed != stage_seed(recipe, stage)
     tokenizer = preparation.prepare_tokenizer(recipe)
     with closing(batches(data, saved.config, tokenizer, seed=seed, null_dream=True)) as stream:
