@@ -10,6 +10,7 @@ typed dataclasses of `config` by `to_config_dict`, so that an editor completes a
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,9 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
                 "recipe."
             )
         config = module.get_config(argument or None)
-    plain = config.to_dict() if isinstance(config, ConfigDict) else config
+    plain = (
+        config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(config)
+    )  # overrides change it
     return build_recipe(apply_overrides(plain, overrides))
 
 

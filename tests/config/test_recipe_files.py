@@ -11,6 +11,7 @@ from dreamllm_jax.config.recipe_files import load_recipe, to_config_dict
 from dreamllm_jax.config.towers import LlamaConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.config.train import recipe as build_recipe
+from tests.train.tiny_recipe import RECIPE
 
 STAGE = StageConfig("one", ("llama",), 3, DataConfig())
 FILE = """
@@ -46,6 +47,15 @@ def test_neighbours_of_one_name_do_not_mix(tmp_path):
         recipe = load_recipe(f"{tmp_path / folder / 'mine.py'}:variant")
         assert (recipe.name, recipe.stages[0].data.length) == ("variant", length)
     assert "neighbour" not in sys.modules and not any(str(tmp_path) in path for path in sys.path)
+
+
+def test_overrides_leave_the_mapping_of_a_file_as_it_was(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from tests.train.tiny_recipe import RECIPE\n\ndef get_config(arg=None):\n    return RECIPE\n"
+    )
+    assert load_recipe(str(file), ["--config.stages.joint.steps=7"]).stages[1].steps == 7
+    assert load_recipe(str(file)).stages[1].steps == RECIPE["stages"][1]["steps"] == 5
 
 
 def test_files_that_are_not_recipes(tmp_path):

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from contextlib import closing
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
@@ -69,13 +71,16 @@ def test_losses_are_those_of_the_logits(reading):
     recipe, folder = reading
     found, stage = evaluate(recipe, folder), recipe.stages[0]
     loaded = open_pretrained(folder)
-    params = unflatten_dict({name: tensor.read() for name, tensor in loaded.params.items()}, sep="/")
+    params = unflatten_dict(
+        {name: jnp.asarray(tensor.read()) for name, tensor in loaded.params.items()}, sep="/"
+    )
     module, nll, right, tokens = DreamLLMModule(loaded.config), 0.0, 0.0, 0.0
     seed = held_out_seed(recipe, stage)
     assert seed != stage_seed(recipe, stage)
     data = dataclasses.replace(stage.data, batch_size=8)  # one micro-batch
     with closing(batches(data, loaded.config, loaded.tokenizer, seed=seed)) as stream:
         for batch in (next(stream), next(stream)):
+            batch = jax.tree.map(jnp.asarray, batch)
             hidden = module.apply({"params": params}, batch, method=DreamLLMModule.read)
             logits = np.asarray(module.apply({"params": params}, hidden, method=DreamLLMModule.logits), float)
             top = logits.max(-1, keepdims=True)
@@ -138,9 +143,9 @@ def test_what_cannot_be_evaluated(reading, file, capsys):
     for words, sentence in (
         (["--batches=0"], "--batches=0: give at least 1"),
         (["--stage=stage9"], "has no stage 'stage9'"),
-        (["--config.mesh.data=3"], "does not match the"),
+        (["--config.mesh.data=3"], "does not divide the"),
         (["--config.stages.seeing.trainable=('unet',)"], "matches no parameter of this model"),
-        (["--config.stages.seeing.data.length=4096"], "length"),
+        (["--config.stages.seeing.data.batch_size=12"], "is not divisible by"),
     ):
         assert main(["evaluate", str(folder), file, *words]) == 2
         assert sentence in capsys.readouterr().err
