@@ -4,9 +4,9 @@ Reproduces: the whole method of arXiv 2309.11499 on scikit-learn's 1,797 digits.
 real system downloads (VAE, CLIP, text-conditioned U-Net, language model); stages I, II and III train what
 the real ones train, with the joint loss 1 : 10 of the real stage II. What is not as at 7B, besides sizes:
   - stage I has documents too, beside pairs and questions;
-  - the language model's own text (`words.py`) has stories laid out as in pictures, with words in
-    the slots, and sums beyond the digits: what a query has to say is known before the first one is trained.
-    Some of that text stays in stages II and III, so that arithmetic does;
+  - the language model's own text (`words.py`) has stories in the layout of drawn ones, with words in
+    the slots, and sums beyond the digits. The language model thus knows what a query has to express before
+    the first query is trained. Stages II and III keep some of that text, so that arithmetic is not lost;
   - empty prompts (condition dropout, for guidance), noisy timesteps preferred, weight decay (2.0
     where the language model is trained), and rates, warm-up (5 %) and b2 for a model of a million weights.
     As at 7B, stages II and III are far gentler than I: at three times these rates the rule of addition, which
@@ -15,18 +15,44 @@ Hardware: two CPU cores, 4 GiB. Time: `launch/quickstart.sh` measures it, into m
 Command: python -m dreamllm_jax.train --config=examples/handwriting/config.py --workdir=quickstart
 """
 
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
 from ml_collections import ConfigDict
+
+from dreamllm_jax.config.data import DataConfig
+from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
+from dreamllm_jax.config.recipe_files import to_config_dict
+from dreamllm_jax.config.towers import (
+    ClipTextConfig,
+    ClipVisionConfig,
+    LlamaConfig,
+    ProjectorConfig,
+    ScheduleConfig,
+    UNetConfig,
+    VaeConfig,
+)
+from dreamllm_jax.config.train import (
+    LossConfig,
+    MeshConfig,
+    OptimConfig,
+    Recipe,
+    StageConfig,
+    TokenizerConfig,
+)
 
 VOCABULARY = 512
 SOURCE = "examples.handwriting.source:Handwriting"
 # Wherever the language model is trained: so strong that addition becomes a rule rather than a list of sums.
-DECAY = dict(weight_decay=2.0)
+DECAY = 2.0
 
 
-def model() -> dict:
+def model() -> DreamLLMConfig:
     """Every tower of the 7B system, each small."""
-    return dict(
-        llama=dict(
+    return DreamLLMConfig(
+        llama=LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=128,
             intermediate_size=352,
@@ -34,7 +60,7 @@ def model() -> dict:
             num_attention_heads=4,
             max_position_embeddings=384,
         ),
-        vision=dict(
+        vision=ClipVisionConfig(
             hidden_size=64,
             intermediate_size=256,
             num_hidden_layers=4,
@@ -43,11 +69,11 @@ def model() -> dict:
             patch_size=8,
             projection_dim=64,
         ),
-        vision_projector=dict(kind="linear"),
+        vision_projector=ProjectorConfig("linear"),
         vision_select_layer=-2,
         num_dream_queries=4,
-        condition_projector=dict(kind="linear", bias=False),
-        unet=dict(
+        condition_projector=ProjectorConfig("linear", bias=False),
+        unet=UNetConfig(
             sample_size=8,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -58,9 +84,9 @@ def model() -> dict:
             attention_head_dim=(2, 4),
             use_linear_projection=True,
         ),
-        vae=dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16),
-        schedule=dict(beta_schedule="scaled_linear", prediction_type="v_prediction"),
-        text=dict(
+        vae=VaeConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16),
+        schedule=ScheduleConfig(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+        text=ClipTextConfig(
             vocab_size=VOCABULARY,
             hidden_size=64,
             intermediate_size=256,
@@ -75,130 +101,146 @@ def model() -> dict:
     )
 
 
-def stage(name: str, trainable: tuple, steps: int, rate: float, data: dict, **settings) -> dict:
-    optim = dict(learning_rate=rate, warmup_ratio=0.05, weight_decay=0.01, b2=0.99)
-    optim |= settings.pop("optim", {})
-    return dict(name=name, trainable=trainable, steps=steps, data=data, optim=optim, **settings)
+def optim(rate: float, weight_decay: float = 0.01, ema_decay: float = 0.0) -> OptimConfig:
+    """AdamW for a model of a million weights."""
+    return OptimConfig(
+        learning_rate=rate, warmup_ratio=0.05, weight_decay=weight_decay, b2=0.99, ema_decay=ema_decay
+    )
 
 
-def captions(rows: int, **options) -> dict:
+def captions(batch_size: int, **options: Any) -> DataConfig:
     """One captioned picture a row: what the towers are pretrained on."""
     options = dict(kinds=dict(captions=1.0)) | options
-    shape = dict(batch_size=rows, length=16, max_images=1, max_dreams=1)
-    return dict(source=SOURCE, source_options=options, **shape)
+    return DataConfig(
+        source=SOURCE,
+        source_options=options,
+        batch_size=batch_size,
+        length=16,
+        max_images=1,
+        max_dreams=1,
+    )
 
 
-def packed(rows: int, kinds: dict, **changes) -> dict:
-    """Documents packed into rows."""
-    shape = dict(batch_size=rows, length=128, max_images=9, max_dreams=9)
-    return dict(source=SOURCE, source_options=dict(kinds=kinds), **shape) | changes
+def packed(batch_size: int, **kinds: float) -> DataConfig:
+    """Documents of these kinds and weights, packed into rows."""
+    return DataConfig(
+        source=SOURCE,
+        source_options=dict(kinds=kinds),
+        batch_size=batch_size,
+        length=128,
+        max_images=9,
+        max_dreams=9,
+    )
 
 
-def stage0() -> list[dict]:
+def stage0() -> list[StageConfig]:
     """What the real system downloads."""
-    text_only = packed(8, dict(text=1.0), max_images=0, max_dreams=0)
+    text_only = dataclasses.replace(packed(8, text=1.0), max_images=0, max_dreams=0)
     return [
-        stage("stage0_vae", ("vae",), 250, 2e-3, captions(64), objective="vae", loss=dict(kl_weight=1e-4)),
-        stage(
-            "stage0_clip",
-            ("vision", "text", "contrastive"),
-            400,
-            1e-3,
-            captions(128),
+        StageConfig(
+            name="stage0_vae",
+            objective="vae",
+            trainable=("vae",),
+            steps=250,
+            data=captions(64),
+            loss=LossConfig(kl_weight=1e-4),
+            optim=optim(2e-3),
+        ),
+        StageConfig(
+            name="stage0_clip",
             objective="contrastive",
+            trainable=("vision", "text", "contrastive"),
+            steps=400,
+            data=captions(128),
+            optim=optim(1e-3),
         ),
-        stage(
-            "stage0_unet",
-            ("unet",),
-            450,
-            2e-3,
-            captions(64, caption_dropout=0.1),
+        StageConfig(
+            name="stage0_unet",
             objective="diffusion",
-            optim=dict(ema_decay=0.995),
+            trainable=("unet",),
+            steps=450,
+            data=captions(64, caption_dropout=0.1),
+            optim=optim(2e-3, ema_decay=0.995),
         ),
-        stage(
-            "stage0_language",
-            ("llama",),
-            1800,
-            2e-3,
-            text_only,
-            loss=dict(weight_lm=1.0, weight_vm=0.0),
-            optim=DECAY,
+        StageConfig(
+            name="stage0_language",
+            trainable=("llama",),
+            steps=1800,
+            data=text_only,
+            loss=LossConfig(weight_lm=1.0, weight_vm=0.0),
+            optim=optim(2e-3, DECAY),
         ),
     ]
 
 
-def dream_stages() -> list[dict]:
+def dream_stages() -> list[StageConfig]:
     """DreamLLM's own three stages."""
     drawing = ("dream_queries", "condition_projector")
     everything = ("llama", "vision_projector", *drawing)
-    guided = dict(condition_dropout=0.1, timestep_sampling="cubic")
-    joint = dict(weight_lm=1.0, weight_vm=10.0, **guided)
+    joint = LossConfig(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1, timestep_sampling="cubic")
+    reading = dataclasses.replace(
+        packed(16, pairs=0.4, conversations=0.4, documents=0.2),
+        mode="comprehension",
+        max_images=16,
+        max_dreams=0,
+    )
     return [
-        stage(
-            "stage1_comprehension",
-            ("vision_projector",),
-            500,
-            3e-3,
-            packed(
-                16,
-                dict(pairs=0.4, conversations=0.4, documents=0.2),
-                mode="comprehension",
-                max_images=16,
-                max_dreams=0,
-            ),
-            loss=dict(weight_lm=1.0, weight_vm=0.0),
+        StageConfig(
+            name="stage1_comprehension",
+            trainable=("vision_projector",),
+            steps=500,
+            data=reading,
+            loss=LossConfig(weight_lm=1.0, weight_vm=0.0),
+            optim=optim(3e-3),
         ),
-        stage(
-            "stage1_creation",
-            drawing,
-            300,
-            2e-3,
-            packed(8, dict(documents=0.7, pairs=0.3)),
-            loss=dict(weight_lm=0.0, weight_vm=1.0, **guided),
+        StageConfig(
+            name="stage1_creation",
+            trainable=drawing,
+            steps=300,
+            data=packed(8, documents=0.7, pairs=0.3),
+            loss=dataclasses.replace(joint, weight_lm=0.0, weight_vm=1.0),
+            optim=optim(2e-3),
         ),
-        stage(
-            "stage2",
-            everything,
-            450,
-            1e-4,
-            packed(8, dict(documents=0.45, pairs=0.15, conversations=0.1, text=0.3)),
+        StageConfig(
+            name="stage2",
+            trainable=everything,
+            steps=450,
+            data=packed(8, documents=0.45, pairs=0.15, conversations=0.1, text=0.3),
             loss=joint,
-            optim=DECAY,
+            optim=optim(1e-4, DECAY),
         ),
-        stage(
-            "stage3",
-            everything,
-            200,
-            5e-5,
-            packed(8, dict(documents=0.3, pairs=0.05, conversations=0.45, text=0.2)),
+        StageConfig(
+            name="stage3",
+            trainable=everything,
+            steps=200,
+            data=packed(8, documents=0.3, pairs=0.05, conversations=0.45, text=0.2),
             loss=joint,
-            optim=DECAY,
+            optim=optim(5e-5, DECAY),
         ),
     ]
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The recipe; with arg "tiny", a few steps of each stage (to try the machinery, not to learn)."""
+    """Returns the recipe; with arg "tiny", a few steps of each stage (to try the machinery, not to learn)."""
     if arg not in (None, "tiny"):
         raise ValueError(f"examples/handwriting/config.py has no variant {arg!r}; leave it out, or say tiny.")
     stages = [*stage0(), *dream_stages()]
     if arg == "tiny":
-        stages = [s | dict(steps=4) for s in stages]
-    recipe = dict(
+        stages = [dataclasses.replace(stage, steps=4) for stage in stages]
+    recipe = Recipe(
         name="handwriting",
         model=model(),
-        stages=stages,
-        tokenizer=dict(corpus="examples.handwriting.words:corpus_text", vocab_size=VOCABULARY),
-        generation=dict(
+        stages=tuple(stages),
+        tokenizer=TokenizerConfig(corpus="examples.handwriting.words:corpus_text", vocab_size=VOCABULARY),
+        generation=GenerationConfig(
             max_new_tokens=32,
             max_images=7,
             num_inference_steps=12,
             guidance_scale=3.0,
             sampler="dpmpp_2m",
         ),
-        mesh=dict(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1),
         frozen_dtype="float32",
         checkpoint_every=200,
     )
-    return ConfigDict(recipe)
+    return to_config_dict(recipe)
