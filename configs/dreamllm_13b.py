@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from dreamllm_jax.config.presets import VICUNA_13B
 from dreamllm_jax.config.recipe_files import to_config_dict
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import build_recipe
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -15,8 +15,7 @@ from dreamllm_jax.config import presets
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.recipe_files import load_recipe
 from dreamllm_jax.config.towers import ClipTextConfig
-from dreamllm_jax.config.train import Recipe
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import Recipe, build_recipe
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train.state import partition
 

@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 
 from dreamllm_jax.config.base import to_editable_dict
 from dreamllm_jax.config.overrides import apply_overrides
-from dreamllm_jax.config.train import Recipe
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import Recipe, build_recipe
 
 
 def to_config_dict(recipe: Recipe) -> ConfigDict:

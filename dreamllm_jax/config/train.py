@@ -196,7 +196,7 @@ class Recipe:
         )
 
 
-def recipe(mapping: Any, saved: bool = False) -> Recipe:
+def build_recipe(mapping: Any, saved: bool = False) -> Recipe:
     """Builds a recipe from what `get_config` returns, or from a `saved` recipe.json, strictly.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float
 
 from dreamllm_jax.config.towers import ProjectorConfig
 from dreamllm_jax.ops.activations import gelu
+from dreamllm_jax.ops.conv import Conv
 from dreamllm_jax.ops.linear import Dense
 
 Initializer = nn.initializers.Initializer
@@ -81,17 +81,16 @@ class Projector(nn.Module):
         outputs = self.config.num_outputs(patches)
         side = round(patches**0.5)
         x = x.reshape(-1, side, side, width)
-        conv = partial(
-            nn.Conv,
-            kernel_size=(3, 3),
-            strides=stride,
-            padding=1,
-            use_bias=self.config.bias,
-            dtype=self.dtype,
-            kernel_init=self.kernel_init,
-        )
         for i, features in enumerate(channels):
-            x = conv(features, name=f"conv_{i}")(x)
+            conv = Conv(
+                features,
+                stride=stride,
+                use_bias=self.config.bias,
+                dtype=self.dtype,
+                kernel_init=self.kernel_init,
+                name=f"conv_{i}",
+            )
+            x = conv(x)
         return x.reshape(*rows, outputs, x.shape[-1])
 
 

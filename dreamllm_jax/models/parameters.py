@@ -6,6 +6,8 @@ inside `Module.apply`. `DreamLLMModule` alone decides which parameters exist; al
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Set
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.batch import Batch
-from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig, RematConfig
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 
 Flat = dict[str, Any]
@@ -74,6 +76,14 @@ def init_on_host(config: DreamLLMConfig, key: jax.Array, names: Set[str]) -> dic
 
 def abstract_params(config: DreamLLMConfig) -> Flat:
     """Returns the shape and dtype of every parameter without allocating any."""
+    # The parameters do not depend on how the model computes.
+    plain = dataclasses.replace(config, dtype="float32", remat=RematConfig(), attention=AttentionConfig())
+    return dict(_abstract_params(plain))
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_params(config: DreamLLMConfig) -> Flat:
+    """Traces a whole model, which takes seconds."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 

@@ -16,7 +16,7 @@ AXES = ("pictures", "height", "width", "channels")
 
 
 class Conv(nn.Module):
-    """`size` x `size` convolution with bias; kernel [size, size, in, out], computed in `dtype`.
+    """`size` x `size` convolution; kernel [size, size, in, out], computed in `dtype`.
 
     `padding` is (before, after) for height and width alike. The default keeps the size at stride 1.
     """
@@ -25,18 +25,22 @@ class Conv(nn.Module):
     size: int = 3
     stride: int = 1
     padding: tuple[int, int] | None = None
+    use_bias: bool = True
     dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 c2"]:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         padding = (self.size // 2, self.size // 2) if self.padding is None else self.padding
         # Constrained on both sides. Otherwise XLA may split the channels between two convolutions, and for
         # images smaller than the kernel its partitioner then computes wrong gradients (JAX 0.10).
         x = constrain(x.astype(self.dtype), *AXES)
-        return constrain(convolve(x, kernel, self.stride, padding) + bias, *AXES)
+        x = convolve(x, kernel, self.stride, padding)
+        if self.use_bias:
+            x = x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return constrain(x, *AXES)
 
 
 def convolve(

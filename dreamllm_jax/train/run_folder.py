@@ -26,8 +26,7 @@ from dreamllm_jax.checkpoint.json_files import read_json, write_json
 from dreamllm_jax.config.base import to_dict
 from dreamllm_jax.config.hooks import HooksConfig
 from dreamllm_jax.config.model import AttentionConfig, RematConfig
-from dreamllm_jax.config.train import MeshConfig, OptimConfig, Recipe, StageConfig
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import MeshConfig, OptimConfig, Recipe, StageConfig, build_recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,7 @@ from dreamllm_jax.aot.roofline import Roofline
 from dreamllm_jax.config.chips import CHIPS
 from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.overrides import apply_overrides
-from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import MeshConfig, build_recipe
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.sharding import make_mesh
 from dreamllm_jax.train.flops import passes

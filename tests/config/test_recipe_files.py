@@ -9,8 +9,7 @@ from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.recipe_files import load_recipe, to_config_dict
 from dreamllm_jax.config.towers import LlamaConfig
-from dreamllm_jax.config.train import Recipe, StageConfig
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import Recipe, StageConfig, build_recipe
 from tests.train.tiny_recipe import RECIPE
 
 STAGE = StageConfig("one", ("llama",), 3, DataConfig())

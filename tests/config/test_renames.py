@@ -8,7 +8,7 @@ from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.data import DataConfig, SourceConfig
 from dreamllm_jax.config.registry import resolve
 from dreamllm_jax.config.renames import RENAMED, translate
-from dreamllm_jax.config.train import MeshConfig, OptimConfig, TokenizerConfig, recipe
+from dreamllm_jax.config.train import MeshConfig, OptimConfig, TokenizerConfig, build_recipe
 
 CLASSES = {cls.__name__: cls for cls in (DataConfig, SourceConfig, MeshConfig, OptimConfig)}
 OLD = {
@@ -30,7 +30,7 @@ OLD = {
 
 
 def test_a_saved_recipe_of_0_1_loads():
-    built = recipe(OLD, saved=True)
+    built = build_recipe(OLD, saved=True)
     assert built.stages[0].data.batch_size == 12
     assert built.stages[0].optim == OptimConfig(optimizer="adafactor", grad_accum_steps=3)
     assert built.mesh == MeshConfig(replicated=("vision",))
@@ -40,7 +40,7 @@ def test_an_old_key_in_a_recipe_is_named_with_the_new_one():
     with pytest.raises(
         ValueError, match=r"stages\[0\].data: key 'rows' is now called 'batch_size'; rename it"
     ):
-        recipe(OLD)
+        build_recipe(OLD)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_saved_sources_of_0_1_load(data, expected):
 def test_a_saved_corpus_of_0_1_can_be_imported():
     built = build(TokenizerConfig, {"path": None, "corpus": "handwriting", "vocab_size": 512}, saved=True)
     assert "Write two plus three. two plus three equals five" in resolve("corpus", built.corpus)()
-    (stage,) = recipe(OLD | {"tokenizer": {"corpus": "handwriting"}}, saved=True).stages
+    (stage,) = build_recipe(OLD | {"tokenizer": {"corpus": "handwriting"}}, saved=True).stages
     assert stage.data.source is None
 
 

@@ -4,7 +4,14 @@ import pytest
 
 from dreamllm_jax.config.data import DataConfig
 from dreamllm_jax.config.model import DreamLLMConfig
-from dreamllm_jax.config.train import LossConfig, OptimConfig, Recipe, StageConfig, TokenizerConfig, recipe
+from dreamllm_jax.config.train import (
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    StageConfig,
+    TokenizerConfig,
+    build_recipe,
+)
 
 
 def stage(name="one", **changes):
@@ -64,6 +71,6 @@ def test_a_recipe_from_a_mapping():
         "model": {},
         "stages": [{"name": "a", "trainable": ["llama"], "steps": 1, "data": {}}],
     }
-    assert recipe(mapping).stages[0].trainable == ("llama",)
+    assert build_recipe(mapping).stages[0].trainable == ("llama",)
     with pytest.raises(ValueError, match=r"stages\[0\]: key 'steps' is missing"):
-        recipe(mapping | {"stages": [{"name": "a", "trainable": [], "data": {}}]})
+        build_recipe(mapping | {"stages": [{"name": "a", "trainable": [], "data": {}}]})

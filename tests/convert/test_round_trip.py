@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dreamllm_jax import Document, DreamLLM
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import build_recipe
 from dreamllm_jax.convert.folders import convert_to_torch
 from dreamllm_jax.data.sequences import encode_prompt
 from dreamllm_jax.diffusion.sampling import guided, sample

@@ -19,8 +19,7 @@ import jax
 import numpy as np
 
 from dreamllm_jax import DreamLLM, distributed
-from dreamllm_jax.config.train import Recipe
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import Recipe, build_recipe
 from dreamllm_jax.sharding import make_mesh, process_row_indices
 from dreamllm_jax.train import loop
 from tests.train.test_loop import brief_writer

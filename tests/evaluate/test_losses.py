@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from dreamllm_jax.checkpoint.model_folder import open_pretrained, write_pretrained
 from dreamllm_jax.commands.main import main
 from dreamllm_jax.config.model import GenerationConfig
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import build_recipe
 from dreamllm_jax.data.pipeline import batches
 from dreamllm_jax.evaluate.losses import held_out_losses
 from dreamllm_jax.models.dreamllm import DreamLLMModule

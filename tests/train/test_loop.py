@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 from dreamllm_jax import DreamLLM
 from dreamllm_jax.checkpoint.model_folder import open_pretrained
 from dreamllm_jax.config.model import AttentionConfig
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import build_recipe
 from dreamllm_jax.data.pipeline import batches
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.train import loop, preparation

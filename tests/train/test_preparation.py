@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import build_recipe
 from dreamllm_jax.data.formats import tar_index
 from dreamllm_jax.train import loop, stage_progress
 from tests.data.datasets import picture, write_tar

@@ -42,7 +42,7 @@ def test_a_kernel_that_the_devices_lack():
         recipe, model=dataclasses.replace(recipe.model, attention=AttentionConfig(unet="splash"))
     )
     mesh = make_mesh(recipe.mesh, jax.devices()[:1])
-    with pytest.raises(ValueError, match="asks for 'splash', a kernel of tpus; the program is for cpu"):
+    with pytest.raises(ValueError, match="asks for 'splash', a kernel for TPUs, but the program is for cpu"):
         check_recipe(recipe, recipe.stages, mesh, prepare_tokenizer(recipe))
 
 

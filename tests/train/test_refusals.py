@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import build_recipe
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.train import loop, preparation, recipe_checks
 from tests.train import tiny

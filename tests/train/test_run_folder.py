@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dreamllm_jax.config.base import to_dict
-from dreamllm_jax.config.train import recipe as build_recipe
+from dreamllm_jax.config.train import build_recipe
 from dreamllm_jax.train.run_folder import RunFolder, read_recipe
 from tests.train.tiny_recipe import RECIPE, changed
 
