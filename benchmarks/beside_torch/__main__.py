@@ -32,9 +32,10 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory for PyTorch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.beside_torch.report import command_line, measurement_environment, write_table  # noqa: E402
+from benchmarks.beside_torch.report import command_line, measurement_environment, rows  # noqa: E402
 from benchmarks.beside_torch.sizes import make_size  # noqa: E402
 from benchmarks.beside_torch.timing import Disagreement  # noqa: E402
+from benchmarks.document_table import write_table  # noqa: E402
 
 NAMES = ("joint", "prefill", "decode", "text_to_image", "documents")
 
@@ -141,7 +142,7 @@ def main() -> int:
     if options.json is not None:
         options.json.write_text(text + "\n", encoding="utf-8")
     if options.document is not None:
-        write_table(options.document, found)
+        write_table(options.document, "beside torch", rows(found))
     return 0
 
 

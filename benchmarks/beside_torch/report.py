@@ -6,7 +6,6 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 ENVIRONMENT = ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LD_PRELOAD")
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "diffusers")
-_TABLE = re.compile(r"(<!-- beside torch -->\n).*?(<!-- /beside torch -->)", re.DOTALL)
 
 
 def measurement_environment(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
@@ -79,18 +77,3 @@ def rows(found: dict[str, Any]) -> list[str]:
         f"load {environment['load']:.1f} at the start.",
     ]
     return lines
-
-
-def write_table(document: Path, found: dict[str, Any]) -> None:
-    """Puts the table between the marks of a document.
-
-    Raises:
-      ValueError: it has none.
-    """
-    text = document.read_text(encoding="utf-8")
-    if not _TABLE.search(text):
-        raise ValueError(
-            f"{document} has no <!-- beside torch --> and <!-- /beside torch --> to write between."
-        )
-    table = "\n".join(rows(found))
-    document.write_text(_TABLE.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")

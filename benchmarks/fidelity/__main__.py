@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.document_table import write_table
 from benchmarks.fidelity.cases import BOUNDS, CASES
 from dreamllm_jax.parity.errors import exceeding
 from dreamllm_jax.parity.folder import BOUNDS as GOLDEN_BOUNDS
@@ -28,7 +28,6 @@ GOLDEN = {
     name: f"the reference's step, tokens and picture: `tests/golden/{name}`"
     for name in ("dreamllm-a", "dreamllm-b")
 }
-_TABLE = re.compile(r"(<!-- fidelity -->\n).*?(<!-- /fidelity -->)", re.DOTALL)
 
 
 def measure(name: str, folder: Path | None = None) -> dict[str, float]:
@@ -61,19 +60,6 @@ def rows(results: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def write_table(document: Path, results: dict[str, dict[str, float]]) -> None:
-    """Puts the table between the marks of a document.
-
-    Raises:
-      ValueError: it has none.
-    """
-    text = document.read_text(encoding="utf-8")
-    if not _TABLE.search(text):
-        raise ValueError(f"{document} has no <!-- fidelity --> and <!-- /fidelity --> to write between.")
-    table = "\n".join(rows(results))
-    document.write_text(_TABLE.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")
-
-
 def main() -> int:
     """Parses the command line, measures, prints the results and returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -102,7 +88,7 @@ def main() -> int:
         print(f"{name}: largest {max(errors.values()):.2e}", file=sys.stderr, flush=True)
     print(json.dumps(results, indent=1))
     if arguments.document is not None:
-        write_table(arguments.document, results)
+        write_table(arguments.document, "fidelity", rows(results))
     for name, errors in exceeded.items():
         for quantity, error in errors.items():
             print(f"{name}: {quantity}: the error {error:.3g} exceeds its bound", file=sys.stderr)
