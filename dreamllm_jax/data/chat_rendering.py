@@ -16,6 +16,7 @@ a message apart at such a name (thoughts before `</think>`) does not strip the s
 
 from __future__ import annotations
 
+import datetime
 import functools
 import re
 import threading
@@ -27,6 +28,11 @@ from dreamllm_jax.data.pieces import Begin, Control, End, Piece, Text
 
 Spans = Sequence[tuple[int, int]]
 _PRIVATE = range(0xF0000, 0xFFFFE)
+# What a template that asks for the date is told: tokens must not depend on the day. It is the date that the
+# templates of Llama 3 fall back to. transformers lets no function be passed, hence a macro of the same name.
+_TODAY = datetime.datetime(2024, 7, 26)
+_DATES = "".join(f".replace('%{code}', '{_TODAY.strftime('%' + code)}')" for code in "aAbBdjmyYHIMSp")
+_DATE_MACRO = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}"
 _LOCK = threading.Lock()  # transformers keeps one compiled template, with state, for all threads
 
 
@@ -36,10 +42,13 @@ def render(
     """(text, the characters [start, end) inside of `{% generation %}` blocks) as transformers renders it.
 
     With `prompt` the template adds what an answer begins with. Whatever the template raises comes through.
+    For the template it is always 26 July 2024, so that a resumed run reads the tokens it would have read.
     """
     import_transformers()
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    if "strftime_now" in template:
+        template = _DATE_MACRO + template
     with _LOCK:
         rendered: Any = render_jinja_template(
             [messages],

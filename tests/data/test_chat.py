@@ -309,6 +309,13 @@ def test_built_in_templates_are_transformers_templates_too(name, loaded):
     assert ours.supervised.astype(int).tolist() == found["assistant_masks"]
 
 
+def test_tokens_do_not_depend_on_the_day(tmp_path):
+    dated = "{{ 'Today is ' + strftime_now('%d %b %Y, %A') + '.' }}" + KINDS["chatml"][0]
+    tokenizer = load("qwen", tmp_path, dated)
+    written = tokenizer.decode(encoded(tokenizer, TALK).tokens.tolist(), skip_special=False)
+    assert written.startswith("Today is 26 Jul 2024, Friday.")
+
+
 def test_what_is_said_loses_its_spaces_where_the_template_strips(loaded):
     for name, same in (("llama2", True), ("zephyr", False)):
         tokenizer, _ = loaded[name]
