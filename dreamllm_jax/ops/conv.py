@@ -32,14 +32,14 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 c2"]:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        kernel = jnp.asarray(self.param("kernel", self.kernel_init, shape), self.dtype)
         padding = (self.size // 2, self.size // 2) if self.padding is None else self.padding
         # Constrained on both sides. Otherwise XLA may split the channels between two convolutions, and for
         # images smaller than the kernel its partitioner then computes wrong gradients (JAX 0.10).
         x = constrain(x.astype(self.dtype), *AXES)
         x = convolve(x, kernel, self.stride, padding)
         if self.use_bias:
-            x = x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            x = x + jnp.asarray(self.param("bias", nn.initializers.zeros, (self.features,)), self.dtype)
         return constrain(x, *AXES)
 
 
