@@ -171,7 +171,7 @@ def stage0() -> list[StageConfig]:
         StageConfig(
             name="stage0_language",
             trainable=("llama",),
-            steps=1800,
+            steps=2200,
             data=text_only,
             loss=LossConfig(weight_lm=1.0, weight_vm=0.0),
             optim=optim(2e-3, DECAY),
@@ -210,7 +210,7 @@ def dream_stages() -> list[StageConfig]:
         StageConfig(
             name="stage2",
             trainable=everything,
-            steps=400,
+            steps=500,
             data=mixed(documents=0.45, pairs=0.15, conversations=0.1, text=0.3),
             loss=joint,
             optim=optim(1e-4, DECAY),
