@@ -19,7 +19,9 @@ import jax
 import numpy as np
 
 from dreamllm_jax import DreamLLM, distributed
+from dreamllm_jax.checkpoint.model_folder import open_pretrained
 from dreamllm_jax.config.train import Recipe, build_recipe
+from dreamllm_jax.evaluate.losses import held_out_losses
 from dreamllm_jax.sharding import make_mesh, process_row_indices
 from dreamllm_jax.train import loop
 from tests.train.test_loop import brief_writer
@@ -90,6 +92,7 @@ def main(folder: Path, mapping: dict, other: Path | None) -> None:
     texts = model.generate_text(["Write one plus one.", "Which"], max_new_tokens=8, temperature=1.0, seed=3)
     document = model.generate_document("Count", max_new_tokens=8, max_images=1, **DRAWN)
     (picture,) = model.generate_images("a", guidance_scale=2.0, **DRAWN)
+    held_out = held_out_losses(trained, open_pretrained(trained), recipe, recipe.stages[-1], batches=2)
     made = dict(
         cached=jax.config.jax_enable_compilation_cache,
         devices=[len(jax.local_devices()), jax.device_count()],
@@ -99,6 +102,7 @@ def main(folder: Path, mapping: dict, other: Path | None) -> None:
         texts=texts,
         document=[part if isinstance(part, str) else np.asarray(part).tolist() for part in document],
         picture=np.asarray(picture).tolist(),
+        losses=held_out["losses"],
     )
     (folder / f"{jax.process_index()}.json").write_text(json.dumps(made))
 

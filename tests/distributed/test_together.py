@@ -5,6 +5,7 @@ Two are preempted and resume. One trains without interruption, and resumes the r
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from contextlib import closing
@@ -24,6 +25,8 @@ from tests.folders import load_pretrained
 from tests.train.tiny_recipe import RECIPE
 
 HERE = Path(__file__).resolve().parent
+# The processes compile much and compute little.
+COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 LAUNCH = HERE.parents[1] / "launch" / "local_processes.sh"
 
 
@@ -33,8 +36,14 @@ def started(folder: Path, processes: int, devices: int, mapping: dict, *other: P
     (folder / "recipe.json").write_text(json.dumps(mapping))
     command = [str(LAUNCH), str(processes), "--devices", str(devices), "--"]
     command += [sys.executable, "-m", "tests.distributed.program", str(folder), str(folder / "recipe.json")]
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {COMPILE_FAST}"}
     result = subprocess.run(
-        [*command, *map(str, other)], cwd=HERE.parents[1], capture_output=True, text=True, timeout=900
+        [*command, *map(str, other)],
+        cwd=HERE.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     made = [json.loads((folder / f"{i}.json").read_text()) for i in range(processes)]
@@ -182,3 +191,12 @@ def test_process_0_alone_prints(runs):
     lines = two.said.splitlines()
     assert any(line.startswith("[0] joint: resumes") for line in lines)
     assert not any(line.startswith("[1] joint") for line in lines)
+
+
+def test_held_out_losses_are_the_same_on_every_process(runs):
+    one, two = runs
+    losses = one.made[0]["losses"]
+    assert losses.keys() >= {"loss_lm", "loss_vm", "perplexity"}
+    assert two.made[0]["losses"] == two.made[1]["losses"]
+    for name, loss in losses.items():
+        np.testing.assert_allclose(two.made[0]["losses"][name], loss, rtol=1e-4, err_msg=name)
