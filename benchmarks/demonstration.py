@@ -67,7 +67,8 @@ def main() -> int:
         for name, reached in run["reached"].items()
         if not reached
     ]
-    print("\n".join(missed), file=sys.stderr)
+    for sentence in missed:
+        print(sentence, file=sys.stderr)
     return 1 if missed else 0
 
 

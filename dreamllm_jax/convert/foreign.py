@@ -71,8 +71,8 @@ class ForeignCheckpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     def params(self) -> tuple[dict[str, Tensor], Report]:
-        """Returns our parameters except the fresh ones, not read yet, and the report of what did not fit or
-        was ignored.
+        """Returns our parameters, without the fresh ones and not read yet, and a report of tensors that did
+        not fit or were ignored.
         """
         shapes = parameter_shapes(self.model)
         expected = {path: shape for path, shape in shapes.items() if path.split("/")[0] not in self.fresh}

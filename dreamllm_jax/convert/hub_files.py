@@ -21,7 +21,7 @@ _RECORD = re.compile(r".*\n([0-9a-f]{64})\n(\d+(?:\.\d+)?)\n")
 
 
 def recorded_digest(file: Path) -> str | None:
-    """Returns the SHA-256 of what the hub sent as `file`, or None where it is not known.
+    """Returns the SHA-256 of the content that the hub sent as `file`, or None where it is not known.
 
     In the hub's cache a file is a link to `blobs/<SHA-256>`. A download into a folder leaves a record,
     `.cache/huggingface/download/<name>.metadata`: the commit, the SHA-256 and the time, a line each. As in

@@ -1,5 +1,5 @@
 """Documents of text and pictures, to tokens, to packed rows, to batches.
 
 In: a stage's `DataConfig`, and the files or the class that it names. Out: batches of numpy arrays, and counts
-of what was left out. Never: models, devices, or arrays in the memory of an accelerator.
+of everything left out. Never: models, devices, or arrays in the memory of an accelerator.
 """

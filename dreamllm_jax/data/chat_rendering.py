@@ -111,7 +111,7 @@ class Guard:
         return any(rendered.count(mark) != 1 for mark in self._pictures)
 
     def pieces(self, rendered: str, learned: Spans, bos: str | None, eos: str) -> list[Piece]:
-        """The pieces of what the template wrote; the characters in the spans `learned` are supervised.
+        """The pieces of the rendered text; the characters in the spans `learned` are supervised.
 
         A document that does not begin with `bos` begins with `Begin(token=False)`; one that does not end with
         `eos` ends with `End(token=False)`.

@@ -68,8 +68,8 @@ def group_norm(
     """Returns group normalization, with SiLU if asked, in float32. Differentiable in reverse mode only.
 
     The backward pass keeps x in its own dtype, not in float32, with the means and the inverse standard
-    deviations. Its closed form reads x and the gradient twice: half the memory traffic of what autodiff
-    derives.
+    deviations. Its closed form reads x and the gradient twice: half the memory traffic of the
+    gradient that autodiff derives.
     """
     return _group_norm_forward(x, scale, bias, groups, epsilon, with_silu)[0]
 

@@ -1,12 +1,9 @@
 """Recipes that cannot be trained: one sentence each, before anything is read or compiled."""
 
-import functools
-
 import pytest
 
 from dreamllm_jax.config.train import build_recipe
-from dreamllm_jax.models.parameters import abstract_params
-from dreamllm_jax.train import loop, preparation, recipe_checks
+from dreamllm_jax.train import loop, preparation
 from tests.train import tiny
 from tests.train.tiny_recipe import RECIPE, STAGE, TEXT, changed
 
@@ -116,8 +113,6 @@ UNFIT = {
 def test_what_does_not_fit_is_said_before_anything_happens(
     mapping, until, sentence, tmp_path, monkeypatch, devices
 ):
-    monkeypatch.setattr(recipe_checks, "abstract_params", functools.cache(abstract_params))
-    monkeypatch.setattr(preparation, "abstract_params", functools.cache(abstract_params))
     monkeypatch.setattr(preparation, "init_on_host", None)
     monkeypatch.setattr(loop, "run_stage", None)
     monkeypatch.chdir(tmp_path)

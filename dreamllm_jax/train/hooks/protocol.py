@@ -13,7 +13,7 @@ from dreamllm_jax.train.state import TrainState
 
 
 class Record(NamedTuple):
-    """Numbers of one step. `series` says of what kind: "curves", "speed", "validation", or a hook's own."""
+    """Numbers of one step. `series` names their kind: "curves", "speed", "validation", or a hook's own."""
 
     series: str
     step: int
