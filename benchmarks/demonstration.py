@@ -41,8 +41,8 @@ def rows(runs: Sequence[dict[str, Any]]) -> list[str]:
         scores = " | ".join(f"{run[name]:.3f}" for name in SCORES)
         lines.append(f"| {run['machine']['jax']} | {run['seed']} | {scores} | {run['seconds_total']:.0f} |")
     targets = runs[0]["targets"]
-    wanted = " | ".join(f"{targets[name]['least']:g}" for name in SCORES)
-    return [*lines, f"| wanted | | {wanted} | {targets['seconds_total']['most']:g} |"]
+    target = " | ".join(f"{targets[name]['least']:g}" for name in SCORES)
+    return [*lines, f"| target | | {target} | {targets['seconds_total']['most']:g} |"]
 
 
 def main() -> int:

@@ -121,7 +121,7 @@ def recipe(
 
 
 def creation_stage(sources: tuple[SourceConfig, ...], trainable: tuple[str, ...]) -> StageConfig:
-    """Returns the second half of stage I, for any image decoder: 30M captions are drawn once."""
+    """Returns the second half of stage I, for any image decoder: 30M captions, each used once."""
     return StageConfig(
         name="stage1_creation",
         trainable=trainable,

@@ -2,7 +2,7 @@
 
 Reproduces: arXiv 2309.11499, stage II (I-GPT): 2M documents of MMC4-core (images with similarity >= 0.25)
 and 2M pairs of BLIP-LAION, batch 1024 x 2048, learning rate 2e-5, losses 1 and 10. (The released config
-draws from 7M and 10M.)
+samples from 7M and 10M.)
 Hardware, time: the paper gives 10 hours on 128 A800;
 launch/README.md has bounds for TPUs; not yet measured here.
 Command: python -m dreamllm_jax.train --config=configs/stage2.py --workdir=runs/stage2

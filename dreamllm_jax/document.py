@@ -8,9 +8,11 @@ import io
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from PIL import Image
+
+from dreamllm_jax.atomic import write_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +51,11 @@ class Document:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> str | Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str | Image.Image, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | Image.Image | tuple[str | Image.Image, ...]:
         return self.parts[index]
 
     def __eq__(self, other) -> bool:
@@ -72,7 +78,7 @@ class Document:
         return f"Document({shown!r})"
 
     def to_html(self, scale: int = 1) -> str:
-        """The document as an HTML fragment that contains its pictures, each pixel `scale` wide."""
+        """Returns the document as an HTML fragment that contains its pictures, each pixel `scale` wide."""
         return _template().module.fragment(self._shown(scale))
 
     def _repr_html_(self) -> str:
@@ -80,22 +86,22 @@ class Document:
 
     def save_html(self, path: str | Path) -> None:
         """Writes one self-contained page."""
-        Path(path).write_text(_template().render(parts=self._shown()) + "\n", encoding="utf-8")
+        write_text(path, _template().render(parts=self._shown()) + "\n")
 
     def _shown(self, scale: int | None = None) -> list[str | dict]:
-        """The parts as the template takes them; without `scale`, small pictures are enlarged."""
+        """Returns the parts as the template takes them; without `scale`, small pictures are enlarged."""
         smallest = min((min(p.size) for p in self.images), default=256)
         scale = max(1, 64 // smallest) if scale is None else scale
         return [p if isinstance(p, str) else _encoded(p, scale) for p in self.parts]
 
 
 def image_html(image: Image.Image, scale: int = 1) -> str:
-    """An `<img>` element that contains the picture (PNG, base64), each pixel `scale` wide."""
+    """Returns an `<img>` element that contains the picture (PNG, base64), each pixel `scale` wide."""
     return _template().module.image(_encoded(image, scale))
 
 
 def _encoded(image: Image.Image, scale: int) -> dict:
-    """A picture as the template takes it: its size on the page, and its data."""
+    """Returns a picture as the template takes it: its size on the page, and its data."""
     if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # PNG has no other modes
         image = image.convert("RGB")
     buffer = io.BytesIO()

@@ -32,7 +32,7 @@ import bisect
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -40,6 +40,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dreamllm_jax.config.train import MeshConfig
+
+T = TypeVar("T")
 
 MESH_AXIS_NAMES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
@@ -295,7 +297,7 @@ def process_row_indices(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for (cut,) in slices for row in range(*cut.indices(batch_size))})
 
 
-def shard_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
+def shard_batch(batch: T, mesh: Mesh, batch_size: int | None = None) -> T:
     """Returns global arrays of `batch_size` rows from this process's rows (numpy, see `process_row_indices`).
 
     A single process may omit `batch_size`.

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Finds a suitable Python and keeps the repository's .venv up to date.
 #
-# Sourced by quickstart.sh, test.sh, install.sh and .ci/run. After `prepare_python runtime` (or test, tpu, cuda),
+# Sourced by quickstart.sh, test.sh, install.sh and .ci/run. After `prepare_python runtime` (or examples, test, tpu, cuda),
 # $python is the interpreter of an up-to-date .venv. $PYTHON, if set, names the Python to use; otherwise
 # `python3` is preferred, the machine's own choice. Until a Python is found, only builtins of the shell are used.
 
@@ -121,7 +121,7 @@ install_packages() {
   local extras=
   say "Installing the packages into $venv (some minutes the first time)."
   rm -f "$venv"/installed-* "$venv/install.log"
-  case $2 in tpu | cuda) extras=$2 ;; esac
+  case $2 in examples | tpu | cuda) extras=$2 ;; esac
   if [ "$2" = test ]; then
     extras="test"
     if torch_wanted "$1"; then
@@ -134,7 +134,7 @@ install_packages() {
   pip_install --constraint "launch/constraints/py$1.txt" --editable ".${extras:+[$extras]}" || install_failed
 }
 
-# prepare_python runtime|test|tpu|cuda : creates or updates .venv and sets python to its interpreter.
+# prepare_python runtime|examples|test|tpu|cuda : creates or updates .venv and sets python to its interpreter.
 prepare_python() {
   local purpose=$1 version stamp wanted
   python=$venv/bin/python
@@ -158,4 +158,5 @@ prepare_python() {
   install_packages "$version" "$purpose"
   printf '%s\n' "$wanted" >"$venv/installed-$purpose"
   printf '%s\n' "$stamp" >"$venv/installed-runtime"
+  if [ "$purpose" = test ]; then printf '%s\n' "$stamp" >"$venv/installed-examples"; fi # the tests need them too
 }

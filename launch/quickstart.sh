@@ -48,7 +48,7 @@ run() {
   esac
 }
 
-prepare_python runtime
+prepare_python examples
 mkdir -p "$workdir" 2>/dev/null || fail "The folder $workdir cannot be created; give a WORKDIR in a writable place."
 workdir=$(CDPATH='' cd -- "$workdir" && pwd -P)
 [ -w "$workdir" ] || fail "The folder $workdir is not writable; give another WORKDIR."

@@ -89,3 +89,13 @@ def test_the_installed_package(programs, tmp_path):
     where, rest = run(programs / "python", "-c", code, cwd=tmp_path).splitlines()
     assert Path(where).resolve().is_relative_to(programs.parent.resolve())
     assert rest == f"DreamLLM {__version__} {__version__}"
+
+
+def test_the_installed_command_converts_and_generates(programs, golden, tmp_path):
+    """Without the repository: what the command reads and says lies in the wheel."""
+    source = golden / "dreamllm-a" / "checkpoint"
+    said = run(programs / "dreamllm", "convert", "to-jax", source, "model", "--quiet", cwd=tmp_path)
+    assert "converted" in said
+    options = "--max-new-tokens=4 --max-images=1 --num-inference-steps=1 --out=page.html".split()
+    run(programs / "dreamllm", "generate", "model", "hello", *options, cwd=tmp_path)
+    assert "<!doctype html>" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -19,7 +19,8 @@ from dreamllm_jax.train.state import partition
 
 REMATS = ("none", "dots", "minimal", "full", "offload")
 PICTURES = ("vision", "unet", "vae")
-# Fewer tokens of a row on a chip, or more chips for a layer, are never the fastest candidate that fits.
+# Limits of the search, an assumption: with fewer tokens of a row per chip, or with a layer split over more
+# chips, a candidate is not the fastest that fits.
 LEAST_TOKENS = 256
 MOST_TENSOR = 16
 
@@ -113,7 +114,7 @@ def _replicated_choices(stage: StageConfig, params: Flat) -> list[tuple[str, ...
     return list(dict.fromkeys([(), pictures, tuple(towers)]))
 
 
-def accumulation_steps(stage: StageConfig, mesh: Mesh) -> list[int]:
+def grad_accum_options(stage: StageConfig, mesh: Mesh) -> list[int]:
     """Returns the numbers of micro-batches that leave every device at least one row."""
     rows = stage.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     return [n for n in range(1, rows + 1) if rows % n == 0]

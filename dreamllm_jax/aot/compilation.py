@@ -14,6 +14,7 @@ from dreamllm_jax.aot.memory import DoesNotFit, measure, too_large
 from dreamllm_jax.aot.program import LoweredProgram, compile_program
 from dreamllm_jax.aot.report import CompileReport, to_json
 from dreamllm_jax.aot.roofline import roofline
+from dreamllm_jax.atomic import atomic_write, write_text
 from dreamllm_jax.config.chips import chip_of
 from dreamllm_jax.config.train import Recipe
 
@@ -33,8 +34,8 @@ def compile_and_report(
         if (reason := too_large(error)) is None:
             raise
         raise DoesNotFit(
-            f"{recipe.name}, {program.name} does not fit on {topology}: {reason}; take more chips, more "
-            "optim.grad_accum_steps, or let --search look."
+            f"{recipe.name}, {program.name} does not fit on {topology}: {reason}; use more chips, raise "
+            "optim.grad_accum_steps, or find settings that fit with --search."
         ) from error
     seconds, text = time.perf_counter() - begin, compiled.as_text()
     assert text is not None
@@ -51,6 +52,7 @@ def write_report(found: CompileReport, text: str, folder: Path) -> None:
     from dreamllm_jax.aot.plot import save_figure  # matplotlib is slow to import
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compile.json").write_text(json.dumps(to_json(found), indent=1) + "\n", encoding="utf-8")
-    (folder / "program.hlo.txt").write_text(text, encoding="utf-8")
-    save_figure(found, folder / "compile.png")
+    write_text(folder / "compile.json", json.dumps(to_json(found), indent=1) + "\n")
+    write_text(folder / "program.hlo.txt", text)
+    with atomic_write(folder / "compile.png") as beside:
+        save_figure(found, beside)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dreamllm_jax.aot.memory import FREE_SHARE, gib
 from dreamllm_jax.aot.report import CompileReport, by_kind
 
 Bars = list[tuple[str, float, str]]  # name, value, label
-_COLORS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+_COLORS = colormaps["tab10"].colors  # type: ignore[attr-defined]
 
 
 def save_figure(report: CompileReport, path: Path) -> None:
-    """Draws the report into an image file."""
+    """Plots the report into a PNG file."""
     groups = {
         "FLOPs of all chips": _flops(report),
         "Seconds at the chip's peaks": _seconds(report),
@@ -27,13 +24,8 @@ def save_figure(report: CompileReport, path: Path) -> None:
     }
     groups = {title: bars for title, bars in groups.items() if bars}
     heights = [2.2, *(0.5 + 0.32 * len(bars) for bars in groups.values())]
-    figure, axes = plt.subplots(
-        len(heights),
-        figsize=(11, sum(heights) + 1.2),
-        height_ratios=heights,
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(11, sum(heights) + 1.2), layout="constrained")
+    axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)
     program, roof = report.program, report.roofline
     mesh = ", ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     figure.suptitle(
@@ -43,12 +35,11 @@ def save_figure(report: CompileReport, path: Path) -> None:
     _memory(axes[0, 0], report)
     for ax, (title, bars) in zip(axes[1:, 0], groups.items(), strict=True):
         _bars(ax, title, bars)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def _memory(ax: Axes, report: CompileReport) -> None:
-    """One stacked bar of all kinds, with a line at the limit that leaves enough memory free."""
+    """Plots one stacked bar of all kinds, with a line at the limit that leaves enough memory free."""
     memory, left = report.memory, 0.0
     for i, (kind, size) in enumerate(memory.kinds.items()):
         ax.barh(0, size, left=left, color=_COLORS[i % len(_COLORS)], label=f"{kind} {gib(size)}")

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import AttentionConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.packing import empty_batch
 from dreamllm_jax.data.pipeline import row_layout
-from dreamllm_jax.generate.decode import Control, decode_text, prefill
+from dreamllm_jax.generate.decode import DecodeRules, decode_text, prefill
 from dreamllm_jax.generate.images import draw_images
 from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
@@ -81,7 +82,7 @@ def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> Low
     return LoweredProgram(stage.name, mesh, arguments, step_flops(recipe.model, stage), lowered)
 
 
-def abstract_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Any:
+def abstract_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Batch:
     """Returns the shapes and shardings of a stage's batches."""
     layout = row_layout(stage.data, recipe.model, null_dream=stage.loss.condition_dropout > 0)
     sharding, rows = batch_sharding(mesh), stage.data.batch_size
@@ -150,7 +151,7 @@ def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...
         ints, flags = jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool)
         forbidden, number = jnp.zeros(vocabulary, bool), jnp.int32(0)
         temperature, top_p = jnp.float32(0), jnp.float32(1)
-        return flags, ints, keys, Control(forbidden, ints[:1], number, flags, number, temperature, top_p)
+        return flags, ints, keys, DecodeRules(forbidden, ints[:1], number, flags, number, temperature, top_p)
 
     flat_others, others_of = _flat(others)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dreamllm_jax.aot.candidates import Candidate, accumulation_steps, meshes, remats
+from dreamllm_jax.aot.candidates import Candidate, grad_accum_options, meshes, remats
 from dreamllm_jax.aot.estimate import Estimate, estimate, mesh_costs, stage_work
 from dreamllm_jax.aot.memory import FREE_SHARE, DoesNotFit, gib
 from dreamllm_jax.aot.report import CompileReport
@@ -82,7 +82,7 @@ def estimate_candidates(
     policies, found = remats(recipe, work), []
     for config, mesh in meshes(recipe, stage, params, devices):
         costs = mesh_costs(dataclasses.replace(recipe, mesh=config), stage, work, params, mesh)
-        for steps in accumulation_steps(stage, mesh):
+        for steps in grad_accum_options(stage, mesh):
             for remat in policies:
                 candidate = Candidate(config, steps, remat)
                 guess = estimate(*candidate.applied(recipe, stage), work, costs, mesh, chip)
@@ -113,13 +113,14 @@ def search(
 
     Args:
       compiled: compiles a candidate; raises DoesNotFit, or another error of the compiler, if there is no
-      program. log: receives lines of progress.
+        program.
+      log: receives lines of progress.
     """
     pending = estimate_candidates(recipe, stage, devices, chip)
     trials: list[Trial] = []
     scales: Scales = {}
     total, likely = len(pending), sum(guess.fits(chip) for _, guess in pending)
-    log(f"{total} candidates leave memory beside their state; {likely} fit by the estimate")
+    log(f"{total} candidates leave memory free after their state; {likely} are estimated to fit")
     while len(trials) < number and pending:
         pick = _next(pending, scales, chip)
         if pick is None or _is_settled(trials, *pick, scales):

@@ -23,8 +23,6 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Chips that JAX sees as two devices unless their cores are joined, as on TPU machines.
-JOINED_CORES = {"v4": {"chip_config_name": "megacore"}}
 
 
 def topology_devices(topology: str) -> list[Any]:
@@ -52,9 +50,10 @@ def topology_devices(topology: str) -> list[Any]:
         os.environ.setdefault(variable, value)
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # only libtpu's compiler is used
-    more = JOINED_CORES[name] if name in JOINED_CORES else {}
+    config = CHIPS[name].compiler_config
+    more: dict[str, Any] = {} if config is None else {"chip_config_name": config}
     if slices is not None:
-        more = more | {"num_slices": int(slices)}
+        more["num_slices"] = int(slices)
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **more)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:

@@ -19,14 +19,14 @@ from dreamllm_jax.models.parameters import Flat, abstract_params
 from dreamllm_jax.sharding import match_rule
 from dreamllm_jax.train.flops import count_flops
 
-# A U-Net's layers differ in size; its largest keeps about one part in this many. An assumption for SD's
-# shapes.
+# A U-Net's layers differ in size. The largest keeps about 1 / UNET_LAYERS of the total: an assumption for
+# Stable Diffusion's shapes.
 UNET_LAYERS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one row (language model) or one image. `recomputed`: FLOPs of the forward pass that remat repeats.
+    """The work for one row (language model) or image. `recomputed`: FLOPs that remat repeats.
 
     Bytes for the backward pass, without weights: `kept` on the device, `offloaded` to the host, and `layer`,
     which one layer keeps while its own backward pass runs, with any remat policy.

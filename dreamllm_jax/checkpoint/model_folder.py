@@ -94,7 +94,7 @@ def _replacement(folder: Path) -> contextlib.AbstractContextManager[Path]:
     Raises:
       ValueError: the folder holds something other than a saved model.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not _holds_model(folder):
+    if folder.is_dir() and any(folder.iterdir()) and not _may_be_replaced(folder):
         raise ValueError(f"{folder} holds something other than a saved model; give a new or an empty folder.")
     return new_folder(folder, overwrite=True)
 
@@ -110,13 +110,12 @@ def _write_description(
     (folder / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _holds_model(folder: Path) -> bool:
-    """Returns whether `save_pretrained` wrote the folder, so that it may be replaced."""
+def _may_be_replaced(folder: Path) -> bool:
+    """Returns whether `save_pretrained` wrote the folder; a damaged config.json says that it did not."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return is_model_folder(folder)
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and "format" in content and content["format"] == FORMAT
 
 
 def open_pretrained(path: str | Path, dtype: str | None = None) -> Pretrained:
@@ -134,7 +133,7 @@ def open_pretrained(path: str | Path, dtype: str | None = None) -> Pretrained:
     if not is_model_folder(folder):
         raise ValueError(
             f"{folder} was not written by save_pretrained; give the folder of a saved model, or convert it "
-            "first: python tools/convert_weights.py to-jax SRC DST."
+            "first: dreamllm convert to-jax SRC DST."
         )
     content = read_json(folder / "config.json")
     missing = [key for key in ("model", "generation") if key not in content]

@@ -33,7 +33,7 @@ from dreamllm_jax.checkpoint.tensors import (
 Index = tuple[slice, ...]
 
 STEM = "params"
-INDEX = f"{STEM}.safetensors.index.json"
+INDEX_FILE = f"{STEM}.safetensors.index.json"
 
 _DTYPE_ARGUMENTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -81,7 +81,7 @@ def save_params(
     tensors = cast(as_tensors(params), dtype)
     total = sum(num_bytes(t) for t in tensors.values())
     check_disk_space(folder, total)
-    for old in [folder / INDEX, *folder.glob(f"{STEM}*.safetensors")]:
+    for old in [folder / INDEX_FILE, *folder.glob(f"{STEM}*.safetensors")]:
         old.unlink(missing_ok=True)
     with progress_bar(total, f"writing {folder.name}", progress) as step:
         write_sharded(folder, STEM, tensors, shard_bytes, step, with_checksums=True)
@@ -94,20 +94,20 @@ def open_params(folder: str | Path) -> dict[str, Tensor]:
       ValueError: the folder has no index, is incomplete, or is damaged.
     """
     folder = Path(folder)
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX_FILE).is_file():
         raise ValueError(
-            f"{folder} is not a converted model (no {INDEX}); give a folder written by save_pretrained or by "
-            "tools/convert_weights.py to-jax."
+            f"{folder} is not a converted model (no {INDEX_FILE}); give a folder written by save_pretrained "
+            "or by dreamllm convert to-jax."
         )
-    weight_map = read_index(folder / INDEX)
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    weight_map = read_index(folder / INDEX_FILE)
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     known = index["checksums"] if "checksums" in index else {}
     checksums = {path: Checksums(block, tuple(crcs)) for path, (block, crcs) in known.items()}
     files = {name: read_safetensors(folder / name, checksums) for name in sorted(set(weight_map.values()))}
     absent = [path for path, name in weight_map.items() if path not in files[name]]
     if absent:
         raise ValueError(
-            f"{folder} is damaged: {', '.join(absent[:5])} not in the shards that {INDEX} names."
+            f"{folder} is damaged: {', '.join(absent[:5])} not in the shards that {INDEX_FILE} names."
         )
     return {path: files[name][path] for path, name in weight_map.items()}
 

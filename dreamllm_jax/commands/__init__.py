@@ -2,6 +2,6 @@
 
 In:     the words of a command line.
 Out:    results on standard output and in files; progress and errors on standard error; an exit code.
-Never:  work of its own. A command only calls the other rooms, and imports them when it runs: `--help` and
+Never:  computes anything. A command calls other packages, imported only when it runs: `--help` and
         `--version` never import JAX.
 """

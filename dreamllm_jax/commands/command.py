@@ -40,7 +40,7 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class CommandGroup:
-    """A command whose first argument chooses another one."""
+    """A command that consists of subcommands; its first argument selects one."""
 
     name: str
     summary: str
@@ -102,16 +102,22 @@ def _add_command(parser: argparse.ArgumentParser, command: Command | CommandGrou
 
 
 def _help_text(command: Command | CommandGroup, prog: str) -> dict[str, Any]:
-    """The keyword arguments of an `ArgumentParser` that make its `--help`."""
-    if isinstance(command, Command):
-        epilog = "\n".join(["examples:", *(f"  {prog} {example}" for example in command.examples)])
-    else:
-        epilog = f"`{prog} COMMAND --help` shows the options and examples of a command."
+    """Returns the keyword arguments of an `ArgumentParser` that make its `--help`."""
+    epilog = "\n".join(["examples:", *(f"  {prog} {example}" for example in _examples(command))])
+    if isinstance(command, CommandGroup):
+        epilog += f"\n\n`{prog} COMMAND --help` shows all options and examples of a command."
     return {
         "description": command.description,
         "epilog": f"{epilog}\n\n{EXIT_CODES}",
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
+
+
+def _examples(command: Command | CommandGroup) -> list[str]:
+    """Returns the examples of a command; of a group, the first example of each of its commands."""
+    if isinstance(command, Command):
+        return list(command.examples)
+    return [f"{one.name} {example}" for one in command.commands for example in _examples(one)[:1]]
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:

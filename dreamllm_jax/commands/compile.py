@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreamllm_jax.atomic import write_text
 from dreamllm_jax.commands.command import OK, Command, Failed
 from dreamllm_jax.commands.completion import FILES, FOLDERS, completes
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=EFFORTS,
         default="low",
-        help="of the compiler; full compiles as a run does and takes 8 times as long (default: low)",
+        help="effort of the compiler; full is what a run uses and takes 8 times as long (default: low)",
     )
     add(
         "--search",
@@ -38,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=3,
         metavar="N",
-        help="search the fastest mesh, gradient accumulation and remat that fit, in at most N compilations "
-        "(default: 3)",
+        help="search for the fastest mesh, gradient accumulation and remat that fit, in at most N "
+        "compilations (default: 3)",
     )
     completes(
         add("--out", type=Path, help="folder for compile.json, compile.png and program.hlo.txt"), FOLDERS
@@ -92,7 +93,10 @@ def _search(options: argparse.Namespace, recipe: Recipe, stage: StageConfig, dev
     from dreamllm_jax.config.chips import chip_of
 
     if options.search < 1 or options.program != "train":
-        raise ValueError(f"--search={options.search}: give at least 1, and --program=train.")
+        raise ValueError(
+            f"--search={options.search} --program={options.program}: --search must be at least 1, and "
+            "supports only --program=train."
+        )
 
     def compiled(recipe: Recipe, stage: StageConfig) -> CompileReport:
         program = train_program(recipe, stage, devices)
@@ -106,8 +110,7 @@ def _search(options: argparse.Namespace, recipe: Recipe, stage: StageConfig, dev
     log(search_summary(found, stage, chip))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(search_to_json(found, stage), indent=1) + "\n"
-        (options.out / "search.json").write_text(text, encoding="utf-8")
+        write_text(options.out / "search.json", json.dumps(search_to_json(found, stage), indent=1) + "\n")
     if found.best is None:
         raise Failed(
             f"{recipe.name}, {stage.name}: none of the {len(found.trials)} compiled candidates fits on "

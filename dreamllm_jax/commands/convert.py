@@ -22,7 +22,7 @@ TOWERS = {
 
 
 def add_to_jax_arguments(parser: argparse.ArgumentParser) -> None:
-    """SRC DST, or DST and the towers that are joined."""
+    """Adds the arguments of to-jax: SRC and DST, or DST and one option per tower to combine."""
     source = parser.add_argument("source", metavar="SRC", type=Path, nargs="?", help="PyTorch's weights")
     completes(source, FOLDERS)
     for tower, what in TOWERS.items():
@@ -76,7 +76,7 @@ def _settings(options: argparse.Namespace) -> dict:
 
 
 def chosen_source(options: argparse.Namespace) -> ForeignCheckpoint:
-    """SRC, or the towers named one by one, joined.
+    """Opens SRC, or combines the towers that are named one by one.
 
     Raises:
       ValueError: both SRC and towers are given, or neither; towers without --llm.

@@ -6,10 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreamllm_jax.atomic import atomic_write, write_text
 from dreamllm_jax.commands.command import OK, Command
 from dreamllm_jax.commands.completion import FILES, FOLDERS, completes
+from dreamllm_jax.config.registry import known_names
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from dreamllm_jax.document import Document
     from dreamllm_jax.generate.api import DreamLLM
 
@@ -75,13 +79,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings (default: those saved with the model)")
     for name, kind, words in (
         ("max_new_tokens", int, "tokens of text, at most"),
-        ("temperature", float, "of the sampling of text; 0 takes the most probable token"),
-        ("top_p", float, "sample from the most probable tokens whose sum is this"),
+        ("temperature", float, "sampling temperature of text; 0 always takes the most probable token"),
+        ("top_p", float, "nucleus sampling: share of the probability that is sampled from"),
         ("max_images", int, "pictures in a document, at most"),
         ("num_images_per_prompt", int, "pictures of each prompt, with --images"),
-        ("sampler", str, "ddpm, ddim, euler, dpmpp_2m, or the name of a registered one"),
+        ("sampler", str, f"{', '.join(known_names('sampler'))}, or package.module:function"),
         ("num_inference_steps", int, "denoising steps"),
-        ("guidance_scale", float, "classifier-free guidance; 1 is without"),
+        ("guidance_scale", float, "strength of classifier-free guidance; 1 turns it off"),
         ("guidance_rescale", float, "share of the guided prediction that is rescaled (arXiv 2305.08891)"),
         ("eta", float, "noise added by the sampler ddim"),
         ("negative_prompt", str, "guide away from this text"),
@@ -127,7 +131,7 @@ def _kind(options: argparse.Namespace) -> str:
 
 
 def _settings(options: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """The settings that were given, and the seed.
+    """Returns the settings that were given, and the seed.
 
     Raises:
       ValueError: a setting that this kind of result does not have.
@@ -155,8 +159,8 @@ def _prompts(options: argparse.Namespace) -> list[Document]:
     return [Document([*pictures, prompt]) for prompt in options.prompts]
 
 
-def _mesh(text: str | None) -> Any:
-    """The mesh of `--mesh fsdp=4,tensor=2`; None for the default device."""
+def _mesh(text: str | None) -> Mesh | None:
+    """Returns the mesh of `--mesh fsdp=4,tensor=2`; None for the default device."""
     if text is None:
         return None
     from dreamllm_jax.config.base import build
@@ -173,7 +177,7 @@ def _mesh(text: str | None) -> Any:
 
 
 def _generate(model: DreamLLM, kind: str, prompts: list[Document], settings: dict[str, Any]) -> list[Any]:
-    """Strings, pictures or documents, in the prompts' order."""
+    """Returns strings, pictures or documents, in the prompts' order."""
     if kind == "text":
         return model.generate_text(prompts, **settings)
     if kind == "images":
@@ -189,12 +193,13 @@ def _write(results: list[Any], out: Path | None) -> list[str]:
     for i, result in enumerate(results):
         path = out if len(results) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
         if isinstance(result, str):
-            path.write_text(f"{result}\n", encoding="utf-8")
+            write_text(path, f"{result}\n")
             lines.append(result)
         elif hasattr(result, "save_html"):
             result.save_html(path)
         else:
-            result.save(path)
+            with atomic_write(path) as beside:
+                result.save(beside, format="PNG")
         lines.append(f"wrote {path}")
     return lines
 

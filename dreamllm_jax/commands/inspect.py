@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say how a foreign checkpoint is read."""
+    """Adds the options that say how a foreign checkpoint is read."""
     add = parser.add_argument
     add(
         "--prediction-type",
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     name="inspect",
-    summary="say what a folder of weights holds, and what of it would not fit",
+    summary="list the contents of a folder of weights, and what would not fit the model",
     description="Says what SRC is: its kind, the parameters of each tower, what is missing or ignored.\n"
     "Only headers are read.",
     examples=(

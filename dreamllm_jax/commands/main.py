@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _version() -> str:
-    """Our version, JAX's and Python's: what a bug report needs."""
+    """Returns the versions of this package, JAX and Python, for bug reports."""
     jax = importlib.metadata.version("jax")
     return f"dreamllm {__version__} (JAX {jax}, Python {platform.python_version()})"
 
@@ -43,6 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dreamllm() -> None:
-    """The installed command. Like `python -m`, it finds modules of the current folder, which recipes name."""
+    """Runs the installed command. Like `python -m`, it finds modules in the current folder."""
     sys.path.insert(0, os.getcwd())
     end(main())

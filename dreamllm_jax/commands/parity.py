@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     print(json.dumps(errors, indent=1))
     beyond = exceeding(errors, BOUNDS)
     for name, error in beyond.items():
-        print(f"{name} is off by {error:.3g}", file=sys.stderr)
+        print(f"{name}: error {error:.3g} exceeds its bound", file=sys.stderr)
     return FAILED if beyond else OK
 
 

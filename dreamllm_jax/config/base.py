@@ -99,6 +99,9 @@ def _plain(value: Any) -> Any:
 def _convert_union(args: tuple, value: Any, where: str, saved: bool) -> Any:
     if value is None and type(None) in args:
         return None
+    classes = [arg for arg in args if dataclasses.is_dataclass(arg)]
+    if len(classes) > 1 and not isinstance(value, tuple(typing.cast(list[type], classes))):
+        return build(_class_of_kind(classes, value, where), value, where, saved)
     errors = []
     for arg in args:
         if arg is type(None):
@@ -108,6 +111,28 @@ def _convert_union(args: tuple, value: Any, where: str, saved: bool) -> Any:
         except ValueError as error:
             errors.append(str(error))
     raise ValueError(errors[0] if len(errors) == 1 else " Or: ".join(errors))
+
+
+def _class_of_kind(classes: list[Any], value: Any, where: str) -> Any:
+    """Returns the class that `value["kind"]` names, of a field that may hold several dataclasses.
+
+    Fields alone do not tell: a mapping that one class was written to may also build another. Each of the
+    classes therefore has a field such as `kind: Literal["siglip"] = "siglip"`.
+    """
+    kinds = {}
+    for cls in classes:
+        hint = typing.get_type_hints(cls).get("kind")
+        if typing.get_origin(hint) is not typing.Literal:
+            names = " and ".join(c.__name__ for c in classes)
+            raise TypeError(
+                f"{where} may hold {names}, but {cls.__name__} has no field that tells them apart; give each "
+                f'class one such as kind: Literal["name"] = "name".'
+            )
+        kinds |= dict.fromkeys(typing.get_args(hint), cls)
+    kind = value.get("kind") if hasattr(value, "get") else None
+    if kind not in kinds:
+        raise ValueError(f"{where}.kind: got {kind!r}; expected one of {', '.join(map(repr, kinds))}.")
+    return kinds[kind]
 
 
 def check_sizes(config: Any, where: str, names: Iterable[str]) -> None:
@@ -137,7 +162,7 @@ def to_editable_dict(config: Any) -> dict[str, Any]:
 
 
 def _is_derived(config: Any, field: dataclasses.Field) -> bool:
-    """Whether the config would fill in the same value by itself."""
+    """Returns whether the config would fill in the same value by itself."""
     if field.default is not None or getattr(config, field.name) is None:
         return False
     try:

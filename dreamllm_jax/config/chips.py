@@ -32,13 +32,15 @@ class Chip(Device):
     `link` is the bytes per second of one ICI link in one direction; a chip has two links in each of the
     network's `dimensions`. Along a dimension whose length is a multiple of `wraps_at` the links close into
     rings. `dcn` is the chip's share of its host's network. GPUs have a switch in place of links: `link` is
-    half of a GPU's bandwidth in one direction, and the single dimension always closes.
+    half of a GPU's bandwidth in one direction, and the single dimension always closes. `compiler_config` is
+    libtpu's `chip_config_name`, for a TPU that JAX would see as two devices unless its cores are joined.
     """
 
     link: float
     dimensions: int
     wraps_at: int
     dcn: float
+    compiler_config: str | None = None
 
 
 # TPUs. Peaks and bandwidths: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. They give ICI as the
@@ -50,7 +52,8 @@ class Chip(Device):
 # together. DGX H100's user guide: 400 Gbps of network a GPU.
 CHIPS: Mapping[str, Chip] = {
     # name: kind, peak, hbm, hbm_bandwidth, link, dimensions, wraps_at, dcn
-    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1.228e12, 50e9, 3, 4, 3.125e9),  # 2,400 Gbps over 6 links
+    # 2,400 Gbps over 6 links
+    "v4": Chip("TPU v4", 275e12, 30.75 * GIB, 1.228e12, 50e9, 3, 4, 3.125e9, "megacore"),
     "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 50e9, 2, 16, 3.125e9),  # 1,600 Gbps over 4 links
     "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 100e9, 3, 4, 6.25e9),  # 4,800 Gbps over 6 links
     "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1640e9, 100e9, 2, 16, 12.5e9),  # 3,200 Gbps over 4 links

@@ -12,7 +12,7 @@ from dreamllm_jax.config.registry import check_name
 class SourceConfig:
     """Files of documents in one format, and how often they are read relative to other sources.
 
-    `kind` names the format: one of the package's, one that an installed package registers, or
+    `format` is one of the package's, one that an installed package registers, or
     `package.module:Class` (see `config.registry`). The package's formats:
 
       pairs          webdataset tars of image and caption
@@ -24,13 +24,13 @@ class SourceConfig:
     folder. `options` are the format's own, checked by the dataclass `Options` of its class.
     """
 
-    kind: str
+    format: str
     path: str
     weight: float = 1.0
     options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        check_name("format", self.kind)
+        check_name("format", self.format)
         if self.weight <= 0:
             raise ValueError(f"data.sources: {self.path!r} has weight {self.weight}; it must be positive.")
 

@@ -25,7 +25,7 @@ class HooksConfig:
     TensorBoard or Perfetto.
 
     `custom` names more hooks as `package.module:attribute`: a class or function without arguments that
-    returns a `train.hooks.Hook`.
+    returns a `train.hooks.protocol.Hook`.
     """
 
     eval_every: int | None = None

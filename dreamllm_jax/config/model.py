@@ -7,7 +7,6 @@ import math
 from typing import Any, Literal
 
 from dreamllm_jax.config.base import build, check_sizes
-from dreamllm_jax.config.registry import check_name
 from dreamllm_jax.config.towers import (
     ClipTextConfig,
     ClipVisionConfig,
@@ -46,8 +45,8 @@ class DreamLLMConfig:
     """Which towers a DreamLLM has, and how they are connected.
 
     A tower that is None is absent, and so are its connector and its losses. `vision_select_layer` counts like
-    transformers' `hidden_states`: -2 is the last but one. `text` is the text tower with which the U-Net was
-    pretrained; only stage 0 of the demonstration uses it, never DreamLLM itself.
+    transformers' `hidden_states`: -2 is the second to last. `text` is the text tower with which the U-Net was
+    pretrained; the objectives "contrastive" and "diffusion" use it, DreamLLM itself does not.
     """
 
     llama: LlamaConfig | None = None
@@ -138,8 +137,10 @@ class GenerationConfig:
     """The defaults of generation, which a call may override; saved with the model.
 
     `sampler` names a function of `diffusion.samplers`, or one of your own as `package.module:function` (see
-    `config.registry`). `guidance_scale=1` turns guidance off, which halves the work. `template` is the
-    conversation template that prompts are put into (None: prompts are continued as they are).
+    `config.registry`). The name is looked up when the sampler is used or trained with: a saved model also
+    loads where its sampler is not installed. `guidance_scale=1` turns guidance off, which halves the work.
+    `template` is the conversation template that prompts are put into (None: prompts are continued as they
+    are).
     """
 
     max_new_tokens: int = 256
@@ -154,7 +155,6 @@ class GenerationConfig:
     template: str | None = None
 
     def __post_init__(self):
-        check_name("sampler", self.sampler)
         for name, least in (("max_new_tokens", 1), ("max_images", 0), ("num_inference_steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")

@@ -54,7 +54,7 @@ KINDS: Mapping[str, Kind] = {
 def resolve(kind: str, name: str) -> Any:
     """Imports and returns what `name` stands for; `kind` is a key of `KINDS`.
 
-    A built-in short name always means the same: an entry point of that name is not looked at.
+    A built-in short name takes precedence: entry points with the same name are ignored.
 
     Example:
       >>> resolve("corpus", "string:Formatter").__name__
@@ -86,12 +86,12 @@ def check_name(kind: str, name: str) -> None:
 
 
 def known_names(kind: str) -> list[str]:
-    """The short names of this kind, built in and from installed packages, sorted."""
+    """Returns the short names of this kind, built in and from installed packages, sorted."""
     return sorted({*_built_in(kind), *(point.name for point in _entry_points(kind))})
 
 
 def _place(kind: str, name: str) -> str:
-    """`module:attribute` of a name."""
+    """Returns the `module:attribute` of a name."""
     built_in = _built_in(kind)
     if name in built_in:
         return built_in[name]
@@ -117,7 +117,7 @@ def _place(kind: str, name: str) -> str:
 
 
 def _built_in(kind: str) -> dict[str, str]:
-    """The package's own names, each with its `module:attribute`."""
+    """Returns the package's own names, each with its `module:attribute`."""
     module = KINDS[kind].module
     functions = () if module is None else _public_functions(module)
     return {**KINDS[kind].built_in, **{name: f"{module}:{name}" for name in functions}}
@@ -125,7 +125,7 @@ def _built_in(kind: str) -> dict[str, str]:
 
 @functools.cache
 def _public_functions(module: str) -> tuple[str, ...]:
-    """The public functions that a module defines, read from its source without running it."""
+    """Returns the public functions that a module defines, read from its source without running it."""
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))

@@ -34,6 +34,7 @@ RENAMED: Mapping[str, Mapping[str, New]] = {
         "caption_dropout": New("source_options.caption_dropout", _DEMONSTRATION),
     },
     "SourceConfig": {
+        "kind": New("format"),
         "images": New("options.images", _WITH_IMAGES),
         "caption_key": New("options.caption_key", ("kind", ("pairs",))),
         "min_similarity": New("options.min_similarity", _MMC4),
@@ -61,7 +62,7 @@ def translate(cls: str, saved: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
       >>> translate("SourceConfig", {"kind": "pairs", "caption_key": "text", "template": "plain"})
-      {'kind': 'pairs', 'options': {'caption_key': 'text'}}
+      {'format': 'pairs', 'options': {'caption_key': 'text'}}
       >>> translate("OptimConfig", {"accumulation": 4, "second_moment": "factored"})
       {'grad_accum_steps': 4, 'optimizer': 'adafactor'}
     """

@@ -17,7 +17,7 @@ from dreamllm_jax.config.hugging_face import (
     transformers_options,
 )
 
-Activation = Literal["silu", "quick_gelu", "gelu"]
+ActivationName = Literal["silu", "quick_gelu", "gelu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ClipVisionConfig:
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 14
-    hidden_act: Activation = "quick_gelu"
+    hidden_act: ActivationName = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 768
 
@@ -143,7 +143,7 @@ class ClipTextConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
-    hidden_act: Activation = "quick_gelu"
+    hidden_act: ActivationName = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 768
     eos_token_id: int = 49407
@@ -235,7 +235,7 @@ class UNetConfig:
         if self.addition_embed_type and self.pooled_text_dim == _BIG_G - self.addition_time_embed_dim:  # type: ignore[operator]
             raise ValueError(
                 "UNet config: this is the refiner of SDXL, which takes an aesthetic score among five numbers "
-                "in place of six sizes; it is not supported, take the base model."
+                "in place of six sizes; it is not supported; use the base model."
             )
 
     def per_block(self, name: str) -> tuple[int, ...]:
@@ -295,7 +295,7 @@ class VaeConfig:
         Raises:
           ValueError: a value that is not implemented; the option is named.
         """
-        n = len(mapping.get("block_out_channels", (0,) * 4))
+        n = len(mapping["block_out_channels"]) if "block_out_channels" in mapping else 4
         only = {
             "act_fn": ("silu",),
             "down_block_types": (("DownEncoderBlock2D",) * n,),

@@ -64,8 +64,8 @@ class OptimConfig:
     """The optimizer and its learning rates; `grad_accum_steps` micro-batches make one step.
 
     `optimizer` names a function of `train.optimizers`, or one of your own as `package.module:function` (see
-    `config.registry`). Adam holds 8 bytes a weight: "adafactor" (arXiv 1804.04235) needs 4 less, and
-    `mu_dtype="bfloat16"`, for the first moment of either, 2 less. Adafactor has its own decay of the second
+    `config.registry`). Adam holds 8 bytes per weight. "adafactor" (arXiv 1804.04235) saves 4 of them, and
+    `mu_dtype="bfloat16"`, for the first moment of either, saves 2. Adafactor has its own decay of the second
     moment and its own clipping of updates; it does not use `b2` and `eps`.
 
     `schedule` follows a linear warm-up over `warmup_ratio` of the steps.
@@ -135,7 +135,7 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """The origin of the tokenizer: a folder, or training on the texts of a corpus.
+    """Where the tokenizer comes from: it is loaded from a folder, or trained on the texts of a corpus.
 
     `corpus` names a function without arguments that returns the texts, as `package.module:function`.
     """

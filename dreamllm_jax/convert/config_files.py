@@ -30,7 +30,7 @@ _LOSS_SCALES = {"none": "none", "l1": "l1_norm", "l2": "l2_norm"}
 
 
 def llama_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
-    """`transformers.LlamaConfig` (the spelling of releases 4, which 5 reads too)."""
+    """Returns a `transformers.LlamaConfig`, as releases 4 write it (5 reads it too)."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -43,13 +43,13 @@ def llama_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
 
 
 def clip_vision_json(config: ClipVisionConfig, dtype: str) -> dict[str, Any]:
-    """`transformers.CLIPVisionConfig`."""
+    """Returns a `transformers.CLIPVisionConfig`."""
     head = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "torch_dtype": dtype}
     return head | to_dict(config)
 
 
 def preprocessor_json(config: ClipVisionConfig) -> dict[str, Any]:
-    """`transformers.CLIPImageProcessor`: the preprocessing of images for the tower."""
+    """Returns a `transformers.CLIPImageProcessor`: the preprocessing of images for the tower."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -67,13 +67,13 @@ def preprocessor_json(config: ClipVisionConfig) -> dict[str, Any]:
 
 
 def clip_text_json(config: ClipTextConfig, dtype: str) -> dict[str, Any]:
-    """`transformers.CLIPTextConfig`."""
+    """Returns a `transformers.CLIPTextConfig`."""
     head = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": dtype}
     return head | {"bos_token_id": None, "pad_token_id": None} | to_dict(config)
 
 
 def clip_json(vision: ClipVisionConfig, text: ClipTextConfig, dtype: str) -> dict[str, Any]:
-    """`transformers.CLIPConfig`."""
+    """Returns a `transformers.CLIPConfig`."""
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -85,12 +85,12 @@ def clip_json(vision: ClipVisionConfig, text: ClipTextConfig, dtype: str) -> dic
 
 
 def unet_json(config: UNetConfig) -> dict[str, Any]:
-    """`diffusers.UNet2DConditionModel`."""
+    """Returns the config of a `diffusers.UNet2DConditionModel`."""
     return {"_class_name": "UNet2DConditionModel", "act_fn": "silu", **to_dict(config)}
 
 
 def vae_json(config: VaeConfig) -> dict[str, Any]:
-    """`diffusers.AutoencoderKL`."""
+    """Returns the config of a `diffusers.AutoencoderKL`."""
     blocks = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -102,7 +102,7 @@ def vae_json(config: VaeConfig) -> dict[str, Any]:
 
 
 def scheduler_json(config: ScheduleConfig) -> dict[str, Any]:
-    """`diffusers.DDPMScheduler`, which the reference samples with."""
+    """Returns the config of a `diffusers.DDPMScheduler`, with which the reference samples."""
     return {
         "_class_name": "DDPMScheduler",
         "clip_sample": False,
@@ -114,7 +114,7 @@ def scheduler_json(config: ScheduleConfig) -> dict[str, Any]:
 def dreamllm_json(
     config: DreamLLMConfig, loss: LossConfig, dtype: str, special_tokens: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The reference's `DreamLLMConfig`, its plugins named by their class paths."""
+    """Returns the reference's `DreamLLMConfig`, its plugins named by their class paths."""
     assert config.llama is not None
     width = config.llama.hidden_size
     common = {"pretrained_model_name_or_path": None, "embed_hidden_size": width}
@@ -165,5 +165,5 @@ def _projector(config: ProjectorConfig) -> dict[str, Any]:
 
 
 def _known(table: Mapping[str, Any], value: Any, otherwise: str) -> str:
-    """The hub's name of a published tower, or the folder that the export writes it to."""
+    """Returns the hub's name of a published tower, or the folder that the export writes it to."""
     return next((name for name, known in table.items() if known == value), otherwise)

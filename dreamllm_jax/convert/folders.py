@@ -11,7 +11,7 @@ from dreamllm_jax.atomic import new_folder
 from dreamllm_jax.checkpoint.json_files import read_json, write_json
 from dreamllm_jax.checkpoint.model_folder import FORMAT, check_complete
 from dreamllm_jax.checkpoint.parameter_files import (
-    INDEX,
+    INDEX_FILE,
     cast,
     check_disk_space,
     open_params,
@@ -51,8 +51,7 @@ def convert_to_jax(
 
     Raises:
       ValueError: before anything is written, if tensors do not fit the model (all are named), files differ
-      from what
-        the hub sent, or the tokenizer belongs to another model.
+        from what the hub sent, or the tokenizer belongs to another model.
     """
     params, report = source.params()
     report.raise_if_faulty(str(source.path))
@@ -146,16 +145,16 @@ def convert_to_torch(
 
 
 def _check_target(folder: str | Path, sources: Iterable[Path]) -> None:
-    """Checks that writing `folder` destroys neither a source nor anything that is not a model.
+    """Checks that `folder` may be replaced.
 
     Raises:
-      ValueError: it would.
+      ValueError: it contains a source of the conversion, or something that is not a model.
     """
     target = Path(folder).resolve()
     for source in sources:
         if source.resolve().is_relative_to(target):
             raise ValueError(f"{folder} contains the source of the conversion; write into another folder.")
-    marks = (INDEX, "config.json", "unet/config.json")
+    marks = (INDEX_FILE, "config.json", "unet/config.json")
     if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in marks):
         raise ValueError(f"{folder} contains something other than a model; give a new or empty folder.")
 
@@ -207,7 +206,7 @@ def _files(
 
 
 def _has_plugins(model: DreamLLMConfig) -> bool:
-    """Whether the model is exported as the reference's DreamLLM: a language model with other towers."""
+    """Returns whether the export is the reference's DreamLLM: a language model with other towers."""
     return model.llama is not None and (model.vision is not None or model.unet is not None)
 
 

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from dreamllm_jax.checkpoint.parameter_files import INDEX, open_params
+from dreamllm_jax.checkpoint.parameter_files import INDEX_FILE, open_params
 from dreamllm_jax.checkpoint.tensors import Tensor, num_bytes
 from dreamllm_jax.convert.recognize import open_checkpoint
 
@@ -20,7 +20,7 @@ def describe(
       ValueError: the folder is unknown or damaged.
     """
     path = Path(path)
-    if (path / INDEX).is_file():
+    if (path / INDEX_FILE).is_file():
         return "\n".join([f"{path}: saved model (dreamllm_jax)", *_parts(open_params(path))])
     source = open_checkpoint(path, parts_dir, prediction_type)
     params, report = source.params()

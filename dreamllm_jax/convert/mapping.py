@@ -15,11 +15,11 @@ from collections.abc import Callable, Container, Mapping
 
 from dreamllm_jax.checkpoint.tensors import Mapped, Row, Shape, Stacked, Tensor
 from dreamllm_jax.convert.patterns import TRANSFORMS, Rule
-from dreamllm_jax.convert.rules import IGNORED, RULES
+from dreamllm_jax.convert.rules import IGNORED_TENSORS, RULES
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
-_IGNORED = re.compile("|".join(f"(?:{pattern})" for pattern in IGNORED))
+_IGNORED = re.compile("|".join(f"(?:{pattern})" for pattern in IGNORED_TENSORS))
 
 
 @dataclasses.dataclass
@@ -67,9 +67,9 @@ def to_jax(
     """Maps PyTorch's tensors to our parameters.
 
     Args:
-      parts: part -> {PyTorch name inside the part: tensor}. expected: the model's parameters, path -> shape
-      (see `models.parameters`). Parts that it does not contain are
-        ignored, and listed.
+      parts: part -> {PyTorch name inside the part: tensor}. Parts of which `expected` has no parameter are
+        ignored, and listed in the report.
+      expected: the model's parameters, path -> shape (see `models.parameters`).
 
     Returns:
       path -> tensor, in the order of `expected`, and the report. The mapping is incomplete if the report is

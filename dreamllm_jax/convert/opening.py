@@ -21,7 +21,7 @@ def open_model(path: str | Path, dtype: str | None = None) -> Pretrained:
     """Opens a model without reading its parameters; `dtype` casts the floating ones.
 
     `path` is a folder that `save_pretrained` wrote, a checkpoint in one of PyTorch's formats (see
-    `sources`), or the id of a model on the Hugging Face hub.
+    `recognize`), or the id of a model on the Hugging Face hub.
 
     Raises:
       ValueError: the folder is missing, of an unknown kind, incomplete or damaged.
@@ -61,6 +61,6 @@ def download(path: str | Path) -> Path:
     except Exception as error:  # of requests, urllib3 or the hub's own client
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{path} does not exist as a folder, and could not be fetched from the hub ({reason}); give a "
-            "folder, or run where there is a network."
+            f"{path} does not exist as a folder, and could not be downloaded from the hub ({reason}); give "
+            "an existing folder, or check the id and the network connection."
         ) from error

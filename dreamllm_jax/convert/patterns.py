@@ -30,12 +30,12 @@ _OUR_INDEX = re.compile(rf"(^|/)({LISTS})_(\d+)(?=/|$)")
 
 
 def to_ours(path: str) -> str:
-    """`resnets.1.conv1` -> `resnets_1/conv1`."""
+    """Returns our form of a module path: `resnets.1.conv1` -> `resnets_1/conv1`."""
     return _THEIR_INDEX.sub(r"_\1", path).replace(".", "/")
 
 
 def to_theirs(path: str) -> str:
-    """`resnets_1/conv1` -> `resnets.1.conv1`."""
+    """Returns PyTorch's form of a module path: `resnets_1/conv1` -> `resnets.1.conv1`."""
     return _OUR_INDEX.sub(r"\1\2.\3", path).replace("/", ".")
 
 

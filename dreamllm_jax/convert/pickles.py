@@ -144,7 +144,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def read_pickle(file: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a `torch.save` file, unread, and the names of its entries that are not tensors.
+    """Returns the tensors of a `torch.save` file, unread, and the names of its entries that are not tensors.
 
     A bare tensor has the name "". A state dict under the key `state_dict`, `model` or `module` is
     found. Reading a tensor checks its checksum.

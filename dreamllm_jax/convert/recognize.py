@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamllm_jax.checkpoint.json_files import read_json
-from dreamllm_jax.checkpoint.parameter_files import INDEX
+from dreamllm_jax.checkpoint.parameter_files import INDEX_FILE
 from dreamllm_jax.convert.adapters.clip import open_clip
 from dreamllm_jax.convert.adapters.diffusers_folder import open_diffusers
 from dreamllm_jax.convert.adapters.dreamllm import open_dreamllm
@@ -50,7 +50,7 @@ def open_checkpoint(
         if path.suffix == ".safetensors":
             return open_single_file(path, prediction_type)
         raise ValueError(f"{path} is a file; give the folder that holds it, with its config.json.")
-    if (path / INDEX).is_file():
+    if (path / INDEX_FILE).is_file():
         raise ValueError(
             f"{path} is already converted; use to-torch on it. (If it should be loaded: its config.json "
             "belongs to another model; restore the folder.)"

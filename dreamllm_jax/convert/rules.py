@@ -12,7 +12,7 @@ from dreamllm_jax.convert.patterns import Rule
 R = Rule
 
 # Buffers that some releases save and that carry no information.
-IGNORED = (
+IGNORED_TENSORS = (
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)",
     r"(.*\.)?(position_ids|token_type_ids)",
     r"(.*\.)?num_batches_tracked",
@@ -83,7 +83,8 @@ DREAM_QUERIES = (
 
 
 def _projector(name: str) -> tuple[Rule, ...]:
-    """The reference's projectors: SAM's, conv, mlp (linear maps at even places, GELU between), linear."""
+    """Returns the rules of a reference projector: SAM's, conv, mlp (linear maps with GELU between),
+    linear."""
     sam, mlp = f"{name}/conv_1/kernel", f"{name}/linear_1/kernel"
     depth = range(8)
     return (

@@ -21,7 +21,7 @@ def require_torch() -> None:
     """Checks that PyTorch can be imported.
 
     Raises:
-      ValueError: it cannot; the message says what to install.
+      ValueError: PyTorch cannot be imported; the message says what to install.
     """
     try:
         import torch  # noqa: F401

@@ -35,9 +35,8 @@ def read_weights(folder: str | Path, stems: tuple[str, ...] = MODEL_STEMS) -> di
     """Opens all tensors of a folder: one file, or the shards that an index names.
 
     Raises:
-      ValueError: there are no weights, shards are missing, a tensor is in two shards, or the index names a
-      tensor that
-        no shard has; each is named.
+      ValueError: there are no weights, shards are missing, a tensor is in two shards, or the index names
+        a tensor that no shard has; each is named.
     """
     folder = Path(folder)
     file = find_weights(folder, stems)

@@ -34,12 +34,12 @@ class Images(Protocol):
     """Pictures by name."""
 
     def find(self, name: str) -> bytes | Path:
-        """The file's bytes or its path; empty bytes (a broken image) if the file does not exist."""
+        """Returns the file's bytes or its path; empty bytes (a broken image) if the file does not exist."""
         ...
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The files of a zip or tar, in order; of a truncated tar those before the break, with a warning.
+    """Returns the files of a zip or tar, in order; of a truncated tar those before the break, with a warning.
 
     Raises:
       ValueError: the file is neither, or a compressed tar.
@@ -79,7 +79,7 @@ def _tar_members(path: Path) -> Iterator[Member]:
 
 
 def read_member(path: Path, member: Member) -> bytes:
-    """The bytes of one file of an archive.
+    """Returns the bytes of one file of an archive.
 
     Raises:
       ValueError: a zip's entry is damaged, or compressed by an unsupported method.

@@ -1,7 +1,7 @@
 """Conversations as pieces, through a chat template in Jinja: the tokenizer's own, or one of `templates/`.
 
 transformers renders the template; a control token's name in a message stays text (see `chat_rendering`).
-Pictures stand where they stand in the message. What is learned are the answers, each with the token that
+Pictures keep their places in the message. The model learns the answers, each with the token that
 closes it.
 
 In:    turns of text and pictures.
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from dreamllm_jax.data.chat_rendering import Guard, render
 from dreamllm_jax.data.images import ImageLike
-from dreamllm_jax.data.pieces import Control, End, Picture, Piece, part_to_piece
+from dreamllm_jax.data.pieces import ControlToken, End, Picture, Piece, part_to_piece
 from dreamllm_jax.data.tokenizer import Tokenizer
 
-# The name under which a tokenizer's own template goes.
+# The name by which recipes select the tokenizer's own template.
 OWN = "tokenizer"
 _FOLDER = Path(__file__).parent / "templates"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -50,10 +50,10 @@ class ChatTemplate:
     origin: str
 
     def conversation(self, turns: Sequence[_Said]) -> list[Piece]:
-        """The pieces of turns of user and assistant, alternating.
+        """Returns the pieces of alternating turns of user and assistant.
 
         Raises:
-          ValueError: the template fails, loses a picture, or does not tell what an assistant writes.
+          ValueError: the template fails, loses a picture, or does not show what the assistant writes.
         """
         guard, messages = self._guarded(turns)
         if _GENERATION.search(self.source):
@@ -65,7 +65,7 @@ class ChatTemplate:
         return self._pieces(guard, rendered, learned)
 
     def question(self, said: _Said) -> list[Piece]:
-        """The pieces of a conversation up to where the assistant answers the first question.
+        """Returns the pieces of a conversation up to where the assistant answers the first question.
 
         Raises:
           ValueError: the template fails, or loses a picture.
@@ -75,19 +75,19 @@ class ChatTemplate:
 
     @functools.cached_property
     def closing(self) -> str | None:
-        """The control token that closes an answer, where it is not the tokenizer's end token.
+        """The control token that closes an answer; None if it is the tokenizer's end token.
 
-        None as well if the template does not say how answers end.
+        It is also None if the template does not show how answers end.
         """
         try:
             pieces = self.conversation([["Is it so?"], ["It is."]])
         except ValueError:
             return None
-        last = [piece for piece in pieces if isinstance(piece, Control | End) and piece.supervised][-1:]
-        return last[0].name if last and isinstance(last[0], Control) else None
+        last = [piece for piece in pieces if isinstance(piece, ControlToken | End) and piece.supervised][-1:]
+        return last[0].name if last and isinstance(last[0], ControlToken) else None
 
     def _answers(self, messages: list[dict], guard: Guard) -> tuple[str, list[tuple[int, int]]]:
-        """(text, spans of the answers), by rendering the beginnings of the conversation.
+        """Returns (text, spans of the answers), found by rendering prefixes of the conversation.
 
         An answer begins where the prompt for it ends, and ends with the control token that closes it:
 
@@ -113,7 +113,7 @@ class ChatTemplate:
         return rendered, spans
 
     def _guarded(self, turns: Sequence[_Said]) -> tuple[Guard, list[dict]]:
-        """The turns as messages, under guard."""
+        """Returns the guard of the turns, and the turns as escaped chat messages."""
         said = "".join(part for turn in turns for part in turn if isinstance(part, str))
         guard, messages = Guard(self.control, self.source + said), []
         for i, turn in enumerate(turns):
@@ -167,7 +167,7 @@ class ChatTemplate:
 
 @functools.cache
 def get_template(name: str) -> ChatTemplate:
-    """The built-in template of that name.
+    """Returns the built-in template of that name.
 
     Raises:
       ValueError: an unknown name.
@@ -187,7 +187,7 @@ def get_template(name: str) -> ChatTemplate:
 
 
 def template_of(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template of that name; `tokenizer` stands for the tokenizer's own.
+    """Returns the template of that name; `tokenizer` stands for the tokenizer's own.
 
     Raises:
       ValueError: an unknown name; a tokenizer without a template, or with one that cannot be used.
@@ -213,7 +213,7 @@ def template_of(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 def conversation(
     turns: Sequence[Turn], images: Iterable[ImageLike] = (), template: str | ChatTemplate = "vicuna_v1.1"
 ) -> list[Piece]:
-    """Turns of user and assistant, alternating; the answers and the tokens that close them are learned.
+    """Returns alternating user and assistant turns as pieces; answers and their closing tokens are learned.
 
     A turn is a string, where `<image>` stands for a picture to see and `<dream>` for one to dream
     and then see, taken from `images` in order; or a sequence of strings (plain text, no markers)
@@ -225,7 +225,7 @@ def conversation(
     """
     if not turns or len(turns) % 2:
         raise ValueError(
-            f"A conversation has {len(turns)} turns; give an even number, user and assistant by turns."
+            f"A conversation has {len(turns)} turns; give an even number, alternating user and assistant."
         )
     template = template if isinstance(template, ChatTemplate) else get_template(template)
     queue = iter(images)
@@ -242,7 +242,7 @@ def conversation(
 
 
 def question(parts: Iterable[str | ImageLike | Piece], template: ChatTemplate) -> list[Piece]:
-    """The beginning of a conversation up to where the assistant answers, strings as plain text."""
+    """Returns the beginning of a conversation up to where the assistant answers, strings as plain text."""
     return template.question([part if isinstance(part, str) else part_to_piece(part) for part in parts])
 
 

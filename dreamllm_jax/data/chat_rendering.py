@@ -1,17 +1,17 @@
-"""What a chat template writes, rendered by transformers, and taken apart into pieces.
+"""Renders chat templates with transformers, and splits the result into pieces.
 
-Messages go through the template under guard. Characters of a private plane, none of which the conversation
-contains, mark the names of control tokens that somebody typed, and stand for pictures. In the template's
-output a control token is then a name without marks:
+Messages are escaped before they are rendered. Private-use characters that do not occur in the conversation
+enclose every typed name of a control token, and stand for pictures. In the template's output, a name without
+such marks is therefore a real control token:
 
     said      Stop at </s>
     guarded   Stop at ⟨</s>⟩
     rendered  <s>[INST] Stop at ⟨</s>⟩ [/INST]
     pieces    Begin, Text("[INST] Stop at </s> [/INST]")
 
-The marks survive what published templates do with a message: `strip`, `split`, `in`, joining. Their limits: a
-template that deletes letters of a message could join the others to a control token's name; and one that takes
-a message apart at such a name (thoughts before `</think>`) does not strip the spaces next to it.
+The marks survive what published templates do with a message: `strip`, `split`, `in`, joining. Two limits:
+if a template deletes letters of a message, the rest could form a control token's name; and if it splits a
+message at such a name (thoughts before `</think>`), it does not strip the spaces next to the name.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dreamllm_jax.config.hugging_face import import_transformers
-from dreamllm_jax.data.pieces import Begin, Control, End, Piece, Text
+from dreamllm_jax.data.pieces import Begin, ControlToken, End, Piece, Text
 
 Spans = Sequence[tuple[int, int]]
 _PRIVATE = range(0xF0000, 0xFFFFE)
-# What a template that asks for the date is told: tokens must not depend on the day. It is the date that the
-# templates of Llama 3 fall back to. transformers lets no function be passed, hence a macro of the same name.
+# The date given to templates that ask for it: tokens must not depend on the day. Llama 3's templates fall
+# back to the same date. transformers does not accept a function, so a macro of that name replaces its own.
 _TODAY = datetime.datetime(2024, 7, 26)
 _DATES = "".join(f".replace('%{code}', '{_TODAY.strftime('%' + code)}')" for code in "aAbBdjmyYHIMSp")
 _DATE_MACRO = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}"
@@ -39,10 +39,10 @@ _LOCK = threading.Lock()  # transformers keeps one compiled template, with state
 def render(
     template: str, messages: list[dict], variables: Mapping[str, Any], prompt: bool, marks_answers: bool
 ) -> tuple[str, list[tuple[int, int]]]:
-    """(text, the characters [start, end) inside of `{% generation %}` blocks) as transformers renders it.
+    """Returns the rendered text, and the spans [start, end) of its `{% generation %}` blocks.
 
-    With `prompt` the template adds what an answer begins with. Whatever the template raises comes through.
-    For the template it is always 26 July 2024, so that a resumed run reads the tokens it would have read.
+    With `prompt`, the template adds the text that precedes an answer. Its errors are not caught. It always
+    sees the date 26 July 2024, so that a resumed run reads the same tokens.
     """
     import_transformers()
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -62,7 +62,7 @@ def render(
 
 
 class Guard:
-    """The marks of one conversation.
+    """Escapes typed control tokens and pictures in one conversation.
 
     `chunk` is a character that our own templates may write: the text after it is encoded as a chunk of its
     own, so that the tokenizer puts the space before it.
@@ -85,7 +85,7 @@ class Guard:
         )
 
     def text(self, said: str) -> str:
-        """Text under guard."""
+        """Returns the text with typed names of control tokens escaped."""
         said = self._names.sub(f"{self._open}\\g<0>{self._close}", said)
         bare = said.strip()
         before = said[: len(said) - len(said.lstrip())]
@@ -97,21 +97,21 @@ class Guard:
         return before + self._seam * begins + bare + self._seam * ends + after
 
     def picture(self, picture: Piece) -> str:
-        """The character that stands for a picture, or for another piece that is not plain text."""
+        """Returns the character that stands for a picture, or for another piece that is not plain text."""
         mark = next(self._free)
         self._pictures[mark] = picture
         return mark
 
     def controls(self, rendered: str, start: int = 0) -> Iterator[re.Match[str]]:
-        """The control tokens that the template wrote."""
+        """Returns the control tokens that the template wrote."""
         return (match for match in self._special.finditer(rendered, start) if match["control"])
 
     def lost(self, rendered: str) -> bool:
-        """Whether a picture is missing in what the template wrote, or was written twice."""
+        """Returns whether the rendered text lacks a picture or repeats one."""
         return any(rendered.count(mark) != 1 for mark in self._pictures)
 
     def pieces(self, rendered: str, learned: Spans, bos: str | None, eos: str) -> list[Piece]:
-        """The pieces of the rendered text; the characters in the spans `learned` are supervised.
+        """Returns the pieces of the rendered text; the characters in the spans `learned` are supervised.
 
         A document that does not begin with `bos` begins with `Begin(token=False)`; one that does not end with
         `eos` ends with `End(token=False)`.
@@ -127,7 +127,7 @@ class Guard:
                 if name == bos and (first or name != eos):
                     token: Piece = Begin(supervised)
                 else:
-                    token = End(supervised) if name == eos else Control(name, supervised)
+                    token = End(supervised) if name == eos else ControlToken(name, supervised)
                 out.token(token, *self._control[name])
             elif match[0] == self.chunk:
                 out.end_chunk(continues=False)
@@ -148,7 +148,7 @@ class Guard:
 
 @functools.lru_cache(maxsize=16)
 def _ends(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], str]:
-    """(what names begin with, what they end with, the names in one string)."""
+    """Returns all proper prefixes of the names, all proper suffixes, and the names joined by line breaks."""
     cuts = [(name[:k], name[k:]) for name in names for k in range(1, len(name))]
     firsts, lasts = (frozenset(side) for side in zip(*cuts, strict=True))
     return firsts, lasts, "\n".join(names)
@@ -166,7 +166,7 @@ class _Pieces:
         return any(start <= at < end for start, end in self.learned)
 
     def text(self, text: str, at: int) -> None:
-        """Goes on with a chunk; `at` is the place of `text` in the rendered string."""
+        """Appends `text` to the current chunk; `at` is its offset in the rendered string."""
         cuts = {0, len(text), *(edge - at for span in self.learned for edge in span)}
         cuts = sorted(cut for cut in cuts if 0 <= cut <= len(text))
         for start, end in zip(cuts, cuts[1:], strict=False):
@@ -176,7 +176,7 @@ class _Pieces:
                 self.runs.append((run, self.is_learned(at + start)))
 
     def token(self, token: Piece, left: bool = False, right: bool = False) -> None:
-        """A token or a picture; one that strips `left` or `right` takes the spaces there."""
+        """Appends a token or a picture; `left` and `right` strip the spaces before and after it."""
         while left and self.runs:
             text, learned = self.runs.pop()
             if text.rstrip():

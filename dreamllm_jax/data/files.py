@@ -23,7 +23,7 @@ class BrokenRecord(ValueError):
 
 
 def find_files(pattern: str, where: str) -> list[Path]:
-    """The files (or folders) of a pattern with globs and ranges, sorted within each glob.
+    """Returns the files (or folders) of a pattern with globs and ranges, sorted within each glob.
 
     Raises:
       ValueError: nothing matches, or a file that a range names is missing; `where` says which setting to
@@ -44,7 +44,7 @@ def find_files(pattern: str, where: str) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
-    """The names that a shell makes of `{a,b}` and `{00..11}`.
+    """Returns the names that a shell makes of `{a,b}` and `{00..11}`.
 
     Example: "x{0..1}.{a,b}" gives x0.a, x0.b, x1.a and x1.b.
     """
@@ -76,7 +76,7 @@ class JsonRecords:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Record `number`.
+        """Returns record `number`.
 
         Raises:
           BrokenRecord: it is not a JSON object.
@@ -139,7 +139,7 @@ def _open(path: Path) -> _Lines | _List:
 
 
 def _line_starts(path: Path) -> Int[np.ndarray, " lines"]:
-    """The offset of each line, and of the end of the file."""
+    """Returns the offset of each line, and of the end of the file."""
     starts, at = [np.zeros(1, np.int64)], 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

@@ -16,7 +16,7 @@ ImageLike = Image.Image | np.ndarray | bytes | str | Path
 
 
 def to_vision(image: ImageLike, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """A picture in CLIP's geometry: shortest edge resized to `size` (bicubic), centre crop.
+    """Returns a picture in CLIP's geometry: shortest edge resized to `size` (bicubic), centre crop.
 
     Raises:
       ValueError: the image cannot be read; the message names it.
@@ -29,7 +29,7 @@ def to_vision(image: ImageLike, size: int) -> UInt8[np.ndarray, "size size 3"]:
 def to_diffusion(
     image: ImageLike, size: int
 ) -> tuple[UInt8[np.ndarray, "size size 3"], Int[np.ndarray, "6"]]:
-    """A picture in the image decoder's geometry: shortest edge resized to `size` (bilinear), centre crop.
+    """Returns a picture in the decoder's geometry: shortest edge resized to `size` (bilinear), centre crop.
 
     Returns:
       The picture, and SDXL's size conditions of it in pixels: original height and width (before

@@ -37,7 +37,7 @@ def check_sources(sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> None
 
 
 def has_index(source: SourceConfig) -> bool:
-    """Whether the source's format keeps an index (see `index_sources`)."""
+    """Returns whether the source's format keeps an index (see `index_sources`)."""
     kind, options = _format(source)
     return kind.index_key(options) is not None
 
@@ -115,7 +115,7 @@ class Mixture:
             self._order = grain.experimental.WindowShuffleMapDataset(mixed, window_size=_WINDOW, seed=seed)
 
     def document(self, rng: np.random.Generator, index: int) -> list[Piece]:
-        """As `sources.DocumentSource`; raises BrokenRecord for a record that cannot be used."""
+        """Returns a document; raises BrokenRecord for a record that cannot be used."""
         i, number = self._order[index]
         return self.formats[i].document(int(number), rng)
 
@@ -125,17 +125,17 @@ def _seed(seed: int, i: int) -> int:
 
 
 def _format(source: SourceConfig) -> tuple[type[Format], Any]:
-    """The source's format, and its options."""
-    kind = resolve("format", source.kind)
+    """Returns the source's format, and its options."""
+    kind = resolve("format", source.format)
     if not (isinstance(kind, type) and issubclass(kind, Format)):
         raise ValueError(
-            f"{source.kind} is not a data format; name a subclass of dreamllm_jax.data.formats.base.Format."
+            f"{source.format} is not a data format; name a subclass of dreamllm_jax.data.formats.base.Format."
         )
     return kind, build(kind.Options, source.options, "options")
 
 
 def _index_file(source: SourceConfig, kind: type[Format], options: Any, folder: Path) -> Path | None:
-    """Sources that share paths and index key share an index."""
+    """Returns the index's file, or None. Sources that share paths and index key share an index."""
     key = kind.index_key(options)
     if key is None:
         return None
@@ -145,8 +145,8 @@ def _index_file(source: SourceConfig, kind: type[Format], options: Any, folder: 
 
 @contextmanager
 def _named(source: SourceConfig) -> Iterator[None]:
-    """Says in an error which source it is about."""
+    """Prefixes errors raised in the block with the source they belong to."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"data.sources ({source.kind}) {error}") from error
+        raise ValueError(f"data.sources ({source.format}) {error}") from error

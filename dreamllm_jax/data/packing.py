@@ -68,7 +68,8 @@ class RowLayout:
         if self.null_dream and (self.max_dreams < 1 or self.room < 2):
             raise ValueError(
                 f"A row of {self.length} tokens and {self.max_dreams} dreams has no room for the empty "
-                f"prompt's dream ({self.num_queries + 3} tokens, one dream) beside documents; give it more."
+                f"prompt's dream ({self.num_queries + 3} tokens, one dream) besides documents; "
+                "increase data.length or data.max_dreams."
             )
 
     @property
@@ -97,7 +98,7 @@ class RowLayout:
 
     @staticmethod
     def fits(sequence: EncodedDocument, tokens: int, images: int, dreams: int) -> bool:
-        """Whether a document fits the tokens, images and dreams that are left of a row."""
+        """Returns whether a document fits the tokens, images and dreams that are left of a row."""
         return len(sequence) <= tokens and len(sequence.images) <= images and len(sequence.dreams) <= dreams
 
 
@@ -107,7 +108,7 @@ Numbered = tuple[int, EncodedDocument]
 def first_fit(
     layout: RowLayout, lookahead: int, following: Callable[[], Numbered | None]
 ) -> tuple[list[Numbered], list[Numbered]]:
-    """Takes documents that fit one row, until `lookahead` documents did not fit or none follows.
+    """Takes documents for one row until it is full, `lookahead` documents do not fit, or none is left.
 
     Example: of documents of 6, 7, 3 and 2 tokens, a row of 10 takes those of 6 and 3, and passes 7 over. One
     token is then left, too few for any document, so the last one is not read.
@@ -141,7 +142,7 @@ class RowStream:
         self.counts = dict.fromkeys(COUNTS, 0)
 
     def row(self) -> list[EncodedDocument]:
-        """The documents of the next row."""
+        """Returns the documents of the next row."""
         chosen, passed = first_fit(self.layout, self.lookahead, self._following)
         self.waiting.extendleft(reversed(passed))
         sequences = [sequence for _, sequence in chosen]
@@ -155,7 +156,7 @@ class RowStream:
         return self.waiting.popleft() if self.waiting else self._read_next()
 
     def _read_next(self, patience: int = 1000) -> Numbered:
-        """The next document that something is learned from; others are counted."""
+        """Returns the next document that has training targets; counts those that have none."""
         for _ in range(patience):
             number, self.next = self.next, self.next + 1
             sequence = self.read(number)
@@ -165,7 +166,7 @@ class RowStream:
             self.counts["empty_documents"] += not sequence.broken_documents
             self._count_dropped(sequence)
         raise ValueError(
-            f"{patience} documents in succession left nothing to learn within {self.layout.longest} tokens, "
+            f"{patience} consecutive documents left nothing to learn within {self.layout.longest} tokens, "
             f"{self.layout.max_images} images and {self.layout.dream_room} dreams per row; raise these "
             "limits, or choose documents and a mode that the model's towers can use."
         )
@@ -175,7 +176,7 @@ class RowStream:
             self.counts[name] += getattr(sequence, name)
 
     def state(self) -> dict:
-        """The stream's position: the next document's number, those that wait, and the counts."""
+        """Returns the stream's position: the next document's number, those that wait, and the counts."""
         waiting = [number for number, _ in self.waiting]
         return {"next": self.next, "waiting": waiting, "counts": dict(self.counts)}
 
@@ -237,7 +238,7 @@ def assemble_batch(
 
 
 def empty_batch(rows: int, layout: RowLayout, pad: int) -> Batch:
-    """A Batch (numpy) of rows that are all padding."""
+    """Returns a Batch (numpy) of rows that are all padding."""
     shape = (rows, layout.length)
     i, j, h, h2 = layout.max_images, layout.max_dreams, layout.image_size, layout.dream_size
     return Batch(

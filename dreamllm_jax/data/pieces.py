@@ -1,4 +1,4 @@
-"""A document as pieces (text, pictures, ends), and how pairs and articles become pieces; `chat` has dialogs.
+"""Defines the pieces of documents, and makes them from pairs and articles (`chat`: from dialogs).
 
 Pieces say what the model learns (`supervised`). `sequences` decides what fits.
 
@@ -39,7 +39,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture that the model sees, dreams, or both; `supervised` is about its `<dream_start>`."""
+    """A picture that the model sees, dreams, or both; `supervised`: learn its `<dream_start>`."""
 
     image: ImageLike
     seen: bool
@@ -47,7 +47,7 @@ class Picture:
     supervised: bool = True
 
     def num_tokens(self, num_patches: int, num_queries: int) -> int:
-        """The number of tokens it takes, markers included."""
+        """Returns the number of tokens it takes, markers included."""
         return _picture_tokens(self, num_patches, num_queries)
 
 
@@ -65,14 +65,14 @@ class TokenPicture(abc.ABC):
 
     @abc.abstractmethod
     def query_tokens(self, tokenizer: Tokenizer, num_queries: int) -> tuple[list[int], list[bool]]:
-        """`num_queries` tokens, for between `<dream_start>` and `<dream_end>`, and which are learned."""
+        """Returns the `num_queries` tokens of the query slots, and which of them are learned."""
 
     @abc.abstractmethod
     def patch_tokens(self, tokenizer: Tokenizer, num_patches: int) -> list[int]:
-        """`num_patches` tokens, for between `<im_start>` and `<im_end>`; none of them is learned."""
+        """Returns the `num_patches` tokens of the patch slots, none of which is learned."""
 
     def num_tokens(self, num_patches: int, num_queries: int) -> int:
-        """As many as a `Picture` takes."""
+        """Returns the number of tokens, which is that of a `Picture`."""
         return _picture_tokens(self, num_patches, num_queries)
 
 
@@ -110,7 +110,7 @@ class Begin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Control:
+class ControlToken:
     """A control token of the tokenizer's own, by name: `<|im_start|>` in a conversation."""
 
     name: str
@@ -121,11 +121,11 @@ def _picture_tokens(picture: Picture | TokenPicture, num_patches: int, num_queri
     return (num_patches + 2) * picture.seen + (num_queries + 2) * picture.dreamed
 
 
-Piece = Text | Picture | TokenPicture | UnslottedImage | End | Begin | Control
+Piece = Text | Picture | TokenPicture | UnslottedImage | End | Begin | ControlToken
 
 
 def part_to_piece(part: str | ImageLike | Piece) -> Piece:
-    """A part of a prompt as a piece: text, or a picture that is seen; neither is learned."""
+    """Returns a part of a prompt as a piece: text, or a picture that is seen; neither is learned."""
     if isinstance(part, Piece):
         return part
     if isinstance(part, str):
@@ -140,12 +140,12 @@ def check_mode(mode: str) -> None:
 
 
 def captioned(image: ImageLike, caption: str) -> list[Piece]:
-    """A caption and its image, which takes no slots; the language model learns nothing from them."""
+    """Returns a caption and its image, which takes no slots; the language model learns nothing from them."""
     return [Text(caption, supervised=False), UnslottedImage(image), End(supervised=False)]
 
 
 def pair(image: ImageLike, caption: str, mode: str, rng: np.random.Generator | None = None) -> list[Piece]:
-    """An image-text pair as pieces.
+    """Returns an image-text pair as pieces.
 
     comprehension: the image, then its caption, which is learned. creation: the caption, then the image to
     dream; no token is learned, and a long caption is cut to make room for the image. joint: one of the two
@@ -169,7 +169,7 @@ def pair(image: ImageLike, caption: str, mode: str, rng: np.random.Generator | N
 
 
 def interleaved(parts: Iterable[str | ImageLike | Piece], mode: str) -> list[Piece]:
-    """An interleaved document as pieces: strings and pictures in reading order, all of it learned.
+    """Returns an interleaved document as pieces: strings and pictures in reading order, all of it learned.
 
     Strings are stripped, and empty ones left out. A piece among the parts is taken as it is in any mode.
 

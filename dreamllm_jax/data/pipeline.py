@@ -37,16 +37,16 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 
 
 def row_layout(config: DataConfig, model: DreamLLMConfig, null_dream: bool) -> RowLayout:
-    """The layout of rows for a stage's data config and a model's towers."""
-    draws = model.vae is not None
+    """Returns the layout of rows for a stage's data config and a model's towers."""
+    has_vae = model.vae is not None
     return RowLayout(
         length=config.length,
         num_patches=model.num_patches,
         num_queries=model.num_dream_queries,
         max_images=config.max_images if model.vision is not None else 0,
-        max_dreams=config.max_dreams if draws else 0,
+        max_dreams=config.max_dreams if has_vae else 0,
         image_size=model.vision.image_size if model.vision is not None else None,
-        dream_size=model.image_size if draws else None,
+        dream_size=model.image_size if has_vae else None,
         null_dream=null_dream,
         dream_sizes=model.unet is not None and model.unet.addition_embed_type is not None,
         max_document=None if model.llama is None else model.llama.context_length,
@@ -60,10 +60,10 @@ def batches(
     seed: int,
     null_dream: bool = False,
     start_step: int = 0,
-    numbers: Sequence[int] | None = None,
+    row_indices: Sequence[int] | None = None,
     index_folder: Path | None = None,
 ) -> BatchStream:
-    """The batches of one stage as numpy arrays, from `start_step` on, with the rows of `numbers` (None: all).
+    """Returns a stage's batches (numpy) from `start_step` on, with the rows of `row_indices` (None: all).
 
     `index_folder` is that of `sources.open_documents`.
 
@@ -82,7 +82,7 @@ def batches(
         lookahead=config.lookahead,
         prefetch=config.prefetch,
         start_step=start_step,
-        numbers=numbers,
+        row_indices=row_indices,
     )
 
 
@@ -99,13 +99,13 @@ class BatchStream(Iterator[Batch]):
         lookahead: int = 8,
         prefetch: int = 2,
         start_step: int = 0,
-        numbers: Sequence[int] | None = None,
+        row_indices: Sequence[int] | None = None,
     ):
-        """`numbers` are the rows of the global batch to make, in this order (None: all of them)."""
+        """`row_indices` are the rows of the global batch to make, in this order (None: all of them)."""
         self._source, self._tokenizer, self._layout = source, tokenizer, layout
         self._batch_size, self._lookahead, self._prefetch = batch_size, lookahead, prefetch
-        self._numbers = range(batch_size) if numbers is None else list(numbers)
-        assert self._numbers and all(0 <= row < batch_size for row in self._numbers), numbers
+        self._row_indices = range(batch_size) if row_indices is None else list(row_indices)
+        assert self._row_indices and all(0 <= row < batch_size for row in self._row_indices), row_indices
         self._generators = _DocumentGenerator(seed)
         self._worker: _Worker | None = None
         self.load_state({"step": start_step, "rows": {}})
@@ -119,7 +119,7 @@ class BatchStream(Iterator[Batch]):
         return batch
 
     def state_dict(self) -> dict:
-        """The state after the last batch delivered, ready for JSON."""
+        """Returns the state after the last batch delivered, ready for JSON."""
         return self._delivered
 
     def load_state(self, state: dict) -> None:
@@ -131,7 +131,7 @@ class BatchStream(Iterator[Batch]):
         self._ahead = False
         self._step = int(state["step"])
         self._streams = {}
-        for row in self._numbers:
+        for row in self._row_indices:
             stream = RowStream(partial(self._read, row), self._layout, self._lookahead)
             self._streams[row] = stream
             if str(row) in state["rows"]:
@@ -142,7 +142,7 @@ class BatchStream(Iterator[Batch]):
         self._delivered = self._state()
 
     def stats(self) -> dict[str, int | float]:
-        """The `statistics` of this stream's rows since their beginning."""
+        """Returns the `statistics` of this stream's rows since their beginning."""
         return statistics(self._delivered, self._layout.length)
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class BatchStream(Iterator[Batch]):
         return {"step": self._step, "rows": {str(r): s.state() for r, s in self._streams.items()}}
 
     def _read(self, row: int, number: int) -> EncodedDocument:
-        """Document `number` of a row, the same one every time, without pictures that cannot be read."""
+        """Returns document `number` of a row, always the same, without pictures that cannot be read."""
         rng, broken_documents = self._generators.at(row, number), 0
         try:
             document = self._source.document(rng, number * self._batch_size + row)
@@ -190,7 +190,7 @@ def merge_iterator_states(states: Sequence[dict]) -> dict:
 
 
 def statistics(state: dict, length: int) -> dict[str, int | float]:
-    """The counts (`packing.COUNTS`) of all rows of a `state_dict()`, since their beginning.
+    """Returns the counts (`packing.COUNTS`) of all rows of a `state_dict()`, since their beginning.
 
     `length` is that of a row, in tokens. `pad_share` is the share of positions that are padding.
     """
@@ -203,7 +203,7 @@ def statistics(state: dict, length: int) -> dict[str, int | float]:
 
 
 class _DocumentGenerator:
-    """A generator for any document: setting a counter takes a tenth of the time of making a generator."""
+    """A reusable generator: resetting its counter takes a tenth of the time of creating a new one."""
 
     def __init__(self, seed: int):
         self._bits = np.random.Philox(key=seed)
@@ -217,7 +217,7 @@ class _DocumentGenerator:
 
 
 def _readable(pieces: Sequence[Piece]) -> tuple[list[Piece], int]:
-    """The pieces with opened pictures, and the number of broken pictures, left out with their markers."""
+    """Returns the pieces with opened pictures, and the number of broken ones, which are left out."""
     readable: list[Piece] = []
     for piece in pieces:
         if isinstance(piece, Picture | UnslottedImage) and not isinstance(piece.image, np.ndarray):

@@ -32,7 +32,7 @@ from dreamllm_jax.data.chat import question, template_of
 from dreamllm_jax.data.images import ImageLike
 from dreamllm_jax.data.pieces import (
     Begin,
-    Control,
+    ControlToken,
     End,
     Picture,
     Piece,
@@ -101,7 +101,7 @@ class _Writer:
         self.dream_slots += [-1] * n
 
     def is_full(self, piece: Piece, max_images: int | None, max_dreams: int | None) -> bool:
-        """Whether the budgets leave no room for the piece; an `UnslottedImage` needs room in one of them."""
+        """Returns whether no budget has room for the piece (an `UnslottedImage` needs room in one)."""
         no_image = max_images is not None and len(self.images) >= max_images
         no_dream = max_dreams is not None and len(self.dreams) >= max_dreams
         if isinstance(piece, UnslottedImage):
@@ -118,7 +118,7 @@ class _Writer:
             self.write([self.ids.eos] * piece.token, piece.supervised)
         elif isinstance(piece, Begin):
             self.write([self.ids.bos] * piece.token, piece.supervised)
-        elif isinstance(piece, Control):
+        elif isinstance(piece, ControlToken):
             self.write([self.tokenizer.token_id(piece.name)], piece.supervised)
         elif isinstance(piece, UnslottedImage):
             if max_images is None or len(self.images) < max_images:
@@ -187,7 +187,7 @@ def encode_pieces(
     does not fit `max_length`, `max_images` or `max_dreams` is left out entirely. Whatever follows is left
     out, too. A document cut short has a `</s>`, but it is not learned, since the document did not end there.
     Otherwise the closing `</s>` is learned if the last piece is. A `Begin` at the start and an `End` at the
-    end say themselves whether there is such a token.
+    end state whether their token is written.
 
     Raises:
       ValueError: `max_length` has no room for a single token beside `</s>`.
@@ -230,7 +230,7 @@ def _begin(writer: _Writer, pieces: Sequence[Piece]) -> None:
 
 
 def _chunks(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """Every piece in a list of its own; glued text stays with the text that it goes on from."""
+    """Returns the pieces in groups of one; glued text joins the group of the text before it."""
     chunks: list[list[Piece]] = []
     for piece in pieces:
         if isinstance(piece, Text) and piece.glued and chunks and isinstance(chunks[-1][-1], Text):
@@ -241,10 +241,10 @@ def _chunks(pieces: Iterable[Piece]) -> list[list[Piece]]:
 
 
 def _encode(chunk: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """(ids, which of them are learned) of text that is encoded as one string.
+    """Returns the ids of text that is encoded as one string, and which of them are learned.
 
-    "ASSISTANT:" and the learned " seven" give the tokens "ASSISTANT", ":", " seven", of which the last is
-    learned. A token across an edge is learned too: " seven" would be, had the space been the user's.
+    "ASSISTANT:" and the learned " seven" give the tokens "ASSISTANT", ":", " seven"; the last is learned. A
+    token that spans a boundary is learned too: "ASSISTANT: " and the learned "seven" give the same result.
     """
     texts = [piece for piece in chunk if isinstance(piece, Text)]
     whole, continues = "".join(text.text for text in texts), texts[0].continues
@@ -261,10 +261,10 @@ def _is_learned(piece: Piece) -> bool:
 
 
 def _num_tokens(piece: Piece, writer: _Writer) -> int:
-    """The number of tokens of any piece but text."""
+    """Returns the number of tokens of any piece but text."""
     if isinstance(piece, Picture | TokenPicture):
         return piece.num_tokens(writer.num_patches, writer.num_queries)
-    return int(isinstance(piece, Control) or (isinstance(piece, End | Begin) and piece.token))
+    return int(isinstance(piece, ControlToken) or (isinstance(piece, End | Begin) and piece.token))
 
 
 def _cut(

@@ -2,6 +2,12 @@
 
 A source of your own is a class that a recipe names as `package.module:Class`:
 
+    import dataclasses
+
+    import numpy as np
+
+    from dreamllm_jax.data.pieces import pair
+
     @dataclasses.dataclass(frozen=True)
     class NoiseOptions:
         caption: str = "noise"
@@ -59,7 +65,7 @@ class DocumentSource(Protocol):
     """Endless documents, each a function of its own generator and index."""
 
     def document(self, rng: np.random.Generator, index: int) -> list[Piece]:
-        """One document; `rng` is valid during the call alone.
+        """Returns one document; `rng` is valid during the call alone.
 
         `index` counts the documents of all rows: of `batch_size` rows, row r has r, r + batch_size, ... A
         finite source may take record `index % size` of a shuffled epoch, an endless one samples from `rng`.
@@ -77,7 +83,7 @@ def open_documents(
     seed: int = 0,
     index_folder: Path | None = None,
 ) -> DocumentSource:
-    """The source that a stage's config names; `seed` orders the epochs of files.
+    """Returns the source that a stage's config names; `seed` orders the epochs of files.
 
     `index_folder` is that of `mixture.index_sources`: files with an index are not scanned.
 
@@ -103,7 +109,7 @@ def check_source(config: DataConfig, tokenizer: Tokenizer) -> None:
 
 
 def _source(config: DataConfig) -> tuple[Any, Any]:
-    """The source's class, and its options."""
+    """Returns the source's class, and its options."""
     if config.source is None:
         raise ValueError(
             "data.source is not set; set it to a class (package.module:Class), or list files in data.sources."

@@ -42,8 +42,8 @@ _BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 class SpecialTokens:
     """Ids of the control tokens.
 
-    A tokenizer without `<s>` (Qwen's) begins documents with its end token. In one without `<unk>`, which can
-    write every text, `unk` is the padding.
+    A tokenizer without `<s>` (Qwen's) begins documents with its end token. In one without `<unk>` (it can
+    encode any text), `unk` is the padding token.
     """
 
     bos: int
@@ -169,9 +169,9 @@ class Tokenizer:
         return list(self._encode(text, continues))
 
     def encode_with_offsets(self, text: str, continues: bool = False) -> tuple[list[int], Spans]:
-        """The ids that `encode` gives, and the characters [start, end) that each of them covers.
+        """Returns the ids that `encode` gives, and the characters [start, end) that each of them covers.
 
-        The bytes of one character may cover nothing but for the last.
+        If one character becomes several byte tokens, only the last of them may cover it.
         """
         ids: list[int] = []
         spans: Spans = []
@@ -186,7 +186,7 @@ class Tokenizer:
         return tuple(i for _, ids, _ in self._plain(text, continues, offsets=False) for i in ids)
 
     def _plain(self, text: str, continues: bool, offsets: bool) -> list[tuple[str, list[int], Spans]]:
-        """[(part of the text, its ids, which characters they cover), ...], without control tokens.
+        """Returns [(part of the text, its ids, which characters they cover), ...], without control tokens.
 
         A library may find a control token in plain text: by a merge that leads to its name, or because it is
         an added token that is not marked as special. Then the text is cut inside of these names, or, where
@@ -207,7 +207,7 @@ class Tokenizer:
         return self.backend.encode(text, prefix), []
 
     def _cut(self, text: str) -> list[str]:
-        """The text in parts, with a cut after the first character of every control token's name."""
+        """Returns the text in parts, with a cut after the first character of every control token's name."""
         cuts = [0, *(match.start() + 1 for match in self._names.finditer(text)), len(text)]
         return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
 
@@ -220,7 +220,7 @@ class Tokenizer:
 
     @functools.cached_property
     def control(self) -> dict[str, tokenizers.AddedToken]:
-        """The control tokens, by name: which nobody can type.
+        """Returns the names of the control tokens, which text can never produce.
 
         They are the special tokens, and the added ones that the conversation template names (where it names
         more than the spaces and letters of ordinary text).
@@ -239,7 +239,7 @@ class Tokenizer:
         return re.compile(f"({'|'.join(map(re.escape, names))})")
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`, without the first chunk's leading space.
+        """Returns text of `ids`, without the first chunk's leading space.
 
         Raises:
           ValueError: an id that the tokenizer does not have.
@@ -251,7 +251,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special)
 
     def token_id(self, name: str) -> int:
-        """The id of a token.
+        """Returns the id of a token.
 
         Raises:
           ValueError: a name that the tokenizer does not know.
@@ -267,7 +267,7 @@ class Tokenizer:
         return self.backend.size
 
     def special_names(self) -> dict[str, str]:
-        """{field of `special`: the token's name}."""
+        """Returns {field of `special`: the token's name}."""
         by_id = {index: token.content for index, token in self.backend.added.items()}
         return {field: by_id[index] for field, index in dataclasses.asdict(self.special).items()}
 
@@ -280,7 +280,7 @@ class Tokenizer:
         return ids
 
     def _begin_elsewhere(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """Makes other programs put `<s>` before a text, where the tokenizer says nothing about it."""
+        """Makes other programs put `<s>` before a text, if the tokenizer has no post-processor."""
         if tokenizer.post_processor is None and "bos_token" in self.names:
             bos = self.names["bos_token"]
             tokenizer.post_processor = processors.TemplateProcessing(
@@ -289,7 +289,7 @@ class Tokenizer:
 
 
 def _as_json(token: tokenizers.AddedToken) -> dict[str, str | bool]:
-    """An added token as transformers writes it."""
+    """Returns an added token as transformers writes it."""
     fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {field: getattr(token, field) for field in fields}
 

@@ -45,11 +45,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def add(self, names: Sequence[str]) -> None:
-        """Makes control tokens of these names; those that are new follow the vocabulary."""
+        """Turns these names into control tokens; new ones are appended to the vocabulary."""
 
     @abc.abstractmethod
     def token_id(self, name: str) -> int | None:
-        """The id of a token, or None if no token has that name."""
+        """Returns the id of a token, or None if no token has that name."""
 
     @abc.abstractmethod
     def encode(self, text: str, prefix: bool) -> list[int]:
@@ -57,11 +57,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def encode_with_offsets(self, text: str, prefix: bool) -> tuple[list[int], Spans]:
-        """Ids, and the characters [start, end) of each; a byte in the midst of a character covers none."""
+        """Returns ids, and the characters [start, end) of each; a byte inside a character covers none."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        """Text of ids that exist, without the marker before it."""
+        """Returns text of ids that exist, without the marker before it."""
 
     @abc.abstractmethod
     def save(self, folder: Path) -> None:
@@ -69,7 +69,7 @@ class Backend(abc.ABC):
 
 
 def control_token(name: str) -> tokenizers.AddedToken:
-    """A token that stands for itself and strips nothing around it."""
+    """Returns a token that stands for itself and strips nothing around it."""
     return tokenizers.AddedToken(name, special=True, normalized=False)
 
 
@@ -146,7 +146,7 @@ class SentencePieceBackend(Backend):
         return found["ids"][first:], spans[first:]
 
     def _string(self, text: str, prefix: bool) -> tuple[bool, str, int]:
-        """(whether it is guarded, what sentencepiece reads, how many characters of it precede the text)."""
+        """Returns (whether the guard was prepended, the text for sentencepiece, the length of its prefix)."""
         if not self.legacy:
             text = text.replace(_SPACE, " ")
         start = self._starts if prefix else ""
@@ -166,7 +166,7 @@ class SentencePieceBackend(Backend):
         return text + processor.decode(run)
 
     def save(self, folder: Path) -> None:
-        """`tokenizer.model` byte for byte, and the added tokens as the reference's checkpoints have them."""
+        """Writes `tokenizer.model` byte for byte, and the added tokens as in the reference's checkpoints."""
         (folder / "tokenizer.model").write_bytes(self.model)
         added = {self.added[i].content: i for i in sorted(self.added) if i >= self._own}
         (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n", encoding="utf-8")
@@ -235,7 +235,7 @@ class TokenizersBackend(Backend):
 
 
 def _steps(part: dict | None) -> Iterable[dict]:
-    """The steps of a pre-tokenizer, alone or in a sequence."""
+    """Returns the steps of a pre-tokenizer, alone or in a sequence."""
     if part is None:
         return []
     return part["pretokenizers"] if part["type"] == "Sequence" else [part]

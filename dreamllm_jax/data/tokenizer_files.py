@@ -14,12 +14,12 @@ _NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether `read_backend` finds a tokenizer there."""
+    """Returns whether `read_backend` finds a tokenizer there."""
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def read_backend(folder: Path, legacy: bool | None = None) -> Backend:
-    """The tokenizer of a folder with `tokenizer.model` or `tokenizer.json`; the former is preferred.
+    """Returns the tokenizer of a folder with `tokenizer.model` or `tokenizer.json`; the former is preferred.
 
     `legacy` is that of `tokenizer_config.json` where it is None.
 
@@ -52,7 +52,7 @@ def read_backend(folder: Path, legacy: bool | None = None) -> Backend:
 
 
 def read_names(folder: Path, backend: Backend) -> dict[str, str]:
-    """The names of the tokens that begin and end a text and stand for the unknown, as transformers keys them.
+    """Returns the names of the begin, end and unknown tokens, keyed as transformers keys them.
 
     Where the files are silent (or name a token that does not exist), they are LLaMA's:
     {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}. A token that does not exist under that
@@ -70,7 +70,7 @@ def read_names(folder: Path, backend: Backend) -> dict[str, str]:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The Jinja template that writes conversations, from new files or old ones, or None."""
+    """Returns the Jinja template that writes conversations, from new files or old ones, or None."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -85,7 +85,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, tokenizers.AddedToken]:
-    """The tokens that are added to `tokenizer.model`, by id, from old files and new ones."""
+    """Returns the tokens that are added to `tokenizer.model`, by id, from old files and new ones."""
     old = _read_json(folder / "added_tokens.json")
     added = {int(i): tokenizers.AddedToken(name, special=True, normalized=False) for name, i in old.items()}
     if "added_tokens_decoder" in config:
@@ -109,7 +109,7 @@ def _add_tokens(backend: SentencePieceBackend, added: dict[int, tokenizers.Added
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A file's content, or an empty one if the file does not exist."""
+    """Returns a file's content, or an empty one if the file does not exist."""
     if not path.is_file():
         return {}
     try:

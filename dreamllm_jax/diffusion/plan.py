@@ -1,4 +1,4 @@
-"""The table of coefficients that a sampler is, and the parts from which a sampler computes it."""
+"""Defines `Plan`, the coefficient table that a sampler returns, and helpers that compute it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class Plan(NamedTuple):
 
         next = latents * x + clean * x_0 + previous_clean * (x_0 of the previous step) + noise * z
 
-    The first latents are `initial_scale` times standard normal noise.
+    The first latents are `initial_scale` times standard normal noise. At every step latents are scaled as in
+    training, x = sqrt(abar) x_0 + sqrt(1 - abar) z. A method that is written for x / sqrt(abar), as the Euler
+    classes of diffusers are, has to be converted. A step may use the clean estimate of one earlier step;
+    methods that need more of them (UniPC, PNDM) cannot be written as a plan.
     """
 
     timestep: np.ndarray

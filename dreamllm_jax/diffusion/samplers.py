@@ -1,4 +1,4 @@
-"""The samplers: every public function of this file is one, and a recipe names it as the function is named.
+"""The samplers. Every public function in this file is a sampler; recipes select it by the function's name.
 
 To add a sampler, write one function, here or in a package of your own (`sampler="my_project.code:heun"`, or a
 short name by an entry point; see `config.registry`):

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dreamllm_jax.distributed.initialization import client, first_line
+
+T = TypeVar("T")
 
 # A process that has ended is noticed within minutes. A slow one, for example while it writes 26 GB, is
 # waited for.
@@ -80,18 +82,19 @@ def all_gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(gathered, sizes, strict=True)]
 
 
-def broadcast_from_main(value: Any) -> Any:
-    """Returns process 0's value (JSON) on all processes. Decisions are made there."""
+def broadcast_from_main(value: T) -> T:
+    """Returns process 0's value (JSON) on all processes, for decisions that process 0 makes."""
     return all_gather(value)[0]
 
 
-def run_on_main(function: Callable[[], Any]) -> Any:
+def run_on_main(function: Callable[[], T]) -> T:
     """Calls a function on process 0 only; returns its result (JSON) on all processes.
 
     Raises:
       ValueError, OSError: as the function did on process 0, with the same message on all processes.
     """
-    result, message, is_os_error = None, None, False
+    result: Any = None
+    message, is_os_error = None, False
     if is_main():
         try:
             result = function()
@@ -120,7 +123,7 @@ def check_equal_on_processes(what: str, text: str) -> None:
     different = [i for i, other in enumerate(texts) if other != texts[0]]
     if different:
         raise ValueError(
-            f"{_list_processes(different)} had another {what} than process 0; start all of them with the "
+            f"{_list_processes(different)} had a different {what} from process 0; start all of them with the "
             "same command and the same files."
         )
 

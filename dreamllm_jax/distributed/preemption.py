@@ -1,4 +1,4 @@
-"""Preemption: a SIGTERM asks a run to end, as spot TPUs, SLURM, Kubernetes and shells send it."""
+"""Preemption: handles the SIGTERM with which spot TPUs, SLURM, Kubernetes or a shell ends a run."""
 
 from __future__ import annotations
 

@@ -216,8 +216,8 @@ class DreamLLM:
     ) -> list[Image.Image] | list[list[Image.Image]]:
         """Returns a list of PIL images for a prompt, or a list of such lists for a list of prompts.
 
-        `sampler` is one of ddpm, ddim, euler and dpmpp_2m. Guidance moves towards the prompt and away from
-        `negative_prompt`, which is empty by default.
+        `sampler` names a function of `diffusion.samplers`, or one of your own (see `config.registry`).
+        Guidance moves towards the prompt and away from `negative_prompt`, which is empty by default.
 
         Raises:
           ValueError: the model has no image decoder, a prompt exceeds the context, or the sampler is unknown.

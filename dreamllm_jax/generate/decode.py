@@ -1,7 +1,7 @@
 """Prefill and decoding on a static cache: the jitted functions of every kind of generation.
 
-A batch of rows goes on together; a row that waits, has ended or does not draw takes part with no
-valid token, which leaves its cache as it is.
+All rows of a batch advance together. A row that waits, has ended or does not draw has no valid token
+in a step, so its cache does not change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DecodeState:
 
 
 @flax.struct.dataclass
-class Control:
+class DecodeRules:
     """Rules of decoding: `forbidden` tokens are never decoded, a token of `stops` ends a row's text.
 
     `dream_start` can be decoded only in rows where `may_dream` is true and at least `dream_room` tokens fit.
@@ -76,7 +76,7 @@ def decode_text(
     active: Bool[Array, "B"],
     budget: Int[Array, "B"],
     keys: Key[Array, "B"],
-    control: Control,
+    control: DecodeRules,
     *,
     model: DreamLLMModule,
     max_new_tokens: int,

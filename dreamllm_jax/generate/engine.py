@@ -14,7 +14,7 @@ from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.data.images import to_vision
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.generate.decode import Control, DecodeState, prefill
+from dreamllm_jax.generate.decode import DecodeRules, DecodeState, prefill
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 
 
@@ -36,7 +36,7 @@ class Engine:
 
     def control(
         self, stops: Sequence[int], may_dream: np.ndarray, dream_room: int, settings: GenerationConfig
-    ) -> Control:
+    ) -> DecodeRules:
         """Returns rules under which only text, `</s>` and, where allowed, `<dream_start>` are decoded."""
         assert self.config.llama is not None
         special = self.tokenizer.special
@@ -44,7 +44,7 @@ class Engine:
         forbidden[self.tokenizer.vocab_size :] = True
         forbidden[list(dataclasses.asdict(special).values())] = True
         forbidden[[special.eos, special.dream_start]] = False  # `bos` may be the same token as `eos`
-        return Control(
+        return DecodeRules(
             forbidden=jnp.asarray(forbidden),
             stops=jnp.asarray(stops, jnp.int32),
             dream_start=jnp.int32(special.dream_start),

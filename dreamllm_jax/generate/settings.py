@@ -13,7 +13,7 @@ Seed = int | Sequence[int]
 
 
 class TextSettings(TypedDict, total=False):
-    """Of `generate_text`."""
+    """The settings of `generate_text`."""
 
     max_new_tokens: int | None
     temperature: float | None
@@ -22,7 +22,7 @@ class TextSettings(TypedDict, total=False):
 
 
 class DrawingSettings(TypedDict, total=False):
-    """Of everything that draws."""
+    """The settings of everything that draws."""
 
     negative_prompt: str | None
     num_inference_steps: int | None
@@ -33,13 +33,13 @@ class DrawingSettings(TypedDict, total=False):
 
 
 class ImageSettings(DrawingSettings, total=False):
-    """Of `generate_images`."""
+    """The settings of `generate_images`."""
 
     num_images_per_prompt: int
     seed: Seed
 
 
 class DocumentSettings(TextSettings, DrawingSettings, total=False):
-    """Of `generate_document`."""
+    """The settings of `generate_document`."""
 
     max_images: int | None

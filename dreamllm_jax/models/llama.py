@@ -306,5 +306,5 @@ def _dynamic(config: LlamaConfig) -> bool:
     return config.rope_scaling is not None and config.rope_scaling.type == "dynamic"
 
 
-def _normal(config: LlamaConfig) -> Any:
+def _normal(config: LlamaConfig) -> nn.initializers.Initializer:
     return nn.initializers.normal(config.initializer_range)

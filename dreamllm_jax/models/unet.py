@@ -171,8 +171,7 @@ class UNet(nn.Module):
 
         Raises:
           ValueError: the width of latents or context is not the config's; `added` is missing or incomplete,
-            or
-            is given to a model without added conditions.
+            or is given to a model without added conditions.
         """
         config, coarsest = self.config, len(self.config.block_out_channels) - 1
         self._check(latents, context, added)

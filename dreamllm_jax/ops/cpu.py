@@ -162,8 +162,7 @@ def head_major_attention(
 
     `causal` promises that `mask` hides key j from query i < j, and that L = S. Queries are then processed in
     at most 8 blocks, each with only the keys up to its end. 150 causal queries, for example, are three
-    blocks:
-    queries 0 to 63 with 64 keys, queries 64 to 127 with 128, queries 128 to 149 with 150.
+    blocks: queries 0 to 63 with 64 keys, queries 64 to 127 with 128, queries 128 to 149 with 150.
 
     With `name_output` the result is named "attention_output" for rematerialization (see `ops.scan`).
     """

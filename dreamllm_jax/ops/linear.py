@@ -25,7 +25,7 @@ def linear(
 
 
 def _dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
-    """`linear` with the signature of `lax.dot_general`, for the one contraction that `nn.Dense` makes."""
+    """Calls `linear` with the signature of `lax.dot_general`, for the contraction that `nn.Dense` makes."""
     assert dimensions == (((x.ndim - 1,), (0,)), ((), ())) and precision is None
     return linear(x, kernel)
 

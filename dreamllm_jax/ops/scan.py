@@ -14,7 +14,7 @@ M = TypeVar("M", bound=type[nn.Module])
 
 
 def _save_weight_products(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
-    """A checkpoint policy that saves the results of products with weights and of convolutions."""
+    """Saves the results of products with weights and of convolutions: a checkpoint policy."""
     if primitive is jax.lax.conv_general_dilated_p:
         return True
     if primitive.name == "custom_vjp_call":  # `cpu.matmul` and `cpu.convolution` contain one such operation
@@ -78,8 +78,7 @@ def unstack_for_loop(stacked: Mapping[str, Any]) -> list[Mapping[str, Any]] | No
     """Returns the parameters of each layer by itself, if a loop that runs the layers many times gains by it.
 
     `stacked` are parameters as `scan_layers` stores them. None means that the loop should scan them as they
-    are:
-    on TPUs and GPUs, and on CPUs where a second copy would take more than a quarter of the memory.
+    are: on TPUs and GPUs, and on CPUs where a second copy would take more than a quarter of the memory.
     """
     if cpu.is_target() and cpu.has_memory_for_copy(stacked):
         return cpu.unstack_layers(stacked)

@@ -19,7 +19,7 @@ from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 
-IGNORED = -100  # the reference's label of a token that is not learned
+IGNORED_LABEL = -100  # the reference's label of a token that is not learned
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,5 +96,5 @@ def spread(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def channels_last(images: np.ndarray) -> np.ndarray:
-    """[..., c, h, w] -> [..., h, w, c]."""
+    """Moves channels last: [..., c, h, w] -> [..., h, w, c]."""
     return np.moveaxis(images, -3, -1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.diffusion.sampling import guided, make_plan, sample
-from dreamllm_jax.generate.decode import Control, decode_text, dream, prefill
+from dreamllm_jax.generate.decode import DecodeRules, decode_text, dream, prefill
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.parity.case import Case, channels_last, slots
 from dreamllm_jax.parity.errors import absolute_error
@@ -49,7 +49,7 @@ def compare_greedy(case: Case) -> dict[str, float]:
         images=image[None, None],
     )
     assert case.config.llama is not None
-    anything = Control(
+    anything = DecodeRules(
         forbidden=jnp.zeros(case.config.llama.vocab_size, bool),
         stops=jnp.zeros(0, jnp.int32),
         dream_start=jnp.int32(special.dream_start),

@@ -14,7 +14,7 @@ from dreamllm_jax.data.formats.mmc4 import interleave
 from dreamllm_jax.data.pieces import Piece, interleaved, pair
 from dreamllm_jax.data.sequences import EncodedDocument, encode_pieces
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.parity.case import IGNORED
+from dreamllm_jax.parity.case import IGNORED_LABEL
 
 _IMAGE = Image.new("RGB", (8, 8))
 
@@ -70,12 +70,12 @@ def _pieces(kind: str, given: dict[str, Any], mode: str) -> list[Piece]:
 
 def _same_labels(ours: EncodedDocument, row: dict[str, Any], tokenizer: Tokenizer) -> bool:
     labels = np.array(row["labels"])
-    labels[0] = IGNORED  # no position predicts the first token
+    labels[0] = IGNORED_LABEL  # no position predicts the first token
     if row["kind"] == "conversation":  # the reference begins up to two tokens early, at the colon
         colon = tokenizer.encode("ASSISTANT:")[-1]
-        for start in np.flatnonzero((labels[1:] != IGNORED) & (labels[:-1] == IGNORED)) + 1:
+        for start in np.flatnonzero((labels[1:] != IGNORED_LABEL) & (labels[:-1] == IGNORED_LABEL)) + 1:
             early = labels[start : start + 2].tolist()
             if colon not in early:
                 return False
-            labels[start : start + early.index(colon) + 1] = IGNORED
-    return np.array_equal(np.where(ours.supervised, ours.tokens, IGNORED), labels)
+            labels[start : start + early.index(colon) + 1] = IGNORED_LABEL
+    return np.array_equal(np.where(ours.supervised, ours.tokens, IGNORED_LABEL), labels)

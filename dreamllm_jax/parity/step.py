@@ -13,7 +13,7 @@ from dreamllm_jax.batch import Batch
 from dreamllm_jax.checkpoint.tensors import ArrayTensor, Tensor
 from dreamllm_jax.convert.mapping import to_jax
 from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
-from dreamllm_jax.parity.case import IGNORED, Case, channels_last, slots, spread
+from dreamllm_jax.parity.case import IGNORED_LABEL, Case, channels_last, slots, spread
 from dreamllm_jax.parity.errors import absolute_error, relative_distance
 from dreamllm_jax.train.objectives import StepNoise, joint_objective, loss_counts
 
@@ -33,7 +33,7 @@ def step_batch(case: Case) -> Batch:
     special = case.tokenizer.special
     tokens = reference["in.input_ids"].astype(np.int32)
     labels = reference["in.labels"].astype(np.int32)
-    targets = np.concatenate([labels[:, 1:], np.full((len(labels), 1), IGNORED, np.int32)], 1)
+    targets = np.concatenate([labels[:, 1:], np.full((len(labels), 1), IGNORED_LABEL, np.int32)], 1)
     image_slots, dream_slots = slots(tokens, special.im_start, p), slots(tokens, special.dream_start, q)
     images, dreams = (slot.max(1) // n + 1 for slot, n in ((image_slots, p), (dream_slots, q)))
     image_mask = np.arange(images.max()) < images[:, None]
@@ -43,7 +43,7 @@ def step_batch(case: Case) -> Batch:
         targets=np.maximum(targets, 0),
         segment_ids=reference["in.attention_mask"].astype(np.int32),
         positions=np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
-        loss_weights=(targets != IGNORED).astype(np.float32),
+        loss_weights=(targets != IGNORED_LABEL).astype(np.float32),
         image_slots=image_slots,
         dream_slots=dream_slots,
         image_mask=image_mask,

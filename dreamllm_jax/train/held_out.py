@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import jax
@@ -32,7 +33,7 @@ from dreamllm_jax.train.step import (
 
 
 def held_out_seed(recipe: Recipe, stage: StageConfig) -> int:
-    """Returns the seed of the held-out documents: another one than that of any stage's documents."""
+    """Returns the seed of the held-out documents: different from that of every stage's documents."""
     return (recipe.seed << 32) + zlib.crc32(f"validation of {stage.name}".encode())
 
 
@@ -69,7 +70,7 @@ class HeldOutBatches:
             tokenizer,
             seed=seed,
             null_dream=stage.loss.condition_dropout > 0,
-            numbers=process_row_indices(mesh, data.batch_size),
+            row_indices=process_row_indices(mesh, data.batch_size),
             index_folder=index,
         )
         try:
@@ -84,7 +85,7 @@ class HeldOutBatches:
 
     def losses(self, trainable: Flat, frozen: Flat) -> dict[str, float]:
         """Returns the metrics of the stage's objective on all batches; call it with the mesh set."""
-        totals: dict[str, float] = {}
+        totals: defaultdict[str, float] = defaultdict(float)
         options = {"model": self._model, "stage": self._stage}
         for number, batch in enumerate(self._batches):
             keys = row_prng_keys(self._key, jnp.int32(number), self._rows)
@@ -93,8 +94,8 @@ class HeldOutBatches:
                 compile_on_all_processes(held_out_metrics, *args, **options)
                 self._compiled = True
             for name, value in held_out_metrics(*args, **options).items():
-                totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
-        return totals
+                totals[name] += float(np.asarray(value))
+        return dict(totals)
 
     def _shard(self, batch: Batch) -> Batch:
         return shard_batch(batch, self._mesh, self._rows)
@@ -102,7 +103,7 @@ class HeldOutBatches:
 
 @jax.jit
 def _sums(batch: Batch) -> tuple[Array, Array, Array]:
-    """The batch's supervised tokens, dreams and rows."""
+    """Returns the batch's supervised tokens, dreams and rows."""
     rows = jnp.float32(batch.tokens.shape[0])
     return batch.loss_weights.sum(), batch.dream_mask.sum().astype(jnp.float32), rows
 

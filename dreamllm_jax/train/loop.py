@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dreamllm_jax import distributed
 from dreamllm_jax.checkpoint.model_folder import open_pretrained, save_pretrained
+from dreamllm_jax.config.chips import find_device
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.pipeline import batches
@@ -100,7 +101,7 @@ def run_stage(context: StageContext, params: Flat, resources: ResourceMeter) -> 
             context.tokenizer,
             seed=stage_seed(recipe, stage),
             null_dream=stage.loss.condition_dropout > 0,
-            numbers=process_row_indices(mesh, stage.data.batch_size),
+            row_indices=process_row_indices(mesh, stage.data.batch_size),
             index_folder=context.index,
         )
         stack.callback(data.close)
@@ -164,13 +165,18 @@ def _run_steps(context: StageContext, state: TrainState, progress: StageProgress
 
 
 def _step_options(context: StageContext) -> dict:
-    """The static arguments of the train step."""
+    """Returns the static arguments of the train step."""
     return {"model": context.model, "stage": context.stage.compile_key()}
 
 
 def _throughput(context: StageContext) -> Throughput:
     stage, mesh = context.stage, context.mesh
-    kind, slots = mesh.devices.flat[0].device_kind, stage.data.batch_size * stage.data.length
+    device, slots = mesh.devices.flat[0], stage.data.batch_size * stage.data.length
+    kind = device.device_kind
+    if find_device(kind) is None and device.platform != "cpu":
+        distributed.print_on_main(
+            f"{stage.name}: no MFU is logged: dreamllm_jax/config/chips.py lacks {kind!r}; add its figures."
+        )
     return Throughput(step_flops(context.config, stage), mesh.size, kind, slots)
 
 
@@ -200,7 +206,7 @@ def _print_dropped(stage: StageConfig, counts: dict[str, int | float]) -> None:
     dropped = {name: n for name, n in counts.items() if n and name.startswith(("dropped", "broken", "empty"))}
     if dropped:
         listed = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in dropped.items())
-        distributed.print_on_main(f"{stage.name}: in {counts['documents']} documents {listed}")
+        distributed.print_on_main(f"{stage.name}: left out of {counts['documents']} documents: {listed}")
 
 
 def _load(folder: Path, recipe: Recipe) -> tuple[DreamLLMConfig, Flat]:
@@ -223,7 +229,7 @@ def _check_finite(stage: StageConfig, step: int, values: dict[str, float]) -> No
 
 
 def _postfix(values: dict[str, float], rates: dict[str, float]) -> str:
-    """The losses and the speed, for the progress bar."""
+    """Returns the losses and the speed, for the progress bar."""
     shown = [
         f"{k} {v:.3f}"
         for k, v in values.items()

@@ -19,7 +19,7 @@ from dreamllm_jax.config.train import OptimConfig
 
 
 def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
-    """float32 [steps]: linear warm-up over `warmup_ratio` of them, then a cosine to zero (or a constant)."""
+    """Returns float32 [steps]: linear warm-up over `warmup_ratio` of them, then a cosine (or a constant)."""
     warmup = max(1, round(config.warmup_ratio * steps))
     ramp = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(1, warmup - 1))
     if config.schedule == "constant":
@@ -58,7 +58,7 @@ def check_optimizer(config: OptimConfig) -> None:
 
     Raises:
       ValueError: the optimizer is unknown, or fails, or its update points against the gradient, as that of a
-        complete `optax.adamw(rate)` does: training would climb.
+        complete `optax.adamw(rate)` does: the loss would increase.
     """
     ones = {"probe/kernel": jnp.ones((2, 2))}
     tx = make_optimizer(dataclasses.replace(config, weight_decay=0.0))

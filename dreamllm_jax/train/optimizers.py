@@ -1,4 +1,4 @@
-"""The optimizers: every public function of this file is one, and a recipe names it as the function is named.
+"""The optimizers. Every public function in this file is an optimizer; recipes select it by its name.
 
 To add an optimizer, write one function, here or in a package of your own (`optimizer="my_project.code:lion"`,
 or a short name by an entry point; see `config.registry`):
@@ -9,6 +9,9 @@ or a short name by an entry point; see `config.registry`):
 It turns gradients into a direction: what the train step multiplies by the learning rate and subtracts. In
 optax these are the functions `scale_by_...`; a complete `optax.lion(rate)` also negates and scales. Clipping
 comes before it and weight decay after it, both from `optim.make_optimizer`.
+
+Parameters are a flat dict of path and array. The layers of a tower are stacked along the first axis of its
+arrays: a method that works on whole matrices (Muon, LAMB) must map over that axis.
 
 State is sharded as the parameters are, if it has their shapes; see `state.optimizer_shardings`.
 """

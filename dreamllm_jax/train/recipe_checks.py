@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.registry import check_name
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.chat import template_of
 from dreamllm_jax.data.pipeline import row_layout
@@ -54,6 +55,7 @@ def _check_generation(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Checks the generation settings that are saved with the trained model."""
     settings = recipe.generation
     try:
+        check_name("sampler", settings.sampler)
         if recipe.model.draws:
             make_plan(recipe.model.schedule, settings.sampler, settings.num_inference_steps, settings.eta)
         if settings.template is not None:

@@ -24,7 +24,7 @@ class Writer(Protocol):
     def generate_document(self, prompt: Sequence[str], *, seed: int) -> list[Document]: ...
 
 
-# Makes a writer of a model; `DreamLLM` itself is one. The room `generate` stands above this one, so the train
+# Makes a writer of a model; `DreamLLM` is an example. `train` must not import `generate`, so the train
 # command passes it in.
 MakeWriter = Callable[[DreamLLMConfig, Flat, Tokenizer, GenerationConfig, Mesh, Sequence[str]], Writer]
 

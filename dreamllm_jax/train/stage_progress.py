@@ -56,7 +56,7 @@ class StageProgress:
         self._checkpoints.close()
 
     def _position(self) -> dict[str, Any]:
-        """The position of all processes in the data, their longest time and largest memory."""
+        """Returns the position of all processes in the data, their longest time and largest memory."""
         found = distributed.all_gather({"data": self.data.state_dict(), "meter": self._resources.read()})
         meters = [position["meter"] for position in found]
         largest = {name: max(meter[name] for meter in meters) for name in meters[0]}

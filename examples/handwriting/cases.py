@@ -23,7 +23,7 @@ class Case:
 
 
 def unseen_cases(next_per_digit: int = 3, size: int = 16) -> list[Case]:
-    """Every held-out count and sum, and `What comes next?` after held-out pictures of zero to eight."""
+    """Returns all held-out counts and sums, and `What comes next?` after held-out pictures."""
     cases = [Case("count", *count(*bounds)) for bounds in HELD_OUT_COUNTS]
     cases += [Case("sum", *add(*terms)) for terms in HELD_OUT_SUMS]
     held_out = load_digits(size)[1]

@@ -5,7 +5,7 @@ real system downloads (VAE, CLIP, text-conditioned U-Net, language model); stage
 the real ones train, with the joint loss 1 : 10 of the real stage II. What is not as at 7B, besides sizes:
   - the vision projector has two layers, as in LLaVA-1.5: with one, even training pictures are read less well;
   - stage I has documents too, beside pairs and questions;
-  - the language model's own text (`words.py`) has stories in the layout of drawn ones, with words in
+  - the language model's own text (`words.py`) has stories in the layout of those with images, with words in
     the slots, and sums beyond the digits. The language model thus knows what a query has to express before
     the first query is trained. Stages II and III keep some of that text, so that arithmetic is not lost;
   - empty prompts (condition dropout, for guidance), noisy timesteps preferred, weight decay (2.0
@@ -51,7 +51,7 @@ DECAY = 2.0
 
 
 def model() -> DreamLLMConfig:
-    """Every tower of the 7B system, each small."""
+    """Returns every tower of the 7B system, each small."""
     return DreamLLMConfig(
         llama=LlamaConfig(
             vocab_size=VOCABULARY,
@@ -103,14 +103,14 @@ def model() -> DreamLLMConfig:
 
 
 def optim(rate: float, weight_decay: float = 0.01, ema_decay: float = 0.0) -> OptimConfig:
-    """AdamW for a model of a million weights."""
+    """Returns AdamW for a model of a million weights."""
     return OptimConfig(
         learning_rate=rate, warmup_ratio=0.05, weight_decay=weight_decay, b2=0.99, ema_decay=ema_decay
     )
 
 
 def captions(batch_size: int, **options: Any) -> DataConfig:
-    """One captioned picture a row: what the towers are pretrained on."""
+    """Returns the data that the towers are pretrained on: one captioned picture per row."""
     options = dict(kinds=dict(captions=1.0)) | options
     return DataConfig(
         source=SOURCE,
@@ -123,7 +123,7 @@ def captions(batch_size: int, **options: Any) -> DataConfig:
 
 
 def packed(batch_size: int, **kinds: float) -> DataConfig:
-    """Documents of these kinds and weights, packed into rows."""
+    """Returns data of these kinds of documents and weights, packed into rows."""
     return DataConfig(
         source=SOURCE,
         source_options=dict(kinds=kinds),
@@ -135,12 +135,12 @@ def packed(batch_size: int, **kinds: float) -> DataConfig:
 
 
 def mixed(**kinds: float) -> DataConfig:
-    """Packed rows with room for fewer drawings: text and questions, which have none, share them."""
+    """Returns packed rows with room for fewer drawings: text and questions, which have none, share them."""
     return dataclasses.replace(packed(8, **kinds), max_dreams=6)
 
 
 def stage0() -> list[StageConfig]:
-    """What the real system downloads."""
+    """Returns the stages that stand in for what the real system downloads."""
     text_only = dataclasses.replace(packed(8, text=1.0), max_images=0, max_dreams=0)
     return [
         StageConfig(
@@ -180,7 +180,7 @@ def stage0() -> list[StageConfig]:
 
 
 def dream_stages() -> list[StageConfig]:
-    """DreamLLM's own three stages."""
+    """Returns DreamLLM's own three stages."""
     drawing = ("dream_queries", "condition_projector")
     everything = ("llama", "vision_projector", *drawing)
     joint = LossConfig(weight_lm=1.0, weight_vm=10.0, condition_dropout=0.1, timestep_sampling="cubic")
@@ -229,7 +229,7 @@ def dream_stages() -> list[StageConfig]:
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the recipe; with arg "tiny", a few steps of each stage (to try the machinery, not to learn)."""
     if arg not in (None, "tiny"):
-        raise ValueError(f"examples/handwriting/config.py has no variant {arg!r}; leave it out, or say tiny.")
+        raise ValueError(f"examples/handwriting/config.py has no variant {arg!r}; omit it, or use 'tiny'.")
     stages = [*stage0(), *dream_stages()]
     if arg == "tiny":
         stages = [dataclasses.replace(stage, steps=4) for stage in stages]

@@ -33,13 +33,14 @@ class Digits:
     def picture(
         self, digit: int, rng: np.random.Generator, augment: bool = False
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """A random picture of `digit` (read-only); with `augment`, shifted, rotated and scaled a little."""
+        """Returns a random picture of `digit` (read-only); `augment` shifts, rotates and scales it a
+        little."""
         candidates = self._by_digit[digit]
         index = int(candidates[int(rng.integers(len(candidates)))])
         return self._variant(index, int(rng.integers(_VARIANTS))) if augment else self.images[index]
 
     def _variant(self, index: int, variant: int) -> UInt8[np.ndarray, "size size 3"]:
-        """One of a picture's variants, made on first use: making it is the slowest part of a document."""
+        """Returns a variant of a picture, made on first use: the slowest part of making a document."""
         key = index * _VARIANTS + variant
         if key not in self._variants:
             moves = np.random.default_rng((index, variant)).uniform(-1, 1, 4)
@@ -50,7 +51,7 @@ class Digits:
     def _moved(
         self, index: int, dx: float, dy: float, turn: float, zoom: float
     ) -> UInt8[np.ndarray, "size size"]:
-        """The picture shifted, rotated and scaled; each argument lies in [-1, 1]."""
+        """Returns the picture shifted, rotated and scaled; each argument lies in [-1, 1]."""
         angle = np.deg2rad(_ROTATION) * turn
         factor = 2 / (1 + _SCALE * zoom)  # 2: from the fine grid
         cos, sin = np.cos(angle) * factor, np.sin(angle) * factor
@@ -73,8 +74,13 @@ def _rgb(gray: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
 
 @functools.lru_cache(maxsize=8)
 def load_digits(size: int = 16, seed: int = 0) -> tuple[Digits, Digits]:
-    """Training and held-out digits: four fifths and one fifth of each class, fixed by `seed`."""
-    from sklearn.datasets import load_digits as load  # slow to import, and only here
+    """Returns training and held-out digits: four fifths and one fifth of each class, fixed by `seed`."""
+    try:
+        from sklearn.datasets import load_digits as load  # slow to import, and only here
+    except ImportError as error:
+        raise ValueError(
+            "The handwriting is scikit-learn's, which is not installed; pip install '.[examples]'."
+        ) from error
 
     data: Any = load()
     rng = np.random.default_rng(seed)

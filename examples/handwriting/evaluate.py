@@ -118,7 +118,7 @@ def evaluate(workdir: Path) -> bool:
 
 
 def summary(workdir: Path) -> str:
-    """The scores that have a target, one a line, from `metrics.json`."""
+    """Returns the scores that have a target, one a line, from `metrics.json`."""
     metrics = json.loads((workdir / "metrics.json").read_text(encoding="utf-8"))
     lines = []
     for name, target in metrics["targets"].items():
@@ -128,7 +128,7 @@ def summary(workdir: Path) -> str:
 
 
 def read_recipe(workdir: Path) -> Recipe:
-    """The recipe of a work folder.
+    """Returns the recipe of a work folder.
 
     Raises:
       ValueError: the folder has no recipe, or its documents are not the demonstration's.
@@ -154,7 +154,7 @@ def read_recipe(workdir: Path) -> Recipe:
 
 
 def finished_model(workdir: Path, recipe: Recipe) -> Path:
-    """The folder of the last stage's model.
+    """Returns the folder of the last stage's model.
 
     Raises:
       ValueError: a stage is not done.
@@ -169,7 +169,7 @@ def finished_model(workdir: Path, recipe: Recipe) -> Path:
 
 
 def fingerprint_of(model_folder: Path) -> str:
-    """A digest of the model: config, tokenizer, and the checksums of all parameters."""
+    """Returns a digest of the model: config, tokenizer, and the checksums of all parameters."""
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json", "params.safetensors.index.json"):
         path = model_folder / name
@@ -178,7 +178,7 @@ def fingerprint_of(model_folder: Path) -> str:
 
 
 def is_done(workdir: Path, fingerprint: str) -> bool:
-    """Whether all three results exist, and are those of the model with this fingerprint."""
+    """Returns whether all three results exist, and are those of the model with this fingerprint."""
     metrics = workdir / "metrics.json"
     others = (workdir / "report.html", workdir / "checkpoint" / "config.json")
     if not metrics.is_file() or not all(path.is_file() for path in others):
@@ -243,7 +243,7 @@ def _scores(
 
 
 def _circumstances(workdir: Path, recipe: Recipe, meter: ResourceMeter, model: DreamLLM) -> dict[str, Any]:
-    """Seconds and memory of every stage, the machine, and the settings of generation."""
+    """Returns seconds and memory of every stage, the machine, and the settings of generation."""
     stages = []
     for stage in recipe.stages:
         done = json.loads(RunFolder(workdir, recipe).stage(stage).done_file.read_text(encoding="utf-8"))
@@ -270,7 +270,7 @@ def _circumstances(workdir: Path, recipe: Recipe, meter: ResourceMeter, model: D
 
 
 def _verdicts(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The targets, whether each is reached, and what time and memory were measured on."""
+    """Returns the targets, whether each is reached, and what time and memory were measured on."""
     reached = {}
     for name, target in TARGETS.items():
         value = metrics[name]

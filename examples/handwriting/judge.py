@@ -50,7 +50,7 @@ class Judge:
         self.accuracy = float((guesses == self.held_out.labels).mean())
 
     def __call__(self, pictures: UInt8[np.ndarray, "n s s 3"]) -> Int[np.ndarray, " n"]:
-        """The digit in each picture."""
+        """Returns the digit in each picture."""
         return self._machine.predict(_rows(as_originals(pictures)))
 
 
@@ -147,7 +147,7 @@ def creation_scores(creation: Creation, training: Digits, held_out: Digits) -> d
 
 
 def document_scores(written: Sequence[Written]) -> dict[str, float]:
-    """The shares of right documents: of unseen counts and sums together, and of each kind."""
+    """Returns the shares of right documents: of unseen counts and sums together, and of each kind."""
     scores = {"document_accuracy": _share([w for w in written if w.case.kind in ("count", "sum")])}
     for kind in ("count", "sum", "next"):
         scores[f"document_accuracy_{kind}"] = _share([w for w in written if w.case.kind == kind])
@@ -155,14 +155,14 @@ def document_scores(written: Sequence[Written]) -> dict[str, float]:
 
 
 def distances(a: Float[np.ndarray, "n 8 8"], b: Float[np.ndarray, "m 8 8"]) -> Float[np.ndarray, "n m"]:
-    """Euclidean distances between each picture of `a` and each of `b`."""
+    """Returns the Euclidean distances between each picture of `a` and each of `b`."""
     a, b = _rows(a), _rows(b)
     squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     return np.sqrt(np.maximum(squares, 0))
 
 
 def mean_distance(pictures: Float[np.ndarray, "n 8 8"]) -> float:
-    """The mean distance over all pairs of different pictures."""
+    """Returns the mean distance over all pairs of different pictures."""
     n = len(pictures)
     return float(distances(pictures, pictures)[~np.eye(n, dtype=bool)].mean())
 

@@ -41,13 +41,13 @@ def main() -> None:
     arguments = parser.parse_args()
     model = DreamLLM.from_pretrained(arguments.model)
     written = model.generate_document(list(arguments.prompts))
-    png = draw(dict(zip(arguments.prompts, written, strict=True)))
+    png = render(dict(zip(arguments.prompts, written, strict=True)))
     with atomic_write(arguments.output) as path:
         path.write_bytes(png)
 
 
-def draw(documents: Mapping[str, Document]) -> bytes:
-    """A PNG of prompts and the documents that answer them, in order.
+def render(documents: Mapping[str, Document]) -> bytes:
+    """Returns a PNG of prompts and the documents that answer them, in order.
 
     Args:
       documents: from prompt to document; each is drawn on one line, with images of IMAGE_HEIGHT points.

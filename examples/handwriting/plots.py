@@ -30,7 +30,7 @@ STYLE: dict[Any, Any] = {
 def line_chart(
     title: str, steps: Sequence[Number], values: Sequence[Number], may_be_logarithmic: bool = False
 ) -> bytes:
-    """An SVG of values over steps and their moving average, whose last value stands beside the title.
+    """Returns an SVG of values over steps and their moving average, whose last value stands beside the title.
 
     Values that are not finite are left out. The lines have the ids `raw` and `smooth`.
     """
@@ -70,7 +70,7 @@ def _plot(axes, steps: list[Number], values: list[Number], may_be_logarithmic: b
 
 
 def moving_average(values: Sequence[Number]) -> list[float]:
-    """Exponential, corrected for its start: the average of equal values is that value."""
+    """Returns the exponential moving average with bias correction: equal values keep their value."""
     mean, weight, out = 0.0, 0.0, []
     for value in values:
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value

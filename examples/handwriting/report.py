@@ -65,7 +65,7 @@ class Picture(NamedTuple):
 
 
 def page(results: Results) -> str:
-    """The whole page as HTML."""
+    """Returns the whole page as HTML."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     metrics = results.metrics
@@ -86,7 +86,7 @@ def page(results: Results) -> str:
 
 
 def _score(metrics: Mapping[str, Any], name: str, label: str) -> dict[str, Any]:
-    """A row of the table of scores."""
+    """Returns a row of the table of scores."""
     target, value = "", metrics[name]
     if name in metrics["targets"]:
         ((bound, wanted),) = metrics["targets"][name].items()
@@ -101,7 +101,7 @@ def _score(metrics: Mapping[str, Any], name: str, label: str) -> dict[str, Any]:
 
 
 def _group(written: Sequence[Written], kind: str, title: str) -> dict[str, Any]:
-    """The documents of one kind of prompt, in a card for each prompt."""
+    """Returns the documents of one kind of prompt, in a card for each prompt."""
     chosen = [w for w in written if w.case.kind == kind]
     return {
         "kind": kind,
@@ -113,7 +113,7 @@ def _group(written: Sequence[Written], kind: str, title: str) -> dict[str, Any]:
 
 
 def _case(group: Sequence[Written]) -> dict[str, Any]:
-    """One prompt with its documents; what was expected, where one of them is wrong."""
+    """Returns one prompt with its documents; what was expected, where one of them is wrong."""
     case = group[0].case
     prompt = [case.prompt] if isinstance(case.prompt, str) else case.prompt
     expected = " ".join(f"[{WORDS[p]}]" if isinstance(p, int) else p for p in case.expected)
@@ -127,7 +127,7 @@ def _case(group: Sequence[Written]) -> dict[str, Any]:
 
 
 def _parts(written: Written) -> list[str | Picture]:
-    """The parts of a document, its pictures as the judge read them."""
+    """Returns the parts of a document, its pictures as the judge read them."""
     wanted = [*written.case.expected, *[None] * len(written.judged)]
     return [
         part if isinstance(part, str) else Picture(part, judged != want, _reading(judged))
@@ -153,7 +153,7 @@ def _drawings(creation: Creation, training: Digits, digit: int) -> dict[str, Any
 
 
 def _comprehension(comprehension: Comprehension) -> dict[str, Any]:
-    """Some right answers of every digit, and the mistakes."""
+    """Returns some right answers of every digit, and the mistakes."""
     right, labels = comprehension.right, comprehension.digits.labels
     mistakes = np.flatnonzero(~right).tolist()
     by_digit = [np.flatnonzero(right & (labels == digit)).tolist() for digit in range(10)]
@@ -181,7 +181,7 @@ def _answers(comprehension: Comprehension, chosen: Iterable[int]) -> list[dict[s
 
 
 def _charts(records: Curves) -> list[dict[str, str]]:
-    """A chart of every loss and share in a stage's records."""
+    """Returns a chart of every loss and share in a stage's records."""
     charts = []
     for name in sorted({k for r in records for k in r if k.startswith("loss") or k in SHARES}):
         chosen = [r for r in records if name in r]

@@ -78,7 +78,7 @@ class Handwriting:
         self.augment, self.caption_dropout = options.augment, options.caption_dropout
 
     def document(self, rng: np.random.Generator, index: int) -> list[Piece]:
-        """A document made from `rng` alone; an endless source has no use for `index`."""
+        """Returns a document made from `rng` alone; an endless source has no use for `index`."""
         chosen = int(np.searchsorted(self.thresholds, rng.random(), side="right"))
         return getattr(self, self.names[min(chosen, len(self.names) - 1)])(rng)
 

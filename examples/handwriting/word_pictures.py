@@ -30,7 +30,7 @@ class WordPicture(TokenPicture):
     supervised: bool = True
 
     def query_tokens(self, tokenizer: Tokenizer, num_queries: int) -> tuple[list[int], list[bool]]:
-        """The word among the query slots; only the word is learned."""
+        """Returns the word among the query slots; only the word is learned."""
         word = [] if self.position is None else _encode(self.word, tokenizer, num_queries)
         free = num_queries - len(word)
         before = round(free * (self.position or 0.0))
@@ -39,7 +39,7 @@ class WordPicture(TokenPicture):
         return tokens, [before <= i < before + len(word) and self.supervised for i in range(num_queries)]
 
     def patch_tokens(self, tokenizer: Tokenizer, num_patches: int) -> list[int]:
-        """The words of the patches, in turn."""
+        """Returns the words of the patches, in turn."""
         words = [token for word in self.patches for token in _encode(word, tokenizer, num_patches)]
         return list(itertools.islice(itertools.cycle(words or [tokenizer.special.im_patch]), num_patches))
 

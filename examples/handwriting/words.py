@@ -33,12 +33,12 @@ HELD_OUT_SUMS = ((0, 6), (1, 4), (2, 5), (3, 1), (4, 2), (5, 3), (6, 1), (7, 2))
 
 
 def counts(top: int, longest: int = 6) -> tuple[Pair, ...]:
-    """All (first, last) up to `top` that make two to `longest` numbers."""
+    """Returns all (first, last) up to `top` that make two to `longest` numbers."""
     return tuple((a, b) for a in range(top + 1) for b in range(a + 1, min(a + longest - 1, top) + 1))
 
 
 def sums(top: int) -> tuple[Pair, ...]:
-    """All ordered pairs of terms whose sum is at most `top`."""
+    """Returns all ordered pairs of terms whose sum is at most `top`."""
     return tuple((a, b) for a in range(top + 1) for b in range(top + 1 - a))
 
 
@@ -66,23 +66,23 @@ _STRAY_PATCH = 0.6  # of pictures told in their patches, those with a patch that
 
 
 def caption(digit: int) -> str:
-    """What a picture of `digit` is captioned with."""
+    """Returns what a picture of `digit` is captioned with."""
     return f"a handwritten {WORDS[digit]}"
 
 
 def count(first: int, last: int) -> tuple[str, tuple[Part, ...]]:
-    """The instruction to count, and what it asks for."""
+    """Returns the instruction to count, and what it asks for."""
     parts = [part for number in range(first, last + 1) for part in (NUMBERS[number], number)]
     return f"Count from {NUMBERS[first]} to {NUMBERS[last]}.", tuple(parts)
 
 
 def add(a: int, b: int) -> tuple[str, tuple[Part, ...]]:
-    """The instruction to write a sum, and what it asks for."""
+    """Returns the instruction to write a sum, and what it asks for."""
     return f"Write {NUMBERS[a]} plus {NUMBERS[b]}.", (a, "plus", b, "equals", a + b)
 
 
 def story(rng: np.random.Generator, top: int = _DIGIT, given: bool = True) -> tuple[Part, tuple[Part, ...]]:
-    """An instruction, or the number of a picture to begin with (if one may be `given`); and what follows."""
+    """Returns an instruction, or the number of a first picture (if `given`), and what follows."""
     kind = rng.random()
     if kind < _STORY_SUMS:
         return add(*_pick(_SUMS[top], rng))
@@ -93,7 +93,7 @@ def story(rng: np.random.Generator, top: int = _DIGIT, given: bool = True) -> tu
 
 
 def text_document(rng: np.random.Generator, mode: str) -> list[Piece]:
-    """What a language model reads before it has seen a picture: bare facts, and stories in words.
+    """Returns what a language model reads before it has seen a picture: bare facts, and stories in words.
 
     `mode` says whether word pictures are seen, dreamed or both, as it does of pictures.
     """
@@ -104,7 +104,7 @@ def text_document(rng: np.random.Generator, mode: str) -> list[Piece]:
 
 
 def corpus_text() -> list[str]:
-    """Every sentence of the training documents once: what the tokenizer is trained on."""
+    """Returns every sentence of the training documents once: what the tokenizer is trained on."""
     texts = [caption(d) for d in range(10)] + [f"{QUESTION} {word}" for word in WORDS]
     texts += [f"{NEXT} {word}" for word in NUMBERS]
     for prompt, parts in [count(*c) for c in TRAINING_COUNTS] + [add(*s) for s in TRAINING_SUMS]:
@@ -113,7 +113,7 @@ def corpus_text() -> list[str]:
 
 
 def _fact(rng: np.random.Generator, mode: str) -> list[str | Piece]:
-    """A count or a sum without an instruction; each of its numbers is a word or a word picture."""
+    """Returns a count or a sum without an instruction; each of its numbers is a word or a word picture."""
     if rng.random() < _FACT_COUNTS:
         text = _counted(*_pick(_LONG_COUNTS, rng))
     else:
@@ -137,7 +137,7 @@ def _added(a: int, b: int) -> str:
 
 
 def _description(rng: np.random.Generator, mode: str) -> list[str | Piece]:
-    """A pair or a question, as in pictures of digits."""
+    """Returns a pair or a question, as in pictures of digits."""
     digit, kind = int(rng.integers(10)), rng.random()
     seen = WordPicture(WORDS[digit], seen=True, dreamed=False, patches=_patches(digit, rng))
     if mode == "creation" or (mode == "joint" and kind < 0.3):
@@ -146,7 +146,7 @@ def _description(rng: np.random.Generator, mode: str) -> list[str | Piece]:
 
 
 def _story_in_words(rng: np.random.Generator, mode: str) -> list[str | Piece]:
-    """A story with a word picture in place of each picture."""
+    """Returns a story with a word picture in place of each picture."""
     top = _LARGEST if rng.random() < _BEYOND_DIGITS else _DIGIT
     first, parts = story(rng, top, given=mode != "creation")
     last_only = rng.random() < _LAST_ONLY
@@ -169,7 +169,7 @@ def _story_in_words(rng: np.random.Generator, mode: str) -> list[str | Piece]:
 def _word_picture(
     number: int, mode: str, rng: np.random.Generator, in_query: float, in_patches: float
 ) -> WordPicture:
-    """A number as a word picture; `in_query` and `in_patches` are how likely its word is there."""
+    """Returns a number as a word picture; `in_query` and `in_patches` are how likely its word is there."""
     unseen, query, patches = rng.random(3) < (_UNSEEN, in_query, in_patches)
     return WordPicture(
         NUMBERS[number],
@@ -181,7 +181,7 @@ def _word_picture(
 
 
 def _patches(number: int, rng: np.random.Generator) -> tuple[str, ...]:
-    """The word of each patch. One may be wrong, so that the number has to be read from all of them."""
+    """Returns the word of each patch. One may be wrong, so that all of them have to be read."""
     words = [NUMBERS[number]] * 4
     if rng.random() < _STRAY_PATCH:
         words[int(rng.integers(4))] = NUMBERS[int(rng.integers(len(NUMBERS)))]

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dreamllm_jax.aot import search as searching
-from dreamllm_jax.aot.candidates import Candidate, accumulation_steps, meshes, remats
+from dreamllm_jax.aot.candidates import Candidate, grad_accum_options, meshes, remats
 from dreamllm_jax.aot.estimate import Estimate, StageWork, estimate, mesh_costs, stage_work
 from dreamllm_jax.aot.memory import DoesNotFit, Memory
 from dreamllm_jax.aot.report import CompileReport
@@ -31,7 +31,7 @@ def test_meshes_are_those_that_the_rows_and_the_parameters_allow():
     found = meshes(LLAMA, stage, abstract_params(LLAMA.model), jax.devices())
     sizes = {(c.data, c.fsdp, c.tensor, c.context) for c, _ in found}
     assert sizes == {(d, f, 8 // d // f, 1) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8}
-    assert accumulation_steps(stage, make_mesh(MeshConfig(2, 1, 4))) == [1, 2, 4]
+    assert grad_accum_options(stage, make_mesh(MeshConfig(2, 1, 4))) == [1, 2, 4]
     replicated = {
         c.replicated for c, _ in meshes(JOINT, JOINT.stages[0], abstract_params(JOINT.model), jax.devices())
     }

@@ -64,12 +64,25 @@ def test_kernels_stay_where_the_model_was_trained(converted, tmp_path):
     assert open_pretrained(tmp_path / "saved").config == opened.config
 
 
+def test_a_model_loads_where_its_sampler_is_not_installed(converted, tmp_path):
+    """Only drawing needs the sampler; another one may be given."""
+    opened = open_pretrained(converted)
+    params = {path: tensor.read() for path, tensor in opened.params.items()}
+    settings = dataclasses.replace(opened.generation, sampler="theirs", num_inference_steps=2)
+    save_pretrained(tmp_path / "saved", params, opened.config, opened.tokenizer, settings)
+    model = DreamLLM.from_pretrained(tmp_path / "saved")
+    assert model.generation.sampler == "theirs" and model.generate_text("hello", max_new_tokens=2)
+    with pytest.raises(ValueError, match="Unknown sampler 'theirs'"):
+        model.generate_images("one")
+    assert len(model.generate_images("one", sampler="ddim")) == 1
+
+
 def test_what_cannot_be_loaded(golden, tmp_path):
     for path, words in (
         (tmp_path / "nowhere", "does not exist; give a folder of weights, or the id of a model on the hub"),
         (golden / "sequences.json", "is a file; give a folder"),
         (tmp_path, "has no config.json"),
-        ("someone/some-model", "someone/some-model does not exist as a folder, and could not be fetched"),
+        ("someone/some-model", "someone/some-model does not exist as a folder, and could not be downloaded"),
         (golden / "dreamllm-a" / "parts" / "clip", "has no weights"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from dreamllm_jax.checkpoint.parameter_files import (
-    INDEX,
+    INDEX_FILE,
     cast,
     open_params,
     read_blocks,
@@ -83,7 +83,7 @@ def test_dtype_and_blocks(tmp_path):
 
 def test_damage_is_named(tmp_path):
     save_params(tmp_path, params(), shard_bytes=1)
-    shard = tmp_path / json.loads((tmp_path / INDEX).read_text())["weight_map"]["llama/layers/kernel"]
+    shard = tmp_path / json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]["llama/layers/kernel"]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4] + b"\0\0\0\1")
     with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
@@ -103,9 +103,9 @@ def test_damage_is_named(tmp_path):
 
 def test_an_index_cannot_point_elsewhere(tmp_path):
     save_params(tmp_path, params())
-    index = json.loads((tmp_path / INDEX).read_text())
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], "../other.safetensors")
-    (tmp_path / INDEX).write_text(json.dumps(index))
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="outside its folder"):
         load(tmp_path)
 

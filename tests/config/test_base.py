@@ -44,6 +44,48 @@ def test_numbers_of_numpy_and_whole_floats():
     assert type(build(Outer, {"inner": {"size": 1}, "rate": 2}).rate) is float
 
 
+@dataclasses.dataclass(frozen=True)
+class Near:
+    size: int = 1
+    kind: Literal["near"] = "near"
+
+
+@dataclasses.dataclass(frozen=True)
+class Far:
+    size: int = 2
+    kind: Literal["far", "farther"] = "far"
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    place: Near | Far | None = None
+
+
+def test_a_field_of_several_classes_is_read_by_its_kind():
+    """Each of these mappings would also build the first class but for its `kind`."""
+    for holder in (Holder(Near(3)), Holder(Far(3)), Holder(Far(3, "farther")), Holder()):
+        assert build(Holder, to_dict(holder)) == holder
+        assert build(Holder, ConfigDict(to_dict(holder))) == holder
+    far = Far(5)
+    assert build(Holder, {"place": far}).place is far
+    with pytest.raises(ValueError, match="place.kind: got 'nowhere'; expected one of 'near', 'far'"):
+        build(Holder, {"place": {"kind": "nowhere"}})
+    with pytest.raises(ValueError, match="place.kind: got None; expected one of"):
+        build(Holder, {"place": {"size": 3}})
+    with pytest.raises(ValueError, match="place.kind: got None; expected one of"):
+        build(Holder, {"place": 3})
+
+
+def test_classes_that_nothing_tells_apart_may_not_share_a_field():
+    @dataclasses.dataclass(frozen=True)
+    class Untagged:
+        size: int = 1
+
+    holder = dataclasses.make_dataclass("Either", [("place", Near | Untagged)], frozen=True)
+    with pytest.raises(TypeError, match="Near and Untagged, but Untagged has no field that tells them apart"):
+        build(holder, {"place": {"size": 1}})
+
+
 @pytest.mark.parametrize(
     ("mapping", "sentence"),
     [

@@ -30,5 +30,5 @@ def test_impossible_values(make, words):
 def test_possible_ones():
     assert DataConfig(sources=(PAIRS,)).sources[0].options == {}
     assert DataConfig(source="a.b:C", source_options={"kinds": {"text": 1.0}}).prefetch == 2
-    config = build(DataConfig, {"sources": [{"kind": "a.b:C", "path": "x", "options": {"deep": {"n": 1}}}]})
+    config = build(DataConfig, {"sources": [{"format": "a.b:C", "path": "x", "options": {"deep": {"n": 1}}}]})
     assert build(DataConfig, to_dict(config)) == config and hash(config) == hash(build(DataConfig, config))

@@ -83,14 +83,18 @@ def test_an_old_key_in_a_recipe_is_named_with_the_new_one():
             },
             {
                 "sources": [
-                    {"kind": "pairs", "path": "a.tar", "weight": 2.0, "options": {"caption_key": "c"}},
-                    {"kind": "interleaved", "path": "b", "options": {"images": "i", "min_similarity": 0.3}},
+                    {"format": "pairs", "path": "a.tar", "weight": 2.0, "options": {"caption_key": "c"}},
+                    {"format": "interleaved", "path": "b", "options": {"images": "i", "min_similarity": 0.3}},
                     {
-                        "kind": "instructions",
+                        "format": "instructions",
                         "path": "c",
                         "options": {"images": "i", "min_similarity": 0.3, "template": "plain"},
                     },
-                    {"kind": "conversations", "path": "d", "options": {"images": None, "template": "plain"}},
+                    {
+                        "format": "conversations",
+                        "path": "d",
+                        "options": {"images": None, "template": "plain"},
+                    },
                 ]
             },
         ),

@@ -8,7 +8,7 @@ import transformers
 from PIL import Image
 
 from dreamllm_jax.data.chat import conversation, get_template, question, template_of
-from dreamllm_jax.data.pieces import Begin, Control, End, Picture, Text
+from dreamllm_jax.data.pieces import Begin, ControlToken, End, Picture, Text
 from dreamllm_jax.data.sequences import encode_pieces, encode_prompt
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.document import Document
@@ -188,7 +188,7 @@ def test_a_message_and_its_template_cannot_join_to_a_control_token(around, messa
     joined = before + message.strip() + after
     assert [p.text for p in pieces if isinstance(p, Text)] == [joined]
     assert sum(isinstance(p, End) and p.token for p in pieces) == 1
-    assert not any(isinstance(p, Control) for p in pieces)
+    assert not any(isinstance(p, ControlToken) for p in pieces)
 
 
 def test_pictures_stand_where_they_stand_in_the_message(loaded):
@@ -214,7 +214,7 @@ def test_pictures_stand_where_they_stand_in_the_message(loaded):
 def test_pieces_of_a_conversation(loaded):
     tokenizer, _ = loaded["chatml"]
     pieces = conversation(["<image> two?", "three"], [RED], template_of("tokenizer", tokenizer))
-    start, close = Control("<|im_start|>"), End(supervised=False)
+    start, close = ControlToken("<|im_start|>"), End(supervised=False)
     shown = [p.text if isinstance(p, Text) else p for p in pieces if not isinstance(p, Picture)]
     assert shown[:4] == [Begin(token=False), start, "system\nYou are helpful.", close]
     assert isinstance(pieces[7], Picture) and shown[4:8] == ["\n", start, "user\n", " two?"]

@@ -86,10 +86,10 @@ def config(folder, **changes):
     images = dict(images=str(folder / "images"))
     talking = images | dict(template="plain")
     sources = [
-        dict(kind="pairs", path=f"{folder}/pairs-{{000..000}}.tar", weight=2),
-        dict(kind="interleaved", path=f"{folder}/*.jsonl", options=images, weight=2),
-        dict(kind="conversations", path=f"{folder}/talks.json", options=talking, weight=2),
-        dict(kind="instructions", path=f"{folder}/instruct.json", options=talking, weight=1),
+        dict(format="pairs", path=f"{folder}/pairs-{{000..000}}.tar", weight=2),
+        dict(format="interleaved", path=f"{folder}/*.jsonl", options=images, weight=2),
+        dict(format="conversations", path=f"{folder}/talks.json", options=talking, weight=2),
+        dict(format="instructions", path=f"{folder}/instruct.json", options=talking, weight=1),
     ]
     data = dict(sources=sources, batch_size=2, length=48, max_images=4, max_dreams=4, prefetch=0)
     return build(DataConfig, data | changes)
@@ -151,19 +151,19 @@ def test_what_is_missing_is_named(folder):
         ),
         ("path", f"{folder}/*.tgz", r"data.sources \(pairs\) path: there is no"),
     ):
-        data = config(folder, sources=[{"kind": "pairs", "path": value}])
+        data = config(folder, sources=[{"format": "pairs", "path": value}])
         assert getattr(data.sources[0], field) == value
         for look in (check_source, lambda data, tokenizer: open_documents(data, 16, tokenizer)):
             with pytest.raises(ValueError, match=sentence):
                 look(data, WordTokenizer())
-    lost = dict(kind="conversations", path=f"{folder}/talks.json", options=dict(images=f"{folder}/lost"))
+    lost = dict(format="conversations", path=f"{folder}/talks.json", options=dict(images=f"{folder}/lost"))
     with pytest.raises(ValueError, match=r"data.sources \(conversations\) images: there is no '.*/lost'"):
         check_source(config(folder, sources=[lost]), WordTokenizer())
     write_json(folder / "none.json", [])
     with pytest.raises(ValueError, match="'.*none.json' holds no record"):
-        empty = config(folder, sources=[{"kind": "conversations", "path": f"{folder}/none.json"}])
+        empty = config(folder, sources=[{"format": "conversations", "path": f"{folder}/none.json"}])
         open_documents(empty, 16, WordTokenizer())
-    odd = dict(kind="conversations", path=f"{folder}/talks.json", options=dict(template="vicuna"))
+    odd = dict(format="conversations", path=f"{folder}/talks.json", options=dict(template="vicuna"))
     with pytest.raises(ValueError, match=r"conversations\) template: Unknown .* template 'vicuna'"):
         check_source(config(folder, sources=[odd]), WordTokenizer())
 
@@ -172,18 +172,18 @@ def test_what_is_missing_is_named(folder):
     ("change", "sentence"),
     [
         (dict(images="x"), r"\(pairs\) options: unknown key 'images'. Known keys: caption_key"),
-        (dict(kind="interleaved"), r"\(interleaved\) options: key 'images' is missing"),
+        (dict(format="interleaved"), r"\(interleaved\) options: key 'images' is missing"),
         (dict(min_similarity=0.3), r"\(pairs\) options: unknown key 'min_similarity'"),
-        (dict(kind="conversations", caption_key="text"), r"options: unknown key 'caption_key'"),
-        (dict(kind="instructions", images=3), r"\(instructions\) options.images: got 3"),
-        (dict(kind="math:sqrt"), r"math:sqrt is not a data format; name a subclass of .*formats.base.Format"),
-        (dict(kind="math:no"), r"\(math:no\) format 'math:no': the module 'math' has no 'no'"),
+        (dict(format="conversations", caption_key="text"), r"options: unknown key 'caption_key'"),
+        (dict(format="instructions", images=3), r"\(instructions\) options.images: got 3"),
+        (dict(format="math:sqrt"), r"math:sqrt is not a data format; name a subclass of .*base.Format"),
+        (dict(format="math:no"), r"\(math:no\) format 'math:no': the module 'math' has no 'no'"),
     ],
 )
 def test_options_that_a_format_does_not_have(tmp_path, change, sentence):
     (tmp_path / "a.tar").touch()
-    kind = change.pop("kind", "pairs")
-    data = build(DataConfig, {"sources": [{"kind": kind, "path": f"{tmp_path}/a.tar", "options": change}]})
+    kind = change.pop("format", "pairs")
+    data = build(DataConfig, {"sources": [{"format": kind, "path": f"{tmp_path}/a.tar", "options": change}]})
     for check in (check_source, lambda data, tokenizer: open_documents(data, 16, tokenizer)):
         with pytest.raises(ValueError, match=sentence):
             check(data, WordTokenizer())

@@ -165,7 +165,7 @@ def test_the_example_of_the_docstring():
 
 
 def test_the_example_of_first_fit():
-    """Of documents of 6, 7, 3 and 2 tokens, a row of 10 takes those of 6 and 3."""
+    """Given documents of 6, 7, 3 and 2 tokens, a row of 10 takes those of 6 and 3."""
     tokenizer, row, read = WordTokenizer(), layout(length=10), []
     texts = ("a b c d", "a b c d e", "a", "")
     left = [encode_pieces(interleaved([text], "joint"), tokenizer, P, Q, 10) for text in texts]

@@ -75,7 +75,7 @@ def test_closing_loses_nothing(stream):
 
 def test_hosts_share_the_same_rows(stream):
     whole = stream()
-    parts = [stream(numbers=n) for n in ([0, 1], [2, 3])]
+    parts = [stream(row_indices=n) for n in ([0, 1], [2, 3])]
     for _ in range(4):
         batch, halves = next(whole), [next(p) for p in parts]
         for field in dataclasses.fields(batch):

@@ -50,7 +50,7 @@ def complaint(call, *args) -> str:
 
 distributed.check_equal_on_processes("recipe", "the same")
 assert complaint(distributed.check_equal_on_processes, "recipe", f"mine {index}").startswith(
-    "process 1 had another recipe"
+    "process 1 had a different recipe"
 )
 distributed.check_shared_folder(folder / "shared")
 assert index or not list((folder / "shared").iterdir())  # process 0 has taken its token away

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dreamllm_jax.config.registry import KINDS
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(
@@ -63,6 +65,21 @@ def test_every_page_is_in_the_site():
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
     listed = re.findall(r"([\w-]+\.md)", str(settings["nav"]))
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+PATH = re.compile(r"`((?:dreamllm_jax|configs|launch|tests|tools|benchmarks|docs|examples)/[\w./-]*\w/?)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    """Names in capitals, such as TOWER.py, stand for a file of the reader's own."""
+    named = {path for path in PATH.findall(page.read_text("utf-8")) if not re.search(r"[A-Z]{4,}\.", path)}
+    assert not {path for path in named if not (ROOT / path).exists()}
+
+
+def test_every_kind_of_code_from_outside_is_explained():
+    table = (DOCS / "extending.md").read_text("utf-8")
+    assert set(re.findall(r"`(dreamllm_jax\.\w+)` \|", table)) == {kind.group for kind in KINDS.values()}
 
 
 def test_the_site_builds(tmp_path):

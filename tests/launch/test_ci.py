@@ -51,7 +51,10 @@ def test_the_jobs_run_what_a_contributor_runs():
     for command in commands:
         program, *arguments = command.split()
         assert (ROOT / program).exists() and all((ROOT / path).exists() for path in arguments)
-    assert ".ci/run" in commands and jobs["checks"]["env"] == {"JAX_VERSION": "${{ matrix.jax }}"}
+    assert ".ci/run" in commands and jobs["checks"]["env"] == {
+        "JAX_VERSION": "${{ matrix.jax }}",
+        "DREAMLLM_TORCH": "${{ matrix.torch }}",
+    }
     assert '"jax[tpu]==$JAX_VERSION"' in RUN
 
 
@@ -70,3 +73,10 @@ def test_pre_commit_runs_what_ci_runs():
 def test_spelling():
     done = subprocess.run([sys.executable, "-m", "codespell_lib"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_one_job_compares_with_pytorch():
+    """Without `torch: "1"` the parity tests are skipped where pip knows only CUDA builds."""
+    include = WORKFLOW["jobs"]["checks"]["strategy"]["matrix"]["include"]
+    assert [job["python"] for job in include if "torch" in job and job["torch"] == "1"] == ["3.11"]
+    assert "import diffusers, torch" in RUN

@@ -79,7 +79,7 @@ def test_restarts(jobset):
 
 
 def test_what_was_asked_for_wrongly_is_not_started_again(jobset):
-    """The training ends with exit code 2 then: that Pod fails its Job for a reason that fails all."""
+    """Exit code 2 means an invalid recipe: the Pod fails its Job, and the JobSet is not restarted."""
     _, job, _, container = slice_of(jobset)
     (rule,) = job["podFailurePolicy"]["rules"]
     codes = {"containerName": container["name"], "operator": "In", "values": [2]}

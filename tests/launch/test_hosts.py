@@ -133,7 +133,7 @@ def test_a_job_that_saves_when_asked_to_end(cluster):
 
 
 def test_job_dry_run(cluster):
-    """what would be started, as a line of shell; nothing is."""
+    """A dry run prints the shell line that would be started, and starts nothing."""
     (cluster.home / "a.env").write_text("X=two words\n")
     words = ("start", "nap", "--env", "a.env", "--dry-run", "--", "echo", "it's")
     result = cluster.launch("job.sh", *words)

@@ -61,7 +61,7 @@ def test_runs_the_command_on_all_tasks(slurm, job, tmp_path):
 
 @pytest.mark.parametrize(("ends", "again"), [("exit 143", True), ("exit 0", False), ("", True)])
 def test_queued_again_when_its_time_is_over(slurm, job, ends, again, tmp_path):
-    """Unless the training was done after the notice; one that does not listen is not awaited for ever."""
+    """Requeues unless the training ended normally; a training that ignores SIGTERM is killed."""
     line = f"trap '{ends}' TERM; echo begun; while :; do sleep 0.1; done"
     script = [str(slurm.root / "launch" / "slurm.sbatch"), "--grace", "2", "--", "bash", "-c", line]
     path = {"PATH": f"{slurm.bin}:/usr/bin:/bin", "HOME": str(slurm.home)}

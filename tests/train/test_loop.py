@@ -171,7 +171,7 @@ def test_what_documents_lost_is_said(capsys):
     counts = {"documents": 9, "tokens": 100, "dropped_images": 2, "dropped_tokens": 0, "broken_images": 1}
     stage = build_recipe(RECIPE).stages[1]
     loop._print_dropped(stage, counts)
-    assert capsys.readouterr().out == "joint: in 9 documents 2 dropped images, 1 broken images\n"
+    assert capsys.readouterr().out == "joint: left out of 9 documents: 2 dropped images, 1 broken images\n"
     loop._print_dropped(stage, counts | {"dropped_images": 0, "broken_images": 0})
     assert capsys.readouterr().out == ""
 

@@ -29,7 +29,7 @@ def test_tars_are_indexed_in_the_work_folder_by_the_first_start_alone(tmp_path, 
     mapping = copy.deepcopy(RECIPE)
     data = mapping["stages"][1]["data"]
     del data["source"], data["source_options"]
-    data["sources"] = [dict(kind="pairs", path=f"{tmp_path}/{{0,1}}.tar")]
+    data["sources"] = [dict(format="pairs", path=f"{tmp_path}/{{0,1}}.tar")]
     mapping["stages"] = mapping["stages"][1:]
     for _ in range(2):
         with pytest.raises(Ready):

@@ -46,6 +46,17 @@ def test_a_kernel_that_the_devices_lack():
         check_recipe(recipe, recipe.stages, mesh, prepare_tokenizer(recipe))
 
 
+def test_a_sampler_that_is_unknown():
+    """Also for a model that draws nothing yet: the name is saved with it."""
+    recipe = load_recipe(str(HANDWRITING))
+    recipe = dataclasses.replace(recipe, generation=dataclasses.replace(recipe.generation, sampler="plms"))
+    mesh, tokenizer = make_mesh(recipe.mesh, jax.devices()[:1]), prepare_tokenizer(recipe)
+    blind = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, unet=None, vae=None))
+    for given in (recipe, blind):
+        with pytest.raises(ValueError, match="generation: Unknown sampler 'plms'; known: ddim, ddpm"):
+            check_recipe(given, [], mesh, tokenizer)
+
+
 def test_rows_and_vocabularies_that_do_not_fit(devices, monkeypatch):
     monkeypatch.setattr(recipe_checks, "check_source", lambda *_: None)
     recipe = load_recipe(str(CONFIGS / "llava15.py"))

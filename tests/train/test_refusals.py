@@ -85,7 +85,7 @@ UNFIT = {
     "no tokenizer": (changed("tokenizer", {}), None, "tokenizer: the recipe does not name one"),
     "no held-out files": (
         changed("hooks", dict(eval_every=1))
-        | {"stages": [{**STAGE, "data": dict(sources=[dict(kind="pairs", path=__file__)], batch_size=8)}]},
+        | {"stages": [{**STAGE, "data": dict(sources=[dict(format="pairs", path=__file__)], batch_size=8)}]},
         None,
         "hooks.eval_every needs held-out data, and the stage reads files",
     ),

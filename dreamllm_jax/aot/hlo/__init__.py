@@ -8,12 +8,10 @@ XLA promises no stable text format. What is read here was seen from XLA's CPU an
 
 - Text that the parser does not know (an instruction, a form of replica groups) is an error, never skipped.
 - A loop's trip count is what the compiler annotates, or the limit of a counter that is compared with a
-constant.
-  Other loops have none (`trip_count` returns None).
+  constant. Other loops have none (`trip_count` returns None).
 - Of a conditional all branches are listed; which one runs is not known.
 - Kernels (custom calls) are opaque. Their FLOPs and bytes are those that a Pallas kernel states itself;
-splash
-  attention, which states none, is recognized by its name.
+  splash attention, which states none, is recognized by its name.
 - Shapes are without the padding of tiles. Memory space S(1) and above is taken as on-chip memory.
 - Which part of the model an instruction belongs to is read from the operation names that JAX writes.
 """

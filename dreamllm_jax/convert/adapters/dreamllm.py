@@ -217,8 +217,9 @@ def _projector(options: Mapping, name: str, bias: bool) -> ProjectorConfig:
     if kind not in ("linear", "mlp", "conv", "sam"):
         raise ValueError(f"config.json: {name}.projector_type={kind!r} is not supported.")
     depth = _option(options, name, "projector_depth", 1)
-    # The reference's conv projector always has a bias, its SAM projector never.
-    return ProjectorConfig(kind=kind, depth=depth, bias={"conv": True, "sam": False}.get(kind, bias))
+    if kind in ("conv", "sam"):  # the reference's conv projector always has a bias, its SAM projector never
+        bias = kind == "conv"
+    return ProjectorConfig(kind=kind, depth=depth, bias=bias)
 
 
 def _option(options: Mapping, where: str, key: str, default: Any) -> Any:

@@ -125,7 +125,7 @@ def configs(
     """Returns the configs of the networks of `split`, from their shapes.
 
     Raises:
-      ValueError: SD 2 without `prediction_type`, in which alone its two kinds differ.
+      ValueError: `prediction_type` is not given for a Stable Diffusion 2, whose two kinds differ only in it.
     """
     unet, vae = parts["unet"], parts["vae"]
     levels = _count(unet, r"down_blocks\.(\d+)\.")

@@ -2,6 +2,11 @@
 
 A format of your own is one class in a module of yours, which a recipe names as `package.module:Class`:
 
+    import dataclasses
+
+    from dreamllm_jax.data.formats.base import Format
+    from dreamllm_jax.data.pieces import interleaved
+
     @dataclasses.dataclass(frozen=True)
     class LinesOptions:
         prefix: str = ""
@@ -19,7 +24,7 @@ A format of your own is one class in a module of yours, which a recipe names as 
         def document(self, number, rng):
             return interleaved([self.options.prefix + self.lines[number]], self.mode)
 
-    sources=[dict(kind="my_project.lines:Lines", path="data/*.txt", options=dict(prefix="> "))]
+    sources=[dict(format="my_project.lines:Lines", path="data/*.txt", options=dict(prefix="> "))]
 
 An installed package may register it under a short name, with the entry point group `dreamllm_jax.formats`.
 """
@@ -78,16 +83,17 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """The number of documents; broken ones count too."""
+        """Returns the number of documents; broken ones count too."""
 
     @abc.abstractmethod
     def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
-        """Document `number`, the same in every epoch but for what it takes from `rng`.
+        """Returns document `number`, the same in every epoch but for what it takes from `rng`.
 
-        Pictures may be given as bytes or paths: they are decoded later, by whoever needs them.
+        Pictures may be given as bytes or paths: the pipeline decodes them.
 
         Raises:
-          BrokenRecord: the record cannot be used; it is counted, and reading goes on.
+          BrokenRecord: the record cannot be used; it is counted, and reading goes on. Any other exception
+            ends the run.
         """
 
     @classmethod
@@ -97,22 +103,22 @@ class Format(abc.ABC):
 
     @classmethod
     def index_key(cls, options: Any) -> str | None:
-        """What of its options the format's index depends on; None: it keeps no index."""
+        """Returns a key of the options that the format's index depends on, or None if it keeps no index."""
         return None
 
     @classmethod
     def update_index(cls, paths: Sequence[Path], options: Any, file: Path) -> None:
-        """Writes the index of these paths to `file`, or brings it up to date; where `index_key` is not None.
+        """Writes or updates the index of these paths in `file`. Needed only if `index_key` returns a key.
 
         Raises:
           ValueError: a path cannot be read.
           OSError: `file` cannot be written.
         """
-        raise NotImplementedError(f"{cls.__name__} has an index_key; it needs update_index too.")
+        raise NotImplementedError(f"{cls.__name__} has index_key but not update_index; define both.")
 
 
 def conversation_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template of that name, tried on a conversation.
+    """Returns the template of that name, tried on a conversation.
 
     Raises:
       ValueError: the template is unknown, or it cannot write conversations to learn from.

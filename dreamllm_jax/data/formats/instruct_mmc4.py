@@ -46,7 +46,7 @@ class Instructions(Format):
         return len(self.records)
 
     def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
-        """Record `number` as a conversation; the answer is learned.
+        """Returns record `number` as a conversation; the answer is learned.
 
         Raises:
           BrokenRecord: a field is missing or malformed.

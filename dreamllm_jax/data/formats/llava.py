@@ -57,7 +57,7 @@ class Conversations(Format):
         return len(self.records)
 
     def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
-        """Conversation `number`; its answers are learned.
+        """Returns conversation `number`; its answers are learned.
 
         Raises:
           BrokenRecord: the turns do not alternate, a marker has no picture, or a field is missing.
@@ -71,7 +71,7 @@ class Conversations(Format):
             raise BrokenRecord(f"conversation {number} is left out: {error!r}.") from error
 
     def _pictures(self, record: dict[str, Any], markers: int) -> list[ImageLike]:
-        """A picture for each marker."""
+        """Returns a picture for each marker."""
         names = record["image"] if "image" in record else None
         if names is None or not markers:
             return []
@@ -83,7 +83,7 @@ class Conversations(Format):
 
 
 def _turns(record: dict[str, Any]) -> list[str]:
-    """The texts of user and assistant, alternating."""
+    """Returns the texts of user and assistant, alternating."""
     turns: list[str] = []
     for turn in record["conversations"]:
         role, value = turn["from"], turn["value"]

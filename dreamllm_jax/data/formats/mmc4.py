@@ -49,7 +49,7 @@ class Interleaved(Format):
         return len(self.records)
 
     def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
-        """Document `number`, all of it learned.
+        """Returns document `number`, all of it learned.
 
         Raises:
           BrokenRecord: a field is missing or malformed.
@@ -61,7 +61,7 @@ class Interleaved(Format):
 def read_document(
     record: dict[str, Any], number: int, images: Images, min_similarity: float | None
 ) -> list[str | ImageLike]:
-    """The text and pictures of an MMC4 record in reading order, pictures not yet decoded.
+    """Returns the text and pictures of an MMC4 record in reading order, pictures not yet decoded.
 
     Raises:
       BrokenRecord: a field is missing or malformed.
@@ -71,7 +71,7 @@ def read_document(
 
 
 def interleave(sentences: Sequence[str], pictures: Iterable[tuple[int, ImageLike]]) -> list[str | ImageLike]:
-    """Text and pictures in reading order: sentences joined by a space up to the next picture.
+    """Returns text and pictures in reading order: sentences joined by a space up to the next picture.
 
     `pictures` are in order, each with the index of the sentence that it follows.
 
@@ -90,7 +90,7 @@ def interleave(sentences: Sequence[str], pictures: Iterable[tuple[int, ImageLike
 def _fields(
     record: dict[str, Any], number: int, min_similarity: float | None
 ) -> tuple[list[str], list[tuple[int, str]]]:
-    """Sentences, and for each picture in order (index of the sentence it follows, name)."""
+    """Returns sentences, and for each picture in order (index of the sentence it follows, name)."""
     pictures = []
     try:
         sentences = [sentence.strip() for sentence in record["text_list"]]

@@ -35,7 +35,7 @@ class TarIndex(NamedTuple):
 
 
 def index_tars(paths: Sequence[Path], suffix: str, file: Path | None = None) -> list[TarIndex]:
-    """The pairs of a picture and a caption `suffix` in each tar, from the index `file` or from its headers.
+    """Returns each tar's pairs of a picture and a `suffix` file, from the index `file` or the tar's headers.
 
     An entry of `file` holds while the tar's path, size and time of change stay the same; `file` is not
     written here. A truncated tar is warned about when its headers are read.
@@ -65,7 +65,7 @@ def _name(path: Path) -> str:
 
 
 def _index(paths: Sequence[Path], suffix: str, known: dict[str, TarIndex]) -> dict[str, TarIndex]:
-    """The tars by name; known and unchanged ones are not read."""
+    """Returns the tars by name; known and unchanged ones are not read."""
     found, others = {}, []
     for path in paths:
         name, stat = _name(path), path.stat()
@@ -91,7 +91,7 @@ def _scan(path: Path, suffix: str) -> TarIndex:
 
 
 def _samples(path: Path) -> Iterator[dict[str, Member]]:
-    """Consecutive files with the same name up to the first dot, by what follows it."""
+    """Yields groups of consecutive files that share a key (the name up to the first dot), by suffix."""
     sample: dict[str, Member] = {}
     current = None
     for member in members(path):
@@ -107,7 +107,7 @@ def _samples(path: Path) -> Iterator[dict[str, Member]]:
 
 
 def _read(file: Path, suffix: str) -> dict[str, TarIndex]:
-    """The tars of an index file; empty if the file is missing, damaged or not such an index."""
+    """Returns the tars of an index file; empty if the file is missing, damaged or not such an index."""
     if not file.exists():
         return {}
     with open(file, "rb") as stream:

@@ -73,7 +73,7 @@ class Pairs(Format):
         return len(self._pairs)
 
     def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
-        """Pair `number`: the picture, then its caption, or the other way round, as the mode says.
+        """Returns pair `number`: the picture, then its caption, or the other way round, as the mode says.
 
         Raises:
           BrokenRecord: the caption is empty or cannot be read.

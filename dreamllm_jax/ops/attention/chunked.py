@@ -37,7 +37,7 @@ def chunked_attention(
     padding = -length % chunks
 
     def split(x: Array) -> Array:
-        """[#B, L, ...] -> [n, #B, L / n, ...]."""
+        """Splits the length: [#B, L, ...] -> [n, #B, L / n, ...]."""
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(len(x), -1, chunks, *x.shape[2:]), 2, 0)
 

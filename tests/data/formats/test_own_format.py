@@ -78,7 +78,7 @@ def register(folder):
 
 
 def data(folder, kind, **options):
-    source = {"kind": kind, "path": f"{folder}/*.txt", "options": options}
+    source = {"format": kind, "path": f"{folder}/*.txt", "options": options}
     return build(DataConfig, {"sources": [source], "batch_size": 1, "length": 32, "prefetch": 0})
 
 

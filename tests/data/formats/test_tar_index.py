@@ -157,8 +157,8 @@ def test_pairs_that_are_not_whole_are_told_every_time(tmp_path):
 def test_sources_of_a_config(tars, read, tmp_path):
     """Each has an index of its own, which the source is then opened with; other files are named."""
     sources = [
-        dict(kind="pairs", path=f"{tmp_path}/{{0..1}}.tar"),
-        dict(kind="pairs", path=f"{tmp_path}/2.tar", weight=2),
+        dict(format="pairs", path=f"{tmp_path}/{{0..1}}.tar"),
+        dict(format="pairs", path=f"{tmp_path}/2.tar", weight=2),
     ]
     config = build(DataConfig, dict(sources=sources, mode="creation"))
     folder = tmp_path / "index"
@@ -168,7 +168,7 @@ def test_sources_of_a_config(tars, read, tmp_path):
     assert [contents(r) for r in mixture.formats] == [right(0, 1, 2, 3), right(4, 5)] and read.total() == 3
     assert len(open_format(config.sources[0], "creation", WordTokenizer())) == 4 and read.total() == 5
     (tmp_path / "no.tar").write_bytes(b"<html>not found</html>")
-    wrong = build(DataConfig, dict(sources=[dict(kind="pairs", path=f"{tmp_path}/no.tar")]))
+    wrong = build(DataConfig, dict(sources=[dict(format="pairs", path=f"{tmp_path}/no.tar")]))
     with pytest.raises(ValueError, match="no.tar is not an uncompressed tar"):
         index_sources(wrong.sources, folder)
     assert sorted(files) == sorted(folder.iterdir())

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from dreamllm_jax.document import Document
-from examples.handwriting.picture import draw
+from examples.handwriting.picture import render
 
 
 def plain(color):
@@ -14,7 +14,7 @@ def plain(color):
 
 
 def pixels(documents):
-    return np.asarray(Image.open(io.BytesIO(draw(documents))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(render(documents))).convert("RGB"))
 
 
 def where(page, color):
