@@ -78,7 +78,7 @@ class Document:
         return f"Document({shown!r})"
 
     def to_html(self, scale: int = 1) -> str:
-        """Returns the document as an HTML fragment that contains its pictures, each pixel `scale` wide."""
+        """Returns the document as an HTML fragment that contains its images, each pixel `scale` wide."""
         return _template().module.fragment(self._shown(scale))
 
     def _repr_html_(self) -> str:
@@ -89,19 +89,19 @@ class Document:
         write_text(path, _template().render(parts=self._shown()) + "\n")
 
     def _shown(self, scale: int | None = None) -> list[str | dict]:
-        """Returns the parts as the template takes them; without `scale`, small pictures are enlarged."""
+        """Returns the parts as the template takes them; without `scale`, small images are enlarged."""
         smallest = min((min(p.size) for p in self.images), default=256)
         scale = max(1, 64 // smallest) if scale is None else scale
         return [p if isinstance(p, str) else _encoded(p, scale) for p in self.parts]
 
 
 def image_html(image: Image.Image, scale: int = 1) -> str:
-    """Returns an `<img>` element that contains the picture (PNG, base64), each pixel `scale` wide."""
+    """Returns an `<img>` element that contains the image (PNG, base64), each pixel `scale` wide."""
     return _template().module.image(_encoded(image, scale))
 
 
 def _encoded(image: Image.Image, scale: int) -> dict:
-    """Returns a picture as the template takes it: its size on the page, and its data."""
+    """Returns an image as the template takes it: its size on the page, and its data."""
     if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # PNG has no other modes
         image = image.convert("RGB")
     buffer = io.BytesIO()

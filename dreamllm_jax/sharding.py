@@ -19,8 +19,8 @@ Example: two parameters on a mesh of fsdp=2 x tensor=2 devices.
         rule          .../scale -> ()
         result        PartitionSpec(): a device holds all of it
 
-Image towers (CLIP, U-Net, VAE) have no long axis to shard, but many pictures. Their pictures are spread over
-all four mesh axes, as far as the number of pictures is divisible.
+Image towers (CLIP, U-Net, VAE) have no long axis to shard, but many images. Their images are spread over
+all four mesh axes, as far as the number of images is divisible.
 
 Nothing is replicated by accident. It is an error if a parameter matches no rule or rules with different axes,
 if no parameter uses a rule (the tests check this), or if the mesh axes do not divide a dimension.
@@ -175,8 +175,8 @@ def activation_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any)
     A mesh axis is skipped if an earlier dimension uses it, or if it does not divide what remains of the
     dimension.
 
-    Example: queries of a vision tower, [pictures, patches, heads, width], on a mesh of fsdp=2 x tensor=2.
-    "pictures" may use fsdp and tensor, "heads" may use tensor.
+    Example: queries of a vision tower, [images, patches, heads, width], on a mesh of fsdp=2 x tensor=2.
+    "images" may use fsdp and tensor, "heads" may use tensor.
 
         shape (4, 9, 2, 8)   (("fsdp", "tensor"), None, None, None)
         shape (2, 9, 2, 8)   (("fsdp",), None, ("tensor",), None)

@@ -208,7 +208,7 @@ def test_variants():
     assert load("stage2", ":/mnt/all").stages[0].data.sources[0].path == "/mnt/all/data/mmc4-core/*.jsonl"
     for arg, root in ((":released", "."), (":/mnt/all,released", "/mnt/all")):
         sources = load("stage3", arg).stages[0].data.sources
-        assert [s.kind for s in sources] == ["conversations", "pairs", "instructions"]
+        assert [s.format for s in sources] == ["conversations", "pairs", "instructions"]
         assert all(s.path.startswith(f"{root}/data/") for s in sources)
     assert load("llava15").model.num_patches == 576
     assert load("sdxl").model.unet.pooled_text_dim == 1280 and load("sdxl").model.latent_size == 128
@@ -232,7 +232,7 @@ def test_headers_tell_what_it_takes(path):
         (("model", "vison"), {}, "model: unknown key 'vison'. Did you mean 'vision'"),
         (("stages", 0, "optim", "learning_rat"), 1.0, r"stages\[0\].optim: unknown key 'learning_rat'"),
         (
-            ("stages", 0, "data", "sources", 0, "kind"),
+            ("stages", 0, "data", "sources", 0, "format"),
             "pear",
             r"sources\[0\]: Unknown format 'pear'; known: pairs;",
         ),

@@ -48,7 +48,7 @@ def test_the_handbook_has_every_case_within_its_bounds():
     for name, description in GOLDEN.items() | {(n, case.description) for n, case in CASES.items()}:
         cells = lines[description][:2] if name in GOLDEN else lines[description]
         output, gradient, bfloat16 = (*map(float, cells), 0.0)[:3]
-        assert output <= (1e-3 if name in GOLDEN else BOUNDS["output"]), name  # final latents and pictures
+        assert output <= (1e-3 if name in GOLDEN else BOUNDS["output"]), name  # final latents and images
         assert gradient <= BOUNDS["gradient"] and bfloat16 <= BOUNDS["bfloat16"], name
 
 

@@ -48,7 +48,7 @@ def prefill_flops(size: Size, rows: int) -> float:
 
 def image_flops(size: Size) -> float:
     """Returns the model FLOPs of the U-Net's steps with guidance; the VAE's decoder is not counted."""
-    return 2 * size.steps * forward_flops(size.model, 1, 1, 0, size.pictures)["unet"]
+    return 2 * size.steps * forward_flops(size.model, 1, 1, 0, size.num_images)["unet"]
 
 
 def flop_rate(flops: float, seconds: float) -> dict[str, float]:

@@ -21,12 +21,12 @@ from benchmarks.beside_torch.timing import Disagreement, Timing, Work, alternate
 #   loss: relative difference, in each of two steps
 #   logits: norm of the difference, divided by the norm
 #   tokens: share of tokens that differ
-#   picture: mean absolute difference of the bytes
+#   image: mean absolute difference of the bytes
 # In bfloat16 the two sides round differently. One different token changes all tokens after it, so tokens are
 # not compared.
 BOUNDS = {
-    "float32": {"loss": 1e-4, "logits": 1e-4, "tokens": 0.0, "picture": 0.1},
-    "bfloat16": {"loss": 2e-2, "logits": 5e-2, "tokens": 1.0, "picture": 16.0},
+    "float32": {"loss": 1e-4, "logits": 1e-4, "tokens": 0.0, "image": 0.1},
+    "bfloat16": {"loss": 2e-2, "logits": 5e-2, "tokens": 1.0, "image": 16.0},
 }
 STEPS_COMPARED = 2
 
@@ -193,30 +193,30 @@ def decode(session: Session) -> dict[str, dict[str, Any]]:
 
 
 def text_to_image(session: Session) -> dict[str, dict[str, Any]]:
-    """Times generating pictures from conditions: U-Net steps with guidance, then the VAE's decoder."""
+    """Times generating images from conditions: U-Net steps with guidance, then the VAE's decoder."""
     import torch
 
     our_side, their_side = _generators(session)
     size = session.size
-    contexts, null = their_side.condition(size.pictures)
-    noise = torch.tensor(ours.first_noise(size, size.pictures), device=session.torch_settings.device)
+    contexts, null = their_side.condition(size.num_images)
+    noise = torch.tensor(ours.first_noise(size, size.num_images), device=session.torch_settings.device)
     works = (
-        Work(lambda: our_side.draw(size.pictures)),
+        Work(lambda: our_side.draw(size.num_images)),
         Work(lambda: their_side.draw(contexts, null, noise)),
     )
     pictures: list[Any] = [work.run() for work in works]
-    name = f"text to image, {size.pictures} x {size.model.image_size} px, {size.steps} steps"
-    errors = session.check_agreement(name, {"picture": _mean_byte_difference(*pictures)})
+    name = f"text to image, {size.num_images} x {size.model.image_size} px, {size.steps} steps"
+    errors = session.check_agreement(name, {"image": _mean_byte_difference(*pictures)})
     for work in works:
         work.seconds()
     timing = alternate(*works, session.pairs)
     seconds = timing.summary()["ours_s"]
-    result = session.result(timing, errors, pictures_per_second=size.pictures / seconds)
+    result = session.result(timing, errors, images_per_second=size.num_images / seconds)
     return {name: result | bounds.flop_rate(bounds.image_flops(size), seconds)}
 
 
 def documents(session: Session) -> dict[str, dict[str, Any]]:
-    """Times a document: text, a picture that is generated and read back, and more text."""
+    """Times a document: text, an image that is generated and read back, and more text."""
     import torch
 
     our_side, their_side = _generators(session)
@@ -227,8 +227,8 @@ def documents(session: Session) -> dict[str, dict[str, Any]]:
     our_document, their_document = (work.run() for work in works)
     (first, picture, second), (their_first, their_picture, their_second) = our_document, their_document
     different = float(np.mean(np.concatenate([first != their_first, second != their_second])))
-    name = f"document: {size.new_tokens} tokens, a picture, {size.new_tokens} tokens"
-    errors = {"tokens": different, "picture": _mean_byte_difference(picture, their_picture)}
+    name = f"document: {size.new_tokens} tokens, an image, {size.new_tokens} tokens"
+    errors = {"tokens": different, "image": _mean_byte_difference(picture, their_picture)}
     errors = session.check_agreement(name, errors)
     for work in works:
         work.seconds()

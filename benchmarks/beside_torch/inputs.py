@@ -71,14 +71,14 @@ class Inputs:
 
     @functools.cached_property
     def training_batch(self) -> Batch:
-        """A batch of full rows with one document each: a picture to read, text, a picture to generate."""
+        """A batch of full rows with one document each: an image to read, text, an image to generate."""
         size, model = self.size, self.size.model
         assert model.vision is not None
         rows, patches, queries = size.rows, model.num_patches, model.num_dream_queries
         tokens = self.text_tokens(rows, size.length, seed=2)
         images, dreams = np.full_like(tokens, -1), np.full_like(tokens, -1)
         first, last = 2, size.length - queries - 2
-        assert first + patches + 1 < last, "size.length is too short for two pictures"
+        assert first + patches + 1 < last, "size.length is too short for two images"
         tokens[:, 0], tokens[:, 1], tokens[:, first + patches] = SPECIAL.bos, SPECIAL.im_start, SPECIAL.im_end
         tokens[:, first : first + patches] = SPECIAL.im_patch
         images[:, first : first + patches] = np.arange(patches)
@@ -95,13 +95,13 @@ class Inputs:
             dream_mask=np.ones((rows, 1), bool),
         )
 
-    def conditions(self, pictures: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns random U-Net contexts [pictures, Q, X], and that of the empty prompt [1, Q, X]."""
+    def conditions(self, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns random U-Net contexts [num_images, Q, X], and that of the empty prompt [1, Q, X]."""
         model = self.size.model
         assert model.unet is not None
         shape = (model.num_dream_queries, model.unet.cross_attention_dim)
         rng = np.random.default_rng(4)
-        return rng.standard_normal((pictures, *shape), np.float32), rng.standard_normal(
+        return rng.standard_normal((num_images, *shape), np.float32), rng.standard_normal(
             (1, *shape), np.float32
         )
 

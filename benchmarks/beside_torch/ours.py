@@ -68,7 +68,7 @@ class _TokenIdsOnly(Tokenizer):
 
 
 class Generator:
-    """Generates text, pictures and documents from the prompts and conditions of `inputs`."""
+    """Generates text, images and documents from the prompts and conditions of `inputs`."""
 
     def __init__(self, inputs: Inputs):
         size = inputs.size
@@ -103,9 +103,9 @@ class Generator:
         )
         return state, np.asarray(tokens)
 
-    def draw(self, pictures: int) -> np.ndarray:
-        """Generates pictures from the conditions of `inputs`, uint8 [pictures, h, w, 3]."""
-        contexts, null = self.inputs.conditions(pictures)
+    def draw(self, num_images: int) -> np.ndarray:
+        """Generates images from the conditions of `inputs`, uint8 [num_images, h, w, 3]."""
+        contexts, null = self.inputs.conditions(num_images)
         dtype = jnp.dtype(self.size.model.dtype)
         condition = (jnp.asarray(contexts, dtype), None)
         unconditional = (jnp.broadcast_to(jnp.asarray(null, dtype), contexts.shape), None)
@@ -113,14 +113,14 @@ class Generator:
             self.engine.params,
             condition,
             unconditional,
-            prompt_keys(0, pictures),
+            prompt_keys(0, num_images),
             self.size.generation,
             self.engine.module,
         )
         return np.asarray(images)
 
     def document(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Continues one prompt with text, a picture and more text, which can attend to the picture."""
+        """Continues one prompt with text, an image and more text, which can attend to the image."""
         tokens_after = 2 * self.size.new_tokens + image_block_length(self.engine)
         state, first = self.write(self.read(1, tokens_after), 1)
         null = (jnp.asarray(self.inputs.conditions(1)[1], self.size.model.dtype), None)
@@ -137,9 +137,9 @@ def _logits(params: dict, states: jax.Array, *, model: DreamLLMModule) -> jax.Ar
 
 
 def first_noise(size: Size, rows: int, lengths: int | None = None) -> np.ndarray:
-    """Returns the initial latents of each row's picture [rows, h, w, c].
+    """Returns the initial latents of each row's image [rows, h, w, c].
 
-    They depend on the row's PRNG key and, in a document, on the number of tokens before the picture:
+    They depend on the row's PRNG key and, in a document, on the number of tokens before the image:
     `lengths`.
     """
     keys = prompt_keys(0, rows)

@@ -21,11 +21,11 @@ class Size:
 
     Attributes:
       rows: The documents in a train step, one in each row.
-      length: The tokens in a row. Each document has one picture to read and one to generate.
+      length: The tokens in a row. Each document has one image to read and one to generate.
       prompt: The tokens in a prompt.
       new_tokens: The tokens that are decoded after it.
       batch: The batch size for prefill and decoding; they are also timed with one row.
-      pictures: The pictures that are generated in one batch.
+      num_images: The images that are generated in one batch.
       steps: The denoising steps.
       training: The stages whose train step is timed.
       optim: The optimizer of the train step.
@@ -40,7 +40,7 @@ class Size:
     prompt: int
     new_tokens: int
     batch: int
-    pictures: int
+    num_images: int
     steps: int
     training: tuple[Training, ...] = ("stage2",)
     optim: OptimConfig = OptimConfig()

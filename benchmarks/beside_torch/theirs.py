@@ -193,7 +193,7 @@ class DecodeState:
 
 
 class Generator:
-    """Generates text, pictures and documents from the prompts and conditions of `inputs`."""
+    """Generates text, images and documents from the prompts and conditions of `inputs`."""
 
     def __init__(self, inputs: Inputs, torch_settings: TorchSettings):
         self.size, self.inputs, self.torch_settings = inputs.size, inputs, torch_settings
@@ -239,7 +239,7 @@ class Generator:
 
     @torch.inference_mode()
     def draw(self, contexts: Tensor, null: Tensor, noise: Tensor) -> np.ndarray:
-        """Generates pictures from contexts [M, Q, X] and initial latents [M, h, w, c].
+        """Generates images from contexts [M, Q, X] and initial latents [M, h, w, c].
 
         Runs DDIM with classifier-free guidance, then the VAE's decoder.
         """
@@ -260,7 +260,7 @@ class Generator:
 
     @torch.inference_mode()
     def document(self, forbidden: Tensor, noise: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Continues one prompt with text, a picture and more text, which can attend to the picture."""
+        """Continues one prompt with text, an image and more text, which can attend to the image."""
         model, towers, device = self.size.model, self.towers, self.torch_settings.device
         assert model.vision is not None
         tokens_after = 2 * self.size.new_tokens + model.num_dream_queries + 2 + model.num_patches + 2
@@ -285,10 +285,10 @@ class Generator:
         model = self.towers.llama.model
         return model(inputs_embeds=embeds, past_key_values=state.cache, use_cache=True).last_hidden_state
 
-    def condition(self, pictures: int) -> tuple[Tensor, Tensor]:
-        """Returns the contexts of `pictures` pictures, and that of the empty prompt."""
+    def condition(self, num_images: int) -> tuple[Tensor, Tensor]:
+        """Returns the contexts of `num_images` images, and that of the empty prompt."""
         device, dtype = self.torch_settings.device, self.towers.dtype
-        contexts, null = (torch.tensor(x, device=device) for x in self.inputs.conditions(pictures))
+        contexts, null = (torch.tensor(x, device=device) for x in self.inputs.conditions(num_images))
         return contexts.to(dtype), null.to(dtype)
 
     def synchronize(self) -> None:

@@ -25,7 +25,7 @@ from dreamllm_jax.parity.folder import compare_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = {
-    name: f"the reference's step, tokens and picture: `tests/golden/{name}`"
+    name: f"the reference's step, tokens and image: `tests/golden/{name}`"
     for name in ("dreamllm-a", "dreamllm-b")
 }
 

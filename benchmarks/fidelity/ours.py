@@ -54,7 +54,7 @@ def clip(module: DreamLLMModule, x: dict[str, jax.Array]) -> dict[str, jax.Array
 
 
 def llava(module: DreamLLMModule, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the logits of one row whose image tokens are replaced by a picture."""
+    """Returns the logits of one row whose image tokens are replaced by an image."""
     tokens = x["tokens"].astype(jnp.int32)
     is_image = tokens == 31999
     unused, ones = jnp.full_like(tokens, -1), jnp.ones_like(tokens)
@@ -75,7 +75,7 @@ def llava(module: DreamLLMModule, x: dict[str, jax.Array]) -> dict[str, jax.Arra
 
 
 def unet(module: DreamLLMModule, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the U-Net's prediction, the VAE's moments and a decoded picture."""
+    """Returns the U-Net's prediction, the VAE's moments and a decoded image."""
     added = {name: x[name] for name in ("text_embeds", "time_ids") if name in x} or None
     steps = jnp.asarray([500], jnp.int32)
     return {

@@ -107,7 +107,7 @@ def clip(case: Case, source: Path) -> Arrays:
 
 
 def llava(case: Case, source: Path) -> Arrays:
-    """Records the logits of a prompt with a picture, and the gradient with respect to the pixels."""
+    """Records the logits of a prompt with an image, and the gradient with respect to the pixels."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(

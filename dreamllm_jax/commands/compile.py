@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--topology", required=True, help="e.g. v5p:4x4x4, v5e:16x16, or v5p:4x4x4*2 for two slices")
     add("--stage", help="a stage of the recipe (default: its first)")
     add("--program", choices=PROGRAMS, default="train", help="default: train")
-    add("--batch-size", type=int, default=8, help="prompts or pictures in a generation program (default: 8)")
+    add("--batch-size", type=int, default=8, help="prompts or images in a generation program (default: 8)")
     add(
         "--effort",
         choices=EFFORTS,

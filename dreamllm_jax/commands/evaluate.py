@@ -54,7 +54,7 @@ COMMAND = Command(
     summary="measure a model's losses on held-out batches",
     description="Computes the losses of a model on N batches of a stage's data, with another seed than\n"
     "training's: next-token loss, perplexity and token accuracy of the supervised tokens, and\n"
-    "the denoising loss of the pictures. It runs on the recipe's mesh, with several processes if\n"
+    "the denoising loss of the images. It runs on the recipe's mesh, with several processes if\n"
     "there are any, and prints JSON. For a stage that reads files, name held-out files in\n"
     "hooks.validation.\n\n"
     "--config.KEY=VALUE changes any setting of the recipe: --config.seed=1.",

@@ -1,4 +1,4 @@
-"""`dreamllm generate`: continues prompts with documents, pictures or text, and writes them to files."""
+"""`dreamllm generate`: continues prompts with documents, images or text, and writes them to files."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=[],
             metavar="FILE",
             dest="images",
-            help="show this picture before each prompt; may be repeated",
+            help="show this image before each prompt; may be repeated",
         ),
         FILES,
     )
     kinds = parser.add_mutually_exclusive_group()
     for kind, words in (
-        ("document", "generate text with pictures, written to --out as HTML"),
-        ("images", "generate pictures, written to --out as PNG"),
+        ("document", "generate text with images, written to --out as HTML"),
+        ("images", "generate images, written to --out as PNG"),
         ("text", "generate text, printed, and written to --out if that is given"),
     ):
         kinds.add_argument(f"--{kind}", action="store_const", const=kind, dest="kind", help=words)
@@ -81,8 +81,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         ("max_new_tokens", int, "tokens of text, at most"),
         ("temperature", float, "sampling temperature of text; 0 always takes the most probable token"),
         ("top_p", float, "nucleus sampling: share of the probability that is sampled from"),
-        ("max_images", int, "pictures in a document, at most"),
-        ("num_images_per_prompt", int, "pictures of each prompt, with --images"),
+        ("max_images", int, "images in a document, at most"),
+        ("num_images_per_prompt", int, "images of each prompt, with --images"),
         ("sampler", str, f"{', '.join(known_names('sampler'))}, or package.module:function"),
         ("num_inference_steps", int, "denoising steps"),
         ("guidance_scale", float, "strength of classifier-free guidance; 1 turns it off"),
@@ -153,7 +153,7 @@ def _prompts(options: argparse.Namespace) -> list[Document]:
         try:
             pictures.append(Image.open(path).convert("RGB"))
         except UnidentifiedImageError as error:
-            raise ValueError(f"--image={path} is not a picture that Pillow can read.") from error
+            raise ValueError(f"--image={path} is not an image that Pillow can read.") from error
         except FileNotFoundError as error:
             raise ValueError(f"--image={path}: the file does not exist.") from error
     return [Document([*pictures, prompt]) for prompt in options.prompts]
@@ -177,7 +177,7 @@ def _mesh(text: str | None) -> Mesh | None:
 
 
 def _generate(model: DreamLLM, kind: str, prompts: list[Document], settings: dict[str, Any]) -> list[Any]:
-    """Returns strings, pictures or documents, in the prompts' order."""
+    """Returns strings, images or documents, in the prompts' order."""
     if kind == "text":
         return model.generate_text(prompts, **settings)
     if kind == "images":
@@ -206,13 +206,13 @@ def _write(results: list[Any], out: Path | None) -> list[str]:
 
 COMMAND = Command(
     name="generate",
-    summary="continue prompts with documents, pictures or text",
-    description="Continues each PROMPT with a document, with pictures or with text. Without --document,\n"
+    summary="continue prompts with documents, images or text",
+    description="Continues each PROMPT with a document, with images or with text. Without --document,\n"
     "--images and --text the suffix of --out decides; without --out, text is printed.",
     examples=(
         'stages/3_stage3/model "Write three plus four." --out sum.html',
         'stages/3_stage3/model "Draw a seven." --out seven.png --num-images-per-prompt 4 --seed 1',
-        'models/dreamllm-7b "What is in this picture?" --image cat.jpg --max-new-tokens 64',
+        'models/dreamllm-7b "What is in this image?" --image cat.jpg --max-new-tokens 64',
         'models/dreamllm-7b "A recipe for pancakes." --out recipe.html --dtype bfloat16 --mesh fsdp=4',
     ),
     add_arguments=add_arguments,

@@ -101,7 +101,7 @@ def _convert_union(args: tuple, value: Any, where: str, saved: bool) -> Any:
         return None
     classes = [arg for arg in args if dataclasses.is_dataclass(arg)]
     if len(classes) > 1 and not isinstance(value, tuple(typing.cast(list[type], classes))):
-        return build(_class_of_kind(classes, value, where), value, where, saved)
+        return build(_class_of_kind(classes, value, where, saved), value, where, saved)
     errors = []
     for arg in args:
         if arg is type(None):
@@ -113,11 +113,12 @@ def _convert_union(args: tuple, value: Any, where: str, saved: bool) -> Any:
     raise ValueError(errors[0] if len(errors) == 1 else " Or: ".join(errors))
 
 
-def _class_of_kind(classes: list[Any], value: Any, where: str) -> Any:
+def _class_of_kind(classes: list[Any], value: Any, where: str, saved: bool) -> Any:
     """Returns the class that `value["kind"]` names, of a field that may hold several dataclasses.
 
     Fields alone do not tell: a mapping that one class was written to may also build another. Each of the
-    classes therefore has a field such as `kind: Literal["siglip"] = "siglip"`.
+    classes therefore has a field such as `kind: Literal["siglip"] = "siglip"`. A saved mapping without it is
+    of the first class: it was written when that was the only one.
     """
     kinds = {}
     for cls in classes:
@@ -129,7 +130,9 @@ def _class_of_kind(classes: list[Any], value: Any, where: str) -> Any:
                 f'class one such as kind: Literal["name"] = "name".'
             )
         kinds |= dict.fromkeys(typing.get_args(hint), cls)
-    kind = value.get("kind") if hasattr(value, "get") else None
+    kind = value["kind"] if hasattr(value, "items") and "kind" in value else None
+    if kind is None and saved:
+        return classes[0]
     if kind not in kinds:
         raise ValueError(f"{where}.kind: got {kind!r}; expected one of {', '.join(map(repr, kinds))}.")
     return kinds[kind]

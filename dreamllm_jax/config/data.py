@@ -16,8 +16,8 @@ class SourceConfig:
     `package.module:Class` (see `config.registry`). The package's formats:
 
       pairs          webdataset tars of image and caption
-      interleaved    MMC4's jsonl (or json lists), with the pictures of its documents
-      conversations  LLaVA's json (or jsonl), with its pictures
+      interleaved    MMC4's jsonl (or json lists), with the images of its documents
+      conversations  LLaVA's json (or jsonl), with its images
       instructions   InstructMMC4's json (or jsonl): an instruction, answered by an interleaved document
 
     `path` may have globs and ranges (`{00000..00041}.tar`, `{a,b}`); a relative one counts from the current
@@ -43,7 +43,7 @@ class DataConfig:
     (`package.module:Class`, see `config.registry`) with its own `source_options`.
 
     A batch has `batch_size` rows of `length` tokens, over all hosts. `max_images` and `max_dreams` are the
-    budgets of one row; condition dropout takes one of its dreams. `mode` says whether pictures are seen,
+    budgets of one row; condition dropout takes one of its dreams. `mode` says whether images are seen,
     dreamed or both. Up to `lookahead` documents wait for a row where they fit. A thread makes `prefetch`
     batches ahead (0: none, no thread).
     """

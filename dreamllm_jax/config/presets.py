@@ -87,7 +87,7 @@ class ImageDecoder:
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures that it was trained on, in pixels."""
+        """Height and width of the images that it was trained on, in pixels."""
         return self.vae.sample_size
 
 

@@ -1,6 +1,6 @@
-"""Pictures by name, from a folder or from zips and tars, without unpacking them.
+"""Images by name, from a folder or from zips and tars, without unpacking them.
 
-Opening an archive reads its index; a picture is then one seek and one read away.
+Opening an archive reads its index; an image is then one seek and one read away.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Member(NamedTuple):
 
 @runtime_checkable
 class Images(Protocol):
-    """Pictures by name."""
+    """Images by name."""
 
     def find(self, name: str) -> bytes | Path:
         """Returns the file's bytes or its path; empty bytes (a broken image) if the file does not exist."""
@@ -105,7 +105,7 @@ def read_member(path: Path, member: Member) -> bytes:
 
 
 def open_images(paths: Sequence[Path]) -> Images:
-    """Opens a folder of pictures, or zips and tars of them.
+    """Opens a folder of images, or zips and tars of them.
 
     Raises:
       ValueError: several folders are given, or a file is not a zip or tar.
@@ -120,7 +120,7 @@ def open_images(paths: Sequence[Path]) -> Images:
 
 
 class ImageFolder:
-    """Pictures in a folder and its subfolders, by their path within it."""
+    """Images in a folder and its subfolders, by their path within it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -129,13 +129,13 @@ class ImageFolder:
         path = self.folder / name.lstrip("/")
         if path.is_file():
             return path
-        # Downloaders may save a picture under another suffix than the one in the record.
+        # Downloaders may save an image under another suffix than the one in the record.
         others = (path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)
         return next((other for other in others if other.is_file()), path)
 
 
 class ImageArchives:
-    """Pictures in zips and tars, by their path within the archive, or else by their name without suffix."""
+    """Images in zips and tars, by their path within the archive, or else by their name without suffix."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)

@@ -1,10 +1,10 @@
 """Conversations as pieces, through a chat template in Jinja: the tokenizer's own, or one of `templates/`.
 
 transformers renders the template; a control token's name in a message stays text (see `chat_rendering`).
-Pictures keep their places in the message. The model learns the answers, each with the token that
+Images keep their places in the message. The model learns the answers, each with the token that
 closes it.
 
-In:    turns of text and pictures.
+In:    turns of text and images.
 Out:   the pieces of a document.
 Never: encodes text.
 """
@@ -53,7 +53,7 @@ class ChatTemplate:
         """Returns the pieces of alternating turns of user and assistant.
 
         Raises:
-          ValueError: the template fails, loses a picture, or does not show what the assistant writes.
+          ValueError: the template fails, loses an image, or does not show what the assistant writes.
         """
         guard, messages = self._guarded(turns)
         if _GENERATION.search(self.source):
@@ -68,7 +68,7 @@ class ChatTemplate:
         """Returns the pieces of a conversation up to where the assistant answers the first question.
 
         Raises:
-          ValueError: the template fails, or loses a picture.
+          ValueError: the template fails, or loses an image.
         """
         guard, messages = self._guarded([said])
         return self._pieces(guard, self._render(messages, guard, prompt=True)[0], [])
@@ -129,7 +129,7 @@ class ChatTemplate:
 
     def _pieces(self, guard: Guard, rendered: str, learned: list[tuple[int, int]]) -> list[Piece]:
         if guard.lost(rendered):
-            raise self._unusable("it loses or repeats a picture")
+            raise self._unusable("it loses or repeats an image")
         bos = self.variables["bos_token"] if "bos_token" in self.variables else None
         return guard.pieces(rendered, learned, bos, self.variables["eos_token"])
 
@@ -215,9 +215,9 @@ def conversation(
 ) -> list[Piece]:
     """Returns alternating user and assistant turns as pieces; answers and their closing tokens are learned.
 
-    A turn is a string, where `<image>` stands for a picture to see and `<dream>` for one to dream
+    A turn is a string, where `<image>` stands for an image to see and `<dream>` for one to dream
     and then see, taken from `images` in order; or a sequence of strings (plain text, no markers)
-    and pictures. Encode the result with any `eos`: it ends as the template says.
+    and images. Encode the result with any `eos`: it ends as the template says.
 
     Raises:
       ValueError: an odd number of turns, an unknown template or one that cannot be learned from,

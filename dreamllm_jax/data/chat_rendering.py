@@ -1,7 +1,7 @@
 """Renders chat templates with transformers, and splits the result into pieces.
 
 Messages are escaped before they are rendered. Private-use characters that do not occur in the conversation
-enclose every typed name of a control token, and stand for pictures. In the template's output, a name without
+enclose every typed name of a control token, and stand for images. In the template's output, a name without
 such marks is therefore a real control token:
 
     said      Stop at </s>
@@ -62,7 +62,7 @@ def render(
 
 
 class Guard:
-    """Escapes typed control tokens and pictures in one conversation.
+    """Escapes typed control tokens and images in one conversation.
 
     `chunk` is a character that our own templates may write: the text after it is encoded as a chunk of its
     own, so that the tokenizer puts the space before it.
@@ -97,7 +97,7 @@ class Guard:
         return before + self._seam * begins + bare + self._seam * ends + after
 
     def picture(self, picture: Piece) -> str:
-        """Returns the character that stands for a picture, or for another piece that is not plain text."""
+        """Returns the character that stands for an image, or for another piece that is not plain text."""
         mark = next(self._free)
         self._pictures[mark] = picture
         return mark
@@ -107,7 +107,7 @@ class Guard:
         return (match for match in self._special.finditer(rendered, start) if match["control"])
 
     def lost(self, rendered: str) -> bool:
-        """Returns whether the rendered text lacks a picture or repeats one."""
+        """Returns whether the rendered text lacks an image or repeats one."""
         return any(rendered.count(mark) != 1 for mark in self._pictures)
 
     def pieces(self, rendered: str, learned: Spans, bos: str | None, eos: str) -> list[Piece]:
@@ -155,7 +155,7 @@ def _ends(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], str]:
 
 
 class _Pieces:
-    """Pieces as they are read: tokens and pictures, and between them chunks of text in learned runs."""
+    """Pieces as they are read: tokens and images, and between them chunks of text in learned runs."""
 
     def __init__(self, learned: Spans):
         self.learned, self.pieces = learned, []
@@ -176,7 +176,7 @@ class _Pieces:
                 self.runs.append((run, self.is_learned(at + start)))
 
     def token(self, token: Piece, left: bool = False, right: bool = False) -> None:
-        """Appends a token or a picture; `left` and `right` strip the spaces before and after it."""
+        """Appends a token or an image; `left` and `right` strip the spaces before and after it."""
         while left and self.runs:
             text, learned = self.runs.pop()
             if text.rstrip():

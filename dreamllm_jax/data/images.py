@@ -1,4 +1,4 @@
-"""Pictures from files and PIL to uint8 arrays, in the geometry that each tower was trained on.
+"""Images from files and PIL to uint8 arrays, in the geometry that each tower was trained on.
 
 Normalization happens on the device: uint8 travels there.
 """
@@ -16,7 +16,7 @@ ImageLike = Image.Image | np.ndarray | bytes | str | Path
 
 
 def to_vision(image: ImageLike, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Returns a picture in CLIP's geometry: shortest edge resized to `size` (bicubic), centre crop.
+    """Returns an image in CLIP's geometry: shortest edge resized to `size` (bicubic), centre crop.
 
     Raises:
       ValueError: the image cannot be read; the message names it.
@@ -29,10 +29,10 @@ def to_vision(image: ImageLike, size: int) -> UInt8[np.ndarray, "size size 3"]:
 def to_diffusion(
     image: ImageLike, size: int
 ) -> tuple[UInt8[np.ndarray, "size size 3"], Int[np.ndarray, "6"]]:
-    """Returns a picture in the decoder's geometry: shortest edge resized to `size` (bilinear), centre crop.
+    """Returns an image in the decoder's geometry: shortest edge resized to `size` (bilinear), centre crop.
 
     Returns:
-      The picture, and SDXL's size conditions of it in pixels: original height and width (before
+      The image, and SDXL's size conditions of it in pixels: original height and width (before
       resizing), top and left of the crop (after resizing), target height and width.
 
     Raises:
@@ -46,7 +46,7 @@ def to_diffusion(
 
 
 def to_rgb(image: ImageLike) -> Image.Image:
-    """Opens a picture and converts it to RGB, with EXIF orientation applied, on white if it is transparent.
+    """Opens an image and converts it to RGB, with EXIF orientation applied, on white if it is transparent.
 
     Raises:
       ValueError: the image cannot be read; the message names it.
@@ -70,7 +70,7 @@ def to_rgb(image: ImageLike) -> Image.Image:
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
     except Exception as error:  # decoders of broken files raise errors of many types
-        raise ValueError(f"Cannot read {name}: {error}. A complete, undamaged picture is needed.") from error
+        raise ValueError(f"Cannot read {name}: {error}. A complete, undamaged image is needed.") from error
 
 
 def _name(image: ImageLike) -> str:

@@ -45,7 +45,7 @@ COUNTS = (
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """The static shape of a row and of its pictures.
+    """The static shape of a row and of its images.
 
     `image_size` and `dream_size` are in pixels; None means that the model has no such tower. With
     `null_dream` the row ends with a segment `<s><dream_start> Q <dream_end>`, which takes the last dream.
@@ -210,7 +210,7 @@ def pack_rows(
 def assemble_batch(
     rows: Sequence[Sequence[EncodedDocument]], layout: RowLayout, special: SpecialTokens
 ) -> Batch:
-    """Writes rows of documents into the arrays of a Batch, with pictures at the towers' sizes."""
+    """Writes rows of documents into the arrays of a Batch, with images at the towers' sizes."""
     batch = empty_batch(len(rows), layout, special.pad)
     null = _null_sequence(layout.num_queries, special)
     for b, row in enumerate(rows):
@@ -290,5 +290,5 @@ def _null_sequence(num_queries: int, special: SpecialTokens) -> EncodedDocument:
     dream_slots = np.full(n, -1, np.int32)
     dream_slots[2 : 2 + num_queries] = np.arange(num_queries)
     blank = np.full(n, -1, np.int32)
-    # Its dream has no picture to learn: its condition only replaces the dropped conditions of other dreams.
+    # Its dream has no image to learn: its condition only replaces the dropped conditions of other dreams.
     return EncodedDocument(np.array(tokens, np.int32), np.zeros(n, bool), blank, dream_slots, dreams=(b"",))

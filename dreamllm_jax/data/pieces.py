@@ -26,7 +26,7 @@ class Text:
     """Plain text.
 
     A `shrinkable` text is cut to make room for what follows it in the document. Text that `continues` follows
-    a picture or `</s>` within one string, as in a conversation. Text that is `glued` is encoded together with
+    an image or `</s>` within one string, as in a conversation. Text that is `glued` is encoded together with
     the `Text` before it, as one string; a token that covers characters of both is learned if either is.
     """
 
@@ -39,7 +39,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture that the model sees, dreams, or both; `supervised`: learn its `<dream_start>`."""
+    """An image that the model sees, dreams, or both; `supervised`: learn its `<dream_start>`."""
 
     image: ImageLike
     seen: bool
@@ -52,10 +52,10 @@ class Picture:
 
 
 class TokenPicture(abc.ABC):
-    """A picture written in tokens: laid out as a `Picture`, with tokens in the slots and no image.
+    """An image written in tokens: laid out as a `Picture`, with tokens in the slots and no image.
 
-    A subclass says which tokens. The model learns the layout of pictures from it, and whatever the tokens
-    say, without a vision tower or an image decoder: `examples/handwriting` writes a picture's content in
+    A subclass says which tokens. The model learns the layout of images from it, and whatever the tokens
+    say, without a vision tower or an image decoder: `examples/handwriting` writes an image's content in
     words, so that the language model learns what its dream queries will have to express.
     """
 
@@ -125,7 +125,7 @@ Piece = Text | Picture | TokenPicture | UnslottedImage | End | Begin | ControlTo
 
 
 def part_to_piece(part: str | ImageLike | Piece) -> Piece:
-    """Returns a part of a prompt as a piece: text, or a picture that is seen; neither is learned."""
+    """Returns a part of a prompt as a piece: text, or an image that is seen; neither is learned."""
     if isinstance(part, Piece):
         return part
     if isinstance(part, str):
@@ -169,7 +169,7 @@ def pair(image: ImageLike, caption: str, mode: str, rng: np.random.Generator | N
 
 
 def interleaved(parts: Iterable[str | ImageLike | Piece], mode: str) -> list[Piece]:
-    """Returns an interleaved document as pieces: strings and pictures in reading order, all of it learned.
+    """Returns an interleaved document as pieces: strings and images in reading order, all of it learned.
 
     Strings are stripped, and empty ones left out. A piece among the parts is taken as it is in any mode.
 

@@ -9,7 +9,7 @@ and 5 does not fit, the state of row 1 is {"next": 3, "waiting": [1], ...}. Its 
 is read next, and number 1 (index 5) waits.
 
 No grain loader runs here. Its packing has no image budgets, its state belongs to a worker, and its worker
-processes would have to send pictures to one another. One thread ahead of the device is enough for work of a
+processes would have to send images to one another. One thread ahead of the device is enough for work of a
 few milliseconds. Sources over files (`mixture`) take their order from grain's random-access datasets.
 """
 
@@ -125,7 +125,7 @@ class BatchStream(Iterator[Batch]):
     def load_state(self, state: dict) -> None:
         """Restores a `state_dict()`: the next batch is the one that followed it.
 
-        Rows that the state lacks are packed again from their beginning, without decoding pictures.
+        Rows that the state lacks are packed again from their beginning, without decoding images.
         """
         self.close()
         self._ahead = False
@@ -160,7 +160,7 @@ class BatchStream(Iterator[Batch]):
         return {"step": self._step, "rows": {str(r): s.state() for r, s in self._streams.items()}}
 
     def _read(self, row: int, number: int) -> EncodedDocument:
-        """Returns document `number` of a row, always the same, without pictures that cannot be read."""
+        """Returns document `number` of a row, always the same, without images that cannot be read."""
         rng, broken_documents = self._generators.at(row, number), 0
         try:
             document = self._source.document(rng, number * self._batch_size + row)
@@ -217,7 +217,7 @@ class _DocumentGenerator:
 
 
 def _readable(pieces: Sequence[Piece]) -> tuple[list[Piece], int]:
-    """Returns the pieces with opened pictures, and the number of broken ones, which are left out."""
+    """Returns the pieces with opened images, and the number of broken ones, which are left out."""
     readable: list[Piece] = []
     for piece in pieces:
         if isinstance(piece, Picture | UnslottedImage) and not isinstance(piece.image, np.ndarray):

@@ -1,16 +1,16 @@
 """Documents to tokens: which token is at which position, and which of them the model learns to write.
 
-With P patches per image and Q dream queries, a picture becomes
+With P patches per image and Q dream queries, an image becomes
 
     seen              <im_start> P*<im_patch> <im_end>
     dreamed           <dream_start> Q*<im_patch> <dream_end>
     dreamed and seen  the first, then the second
 
 Query slots have the id of `<im_patch>`; the learned queries replace their embeddings. A `TokenPicture` has
-the same layout, with tokens in the slots and no image. Text and `</s>` are learned. Of a picture's markers
+the same layout, with tokens in the slots and no image. Text and `</s>` are learned. Of an image's markers
 only `<dream_start>` is: the model decides when to draw.
 
-Example: "one", a picture that is dreamed and seen, and "two", with P = Q = 2 (`.` is -1, or not learned):
+Example: "one", an image that is dreamed and seen, and "two", with P = Q = 2 (`.` is -1, or not learned):
 
     tokens       <s> one <dream_start> patch patch <dream_end> <im_start> patch patch <im_end> two </s>
     supervised    .   x        x         .     .        .          .        .     .      .      x   x
@@ -183,7 +183,7 @@ def encode_pieces(
 ) -> EncodedDocument:
     """Encodes `<s>`, the pieces, and with `eos` (unless the pieces end with `End`) `</s>`.
 
-    A document ends where something does not fit. Text is cut after the last token that fits. A picture that
+    A document ends where something does not fit. Text is cut after the last token that fits. An image that
     does not fit `max_length`, `max_images` or `max_dreams` is left out entirely. Whatever follows is left
     out, too. A document cut short has a `</s>`, but it is not learned, since the document did not end there.
     Otherwise the closing `</s>` is learned if the last piece is. A `Begin` at the start and an `End` at the
@@ -287,13 +287,13 @@ def encode_prompt(
     max_images: int | None = None,
     template: str | None = None,
 ) -> EncodedDocument:
-    """Encodes a prompt to continue: `<s>`, then text and pictures in order, without `</s>`.
+    """Encodes a prompt to continue: `<s>`, then text and images in order, without `</s>`.
 
-    Pictures are seen, not dreamed. With a conversation `template` the prompt is the user's turn, and begins
+    Images are seen, not dreamed. With a conversation `template` the prompt is the user's turn, and begins
     as the template says. Strings are always plain text.
 
     Raises:
-      ValueError: there are more tokens than `max_length` or more pictures than `max_images`, or the template
+      ValueError: there are more tokens than `max_length` or more images than `max_images`, or the template
         cannot be used.
     """
     parts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -310,11 +310,11 @@ def encode_prompt(
             writer.piece(chunk[0])
     if max_images is not None and len(writer.images) > max_images:
         raise ValueError(
-            f"The prompt has {len(writer.images)} pictures; at most {max_images} fit. Use fewer pictures."
+            f"The prompt has {len(writer.images)} images; at most {max_images} fit. Use fewer images."
         )
     if len(writer.tokens) > max_length:
         raise ValueError(
             f"The prompt has {len(writer.tokens)} tokens ({num_patches + 2} of them for each of its "
-            f"{len(writer.images)} pictures); at most {max_length} fit. Shorten it."
+            f"{len(writer.images)} images); at most {max_length} fit. Shorten it."
         )
     return writer.sequence()

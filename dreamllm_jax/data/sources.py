@@ -19,8 +19,8 @@ A source of your own is a class that a recipe names as `package.module:Class`:
             self.options, self.size = options, context.picture_size
 
         def document(self, rng, index):
-            picture = rng.integers(0, 256, (self.size, self.size, 3), np.uint8)
-            return pair(picture, self.options.caption, "comprehension")
+            image = rng.integers(0, 256, (self.size, self.size, 3), np.uint8)
+            return pair(image, self.options.caption, "comprehension")
 
     data=dict(source="my_project.noise:Noise", source_options=dict(caption="grey noise"), ...)
 
@@ -47,8 +47,8 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 class SourceContext:
     """What a stage tells its source.
 
-    `mode` says whether pictures are seen, dreamed or both. `picture_size` is the size in pixels of the
-    largest pictures that the model takes: an array [picture_size, picture_size, 3] of uint8 is used as it is.
+    `mode` says whether images are seen, dreamed or both. `picture_size` is the size in pixels of the
+    largest images that the model takes: an array [picture_size, picture_size, 3] of uint8 is used as it is.
     """
 
     mode: str

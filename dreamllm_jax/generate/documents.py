@@ -95,7 +95,7 @@ def draw_and_append(
     settings: GenerationConfig,
     unconditional: UnconditionalState | None,
 ) -> tuple[DecodeState, dict[int, np.ndarray]]:
-    """Draws one picture in each active row and appends it there. Returns the pictures by row."""
+    """Draws one image in each active row and appends it there. Returns the images by row."""
     special = engine.tokenizer.special
     row_keys = jax.vmap(jax.random.fold_in)(keys, state.cache.lengths)
     mask = jnp.asarray(active)

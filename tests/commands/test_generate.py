@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """A tiny model, saved, that begins a picture more often than anything else."""
+    """A tiny model, saved, that begins an image more often than anything else."""
     params = tiny.random_params(tiny.config())
     params["llama/embed_tokens/embedding"][:, 0] = 4.0
     params["llama/lm_head/kernel"][0, tokenizer.special.dream_start] = 4.0
@@ -52,7 +52,7 @@ def test_text_is_printed_and_may_be_kept(folder, tmp_path, capsys):
 
 
 def test_pictures_and_documents_are_files(folder, picture, tmp_path, capsys):
-    """A picture is drawn by its prompt and the one shown before it; a document has its pictures inside."""
+    """An image is drawn by its prompt and the one shown before it; a document has its images inside."""
     model = DreamLLM.from_pretrained(folder)
     seen = Image.open(picture)
     (expected,) = model.generate_images(Document([seen, "bam"]), seed=1)
@@ -79,7 +79,7 @@ def test_pictures_and_documents_are_files(folder, picture, tmp_path, capsys):
         (["--out=nowhere/a.png"], "its folder does not exist"),
         (["--text", "--guidance-scale=3", "--eta=1"], "--eta, --guidance-scale has no effect on --text"),
         (["--image=none.png"], "--image=none.png: the file does not exist"),
-        (["--image=text.txt"], "text.txt is not a picture"),
+        (["--image=text.txt"], "text.txt is not an image"),
         (["--mesh=fsdp"], "'fsdp' is not AXIS=N"),
         (["--mesh=sideways=2"], "unknown key 'sideways'"),
         ([], "nowhere does not exist"),
@@ -87,7 +87,7 @@ def test_pictures_and_documents_are_files(folder, picture, tmp_path, capsys):
 )
 def test_wrong_requests_are_one_sentence(words, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("no picture")
+    (tmp_path / "text.txt").write_text("no image")
     assert main(["generate", "nowhere", "bam", *words]) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.startswith("error: ") and said.count("\n") == 1

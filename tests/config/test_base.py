@@ -66,6 +66,7 @@ def test_a_field_of_several_classes_is_read_by_its_kind():
     for holder in (Holder(Near(3)), Holder(Far(3)), Holder(Far(3, "farther")), Holder()):
         assert build(Holder, to_dict(holder)) == holder
         assert build(Holder, ConfigDict(to_dict(holder))) == holder
+    assert build(Holder, {"place": {"size": 3}}, saved=True) == Holder(Near(3))  # of before there were two
     far = Far(5)
     assert build(Holder, {"place": far}).place is far
     with pytest.raises(ValueError, match="place.kind: got 'nowhere'; expected one of 'near', 'far'"):

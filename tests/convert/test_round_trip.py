@@ -1,4 +1,4 @@
-"""A model trained here and exported gives the same logits, latents and picture in PyTorch."""
+"""A model trained here and exported gives the same logits, latents and image in PyTorch."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -146,7 +146,7 @@ def our_latents(trained, init):
 
 @pytest.mark.parity
 def test_latents_and_picture(trained):
-    key = jax.random.fold_in(jax.random.key(SEED), 0)  # of the prompt's first picture
+    key = jax.random.fold_in(jax.random.key(SEED), 0)  # of the prompt's first image
     size, channels = trained.ours.config.latent_size, trained.ours.config.unet.in_channels
     init = row_normal(jax.random.fold_in(key, 0)[None], (size, size, channels))
     theirs = their_latents(trained, np.asarray(init))

@@ -1,4 +1,4 @@
-"""Small files of the kinds that users hold, as real tars, zips, jsons and pictures."""
+"""Small files of the kinds that users hold, as real tars, zips, jsons and images."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import zipfile
 
 from PIL import Image
 
-BROKEN = b"\xff\xd8 this is no picture"
+BROKEN = b"\xff\xd8 this is no image"
 
 
 def picture(colour="red", size=(20, 16), format="PNG"):

@@ -224,7 +224,7 @@ def test_pieces_of_a_conversation(loaded):
 
 def test_a_picture_that_the_template_loses(tmp_path):
     tokenizer = load("llama", tmp_path, "{{ messages[0].content }}{{ messages[0].content }}</s>")
-    with pytest.raises(ValueError, match="it loses or repeats a picture; name another template"):
+    with pytest.raises(ValueError, match="it loses or repeats an image; name another template"):
         question([RED, "two"], template_of("tokenizer", tokenizer))
 
 

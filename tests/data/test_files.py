@@ -1,4 +1,4 @@
-"""Patterns, records of json and jsonl, and pictures in folders, zips and tars."""
+"""Patterns, records of json and jsonl, and images in folders, zips and tars."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Pictures to arrays: geometry, colour, and what is broken."""
+"""Images to arrays: geometry, colour, and what is broken."""
 
 import io
 
@@ -126,5 +126,5 @@ def test_broken_images_are_named(tmp_path):
 
 
 def test_a_picture_without_pixels():
-    with pytest.raises(ValueError, match="Cannot read .*it has no pixels. A complete, undamaged picture"):
+    with pytest.raises(ValueError, match="Cannot read .*it has no pixels. A complete, undamaged image"):
         to_rgb(Image.new("RGB", (0, 5)))

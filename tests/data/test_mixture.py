@@ -68,7 +68,7 @@ def test_shares_are_exact_and_every_row_reads_every_source():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A source of each kind, with two broken pictures and two broken records among them."""
+    """A source of each kind, with two broken images and two broken records among them."""
     images = {f"{c}.png": picture(c) for c in ("red", "blue")} | {"torn.png": BROKEN}
     write_folder(tmp_path / "images", images)
     pairs = {"0.png": picture(), "0.txt": b"a red field", "1.png": BROKEN, "1.txt": b"torn"}

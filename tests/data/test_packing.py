@@ -70,7 +70,7 @@ def test_one_row_by_hand():
 
 
 def unpack(batch):
-    """Documents back out of rows: tokens, learned tokens, pictures by content."""
+    """Documents back out of rows: tokens, learned tokens, images by content."""
     found = []
     for b in range(len(batch.tokens)):
         for segment in range(1, batch.segment_ids[b].max() + 1):

@@ -108,7 +108,7 @@ def test_seed_and_rows_matter(stream):
 
 
 class Troubled:
-    """Every third picture is broken; every fifth document is too long."""
+    """Every third image is broken; every fifth document is too long."""
 
     def document(self, rng, index):
         image = b"broken" if index % 3 == 0 else np.zeros((16, 16, 3), np.uint8)

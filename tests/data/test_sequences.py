@@ -221,12 +221,12 @@ def test_prompt():
     assert s.tokens.tolist() == [1, 100, *SEEN, 101, *SEEN]
     with pytest.raises(ValueError, match="The prompt has 4 tokens .* at most 3 fit"):
         encode_prompt("a b c", tokenizer, P, 3)
-    with pytest.raises(ValueError, match="2 pictures; at most 1"):
+    with pytest.raises(ValueError, match="2 images; at most 1"):
         encode_prompt(Document([RED, BLUE]), tokenizer, P, 50, max_images=1)
 
 
 def test_the_example_of_the_docstring():
-    """ "one", a picture that is dreamed and seen, and "two", with two patches and two queries."""
+    """ "one", an image that is dreamed and seen, and "two", with two patches and two queries."""
     s = encode_pieces(interleaved(["one", RED, "two"], "joint"), WordTokenizer(), 2, 2, 100)
     seen, dreamed = [S.im_start, S.im_patch, S.im_patch, S.im_end], [S.im_patch, S.im_patch, S.dream_end]
     assert s.tokens.tolist() == [1, 100, S.dream_start, *dreamed, *seen, 101, 2]

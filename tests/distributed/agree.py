@@ -86,11 +86,11 @@ if index == 0:
         write_tar(folder / name, {"1.png": picture(), "1.txt": b"one"})
     (folder / "c.tar").write_bytes(b"no tar")
 distributed.barrier("tars are written")
-tars = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/{{a,b}}.tar"}]})
+tars = build(DataConfig, {"sources": [{"format": "pairs", "path": f"{folder}/{{a,b}}.tar"}]})
 prepare_index(tars, folder / "index")
 assert len(open_documents(tars, 16, WordTokenizer(), index_folder=folder / "index").formats[0]) == 2
 assert read == ([] if index else ["a.tar", "b.tar"]), read
-wrong = build(DataConfig, {"sources": [{"kind": "pairs", "path": f"{folder}/c.tar"}]})
+wrong = build(DataConfig, {"sources": [{"format": "pairs", "path": f"{folder}/c.tar"}]})
 assert "c.tar is not an uncompressed tar" in complaint(prepare_index, wrong, folder / "index")
 assert "file" in complaint(prepare_index, tars, folder / "file" / "index")
 

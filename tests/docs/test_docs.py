@@ -100,4 +100,4 @@ def test_the_glossary_is_sorted_and_its_terms_are_unique():
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert len(lines) <= 100
-    assert any(line.startswith("![") for line in lines[:30]), "the first screen has a picture"
+    assert any(line.startswith("![") for line in lines[:30]), "the first screen has an image"

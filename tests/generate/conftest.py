@@ -81,7 +81,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    """Returns a model that writes random text and sometimes a picture of noise."""
+    """Returns a model that writes random text and sometimes an image of noise."""
     special = tokenizer.special
     params = lean_towards(random_params(CONFIG), {special.dream_start: 1.6, special.eos: 1.0})
     return DreamLLM(CONFIG, params, tokenizer, GENERATION)

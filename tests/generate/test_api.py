@@ -58,7 +58,7 @@ def test_batched_images_are_single_images(model, prompts):
     for i, prompt in enumerate(prompts[:2]):
         same_pictures(model.generate_images(prompt, num_images_per_prompt=2, seed=3 + i), together[i])
     same_pictures(model.generate_images(prompts[1], seed=4), together[1][:1])
-    assert difference(*together[0]) > 1  # every picture has its own noise
+    assert difference(*together[0]) > 1  # every image has its own noise
 
 
 def test_batched_documents_are_single_documents(model, prompts):
@@ -188,8 +188,8 @@ def nothing_compiles(model, monkeypatch):
         (lambda m, d: m.generate_images([d.images[0]]), "give a string or a Document"),
         (lambda m, d: m.generate_text("one " * 200), "at most 95 fit"),
         (lambda m, d: m.generate_document("one " * 200), "at most 95 fit"),
-        (lambda m, d: m.generate_text(Document(d.images * 20)), "20 pictures"),
-        (lambda m, d: m.generate_document(Document(d.images * 20)), "20 pictures"),
+        (lambda m, d: m.generate_text(Document(d.images * 20)), "20 images"),
+        (lambda m, d: m.generate_document(Document(d.images * 20)), "20 images"),
         (lambda m, d: m.generate_images("one", negative_prompt="one " * 93), "with 4 for the dream"),
         (lambda m, d: m.generate_document("one", negative_prompt="one " * 93), "with 4 for the dream"),
         (lambda m, d: m.generate_images("one", negative_prompt=["one"]), "negative_prompt is a list"),

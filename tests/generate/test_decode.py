@@ -1,4 +1,4 @@
-"""Prefill and decoding on the cache equal a full forward pass over the same tokens, pictures and dreams."""
+"""Prefill and decoding on the cache equal a full forward pass over the same tokens, images and dreams."""
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def test_a_drawing_changes_what_follows_it_and_waiting_rows_stay(model, picture)
 
 
 def test_greedy_decoding_is_the_argmax_of_full_forwards(model, picture):
-    """Decodes rows of different lengths, one with a picture; only text and `</s>` are allowed."""
+    """Decodes rows of different lengths, one with an image; only text and `</s>` are allowed."""
     engine, config, tokenizer = model._engine, model.config, model.tokenizer
     prompts = ["Write two plus five.", Document([picture(4), "What comes next?"])]
     batch = prompt_batch(prompts, tokenizer, config, None)

@@ -1,4 +1,4 @@
-"""`Document`: strings and pictures in order, as a prompt and as a result."""
+"""`Document`: strings and images in order, as a prompt and as a result."""
 
 import base64
 import io
@@ -60,7 +60,7 @@ def test_html_shows_text_as_text_and_carries_the_pictures(images, tmp_path):
     data = re.search(r"base64,([^\"]+)", page)[1]
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     np.testing.assert_array_equal(np.asarray(shown), np.asarray(images[0]))
-    assert 'width="96" height="64"' in page  # small pictures are enlarged
+    assert 'width="96" height="64"' in page  # small images are enlarged
     assert 'width="6"' in image_html(images[0])
 
 

@@ -69,7 +69,7 @@ def test_limits_on_pictures_and_text(scripted):
     short = scripted.generate_document("six", max_new_tokens=3)
     assert shape(short) == ["three", "PICTURE", "four", "PICTURE", "four"]
     assert short.finish_reason == "length"
-    # The budget limits text only: a picture may still follow when it is used up.
+    # The budget limits text only: an image may still follow when it is used up.
     assert shape(scripted.generate_document("six", max_new_tokens=1))[:2] == ["three", "PICTURE"]
 
 

@@ -1,4 +1,4 @@
-"""The batch sizes in which pictures are drawn."""
+"""The batch sizes in which images are drawn."""
 
 import pytest
 

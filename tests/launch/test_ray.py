@@ -145,10 +145,15 @@ def test_every_host_runs_the_command(ray):
 
 
 def test_a_failure_ends_the_others(ray, tmp_path):
-    """Two hosts wait and are interrupted: what runs there is asked to end."""
+    """Two hosts wait and are interrupted: what runs there is asked to end.
+
+    The first host fails when both others are there: an interrupt before that would find nothing to end.
+    """
     script = f"""
-    if mkdir {tmp_path}/first 2>/dev/null; then sleep 0.5; exit 5; fi
-    trap 'touch {tmp_path}/ended.$$; exit' TERM
+    cd {tmp_path}
+    if mkdir first 2>/dev/null; then until [ -e 1 -a -e 2 ]; do sleep 0.1; done; exit 5; fi
+    trap 'touch ended.$$; exit' TERM
+    if mkdir 1 2>/dev/null; then :; else mkdir 2; fi
     while :; do sleep 0.1; done
     """
     result = ray.launch("--type", "v5p-24", "--", "bash", "-c", script)

@@ -132,7 +132,7 @@ def test_gradients_flow_to_the_states_that_were_taken():
 
 ABSENT = {
     "language alone": (dict(vision=None, unet=None, vae=None), {"llama"}),
-    "reads pictures": (dict(unet=None, vae=None), {"llama", "vision", "vision_projector"}),
+    "reads images": (dict(unet=None, vae=None), {"llama", "vision", "vision_projector"}),
     "draws": (
         dict(vision=None),
         {"llama", "unet", "vae", "dream_queries", "condition_projector"},

@@ -17,7 +17,7 @@ TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_atten
 
 
 def batch_of(config, tokens, pixels):
-    """Returns rows whose image tokens are the slots of their pictures, in order."""
+    """Returns rows whose image tokens are the slots of their images, in order."""
     base, here = example_batch(config, *tokens.shape), tokens == IMAGE
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     slots = np.where(here, np.cumsum(here, axis=1) - 1, -1).astype(np.int32)

@@ -140,7 +140,7 @@ def test_a_sharded_length_without_causality(devices, function, mask):
 @pytest.mark.parametrize("function", [SMALL, INTERPRETED], ids=["chunked", "splash"])
 @pytest.mark.parametrize("pictures", [8, 4])
 def test_pictures_on_a_mesh(devices, function, pictures):
-    """Eight pictures are split over all axes. Four leave the axis `tensor` to the heads."""
+    """Eight images are split over all axes. Four leave the axis `tensor` to the heads."""
     mesh = make_mesh(MeshConfig(1, 2, 2, 2), devices)
     with jax.set_mesh(mesh):
         arrays = random_qkv(pictures, 128, 128, kv_heads=4)

@@ -155,7 +155,7 @@ def test_a_folder_that_disagrees_from_the_command_line(copied):
 
     def edit(reference):
         reference["out.unet_out"] = reference["out.unet_out"] + np.float32(1e-3)
-        for name in [n for n in reference if n.startswith("t2i.")]:  # a reference without a picture
+        for name in [n for n in reference if n.startswith("t2i.")]:  # a reference without an image
             del reference[name]
 
     done = command(copied(edit))

@@ -158,7 +158,7 @@ def random_params(config: DreamLLMConfig, seed: int = 0) -> Flat:
 
 
 def documents(number: int, seed: int = 0) -> list[EncodedDocument]:
-    """Short documents, of which about half have a picture that is dreamed, seen or both."""
+    """Short documents, of which about half have an image that is dreamed, seen or both."""
     rng = np.random.default_rng(seed)
     made = []
     for i in range(number):

@@ -53,7 +53,7 @@ class NoOptions:
 class FormatContext:
     """What a stage tells the formats of its sources.
 
-    `mode` says whether pictures are seen, dreamed or both. `index` is a file that `Format.update_index` has
+    `mode` says whether images are seen, dreamed or both. `index` is a file that `Format.update_index` has
     written for these paths and options, or None.
     """
 
@@ -89,7 +89,7 @@ class Format(abc.ABC):
     def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
         """Returns document `number`, the same in every epoch but for what it takes from `rng`.
 
-        Pictures may be given as bytes or paths: the pipeline decodes them.
+        Images may be given as bytes or paths: the pipeline decodes them.
 
         Raises:
           BrokenRecord: the record cannot be used; it is counted, and reading goes on. Any other exception

@@ -1,4 +1,4 @@
-"""Conversations in LLaVA's form: turns of human and gpt, with `<image>` where the picture stands."""
+"""Conversations in LLaVA's form: turns of human and gpt, with `<image>` where the image stands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARKERS = ("<image>", "<dream>")
 
 @dataclasses.dataclass(frozen=True)
 class ConversationsOptions:
-    """`images` is a folder, or zips or tars, of the pictures (None: the conversations have none).
+    """`images` is a folder, or zips or tars, of the images (None: the conversations have none).
 
     `template` is what conversations are written in.
     """
@@ -60,7 +60,7 @@ class Conversations(Format):
         """Returns conversation `number`; its answers are learned.
 
         Raises:
-          BrokenRecord: the turns do not alternate, a marker has no picture, or a field is missing.
+          BrokenRecord: the turns do not alternate, a marker has no image, or a field is missing.
         """
         record = self.records[number]
         try:
@@ -71,7 +71,7 @@ class Conversations(Format):
             raise BrokenRecord(f"conversation {number} is left out: {error!r}.") from error
 
     def _pictures(self, record: dict[str, Any], markers: int) -> list[ImageLike]:
-        """Returns a picture for each marker."""
+        """Returns an image for each marker."""
         names = record["image"] if "image" in record else None
         if names is None or not markers:
             return []

@@ -19,9 +19,9 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class InterleavedOptions:
-    """`images` is a folder, or zips or tars, of the pictures; globs and ranges as in a path.
+    """`images` is a folder, or zips or tars, of the images; globs and ranges as in a path.
 
-    Pictures whose `matched_sim` is below `min_similarity` are left out.
+    Images whose `matched_sim` is below `min_similarity` are left out.
     """
 
     images: str
@@ -29,10 +29,10 @@ class InterleavedOptions:
 
 
 class Interleaved(Format):
-    """Records with `text_list`, and `image_info` that names the sentence which each picture follows.
+    """Records with `text_list`, and `image_info` that names the sentence which each image follows.
 
-    Example: the sentences ["One.", "Two.", "Three."] and a picture with `matched_text_index` 1 become
-    "One. Two.", the picture, "Three.".
+    Example: the sentences ["One.", "Two.", "Three."] and an image with `matched_text_index` 1 become
+    "One. Two.", the image, "Three.".
     """
 
     Options = InterleavedOptions
@@ -61,7 +61,7 @@ class Interleaved(Format):
 def read_document(
     record: dict[str, Any], number: int, images: Images, min_similarity: float | None
 ) -> list[str | ImageLike]:
-    """Returns the text and pictures of an MMC4 record in reading order, pictures not yet decoded.
+    """Returns the text and images of an MMC4 record in reading order, images not yet decoded.
 
     Raises:
       BrokenRecord: a field is missing or malformed.
@@ -71,7 +71,7 @@ def read_document(
 
 
 def interleave(sentences: Sequence[str], pictures: Iterable[tuple[int, ImageLike]]) -> list[str | ImageLike]:
-    """Returns text and pictures in reading order: sentences joined by a space up to the next picture.
+    """Returns text and images in reading order: sentences joined by a space up to the next image.
 
     `pictures` are in order, each with the index of the sentence that it follows.
 
@@ -90,7 +90,7 @@ def interleave(sentences: Sequence[str], pictures: Iterable[tuple[int, ImageLike
 def _fields(
     record: dict[str, Any], number: int, min_similarity: float | None
 ) -> tuple[list[str], list[tuple[int, str]]]:
-    """Returns sentences, and for each picture in order (index of the sentence it follows, name)."""
+    """Returns sentences, and for each image in order (index of the sentence it follows, name)."""
     pictures = []
     try:
         sentences = [sentence.strip() for sentence in record["text_list"]]

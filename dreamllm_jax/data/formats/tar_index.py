@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dreamllm_jax.atomic import atomic_write
 from dreamllm_jax.data.archives import IMAGE_SUFFIXES, Member, members
 
-# One pair: offset and size of the picture and of its caption in the tar, in bytes.
+# One pair: offset and size of the image and of its caption in the tar, in bytes.
 _PAIR = np.dtype([("image", "<i8"), ("image_size", "<u4"), ("caption", "<i8"), ("caption_size", "<u4")])
 
 # An index file: this line, a line with the SHA-256 of the rest, a line of JSON, the pairs of all tars.
@@ -35,7 +35,7 @@ class TarIndex(NamedTuple):
 
 
 def index_tars(paths: Sequence[Path], suffix: str, file: Path | None = None) -> list[TarIndex]:
-    """Returns each tar's pairs of a picture and a `suffix` file, from the index `file` or the tar's headers.
+    """Returns each tar's pairs of an image and a `suffix` file, from the index `file` or the tar's headers.
 
     An entry of `file` holds while the tar's path, size and time of change stay the same; `file` is not
     written here. A truncated tar is warned about when its headers are read.

@@ -20,7 +20,7 @@ from dreamllm_jax.data.pieces import Piece, pair
 
 @dataclasses.dataclass(frozen=True)
 class PairsOptions:
-    """Captions are the `txt` beside the picture, or with `caption_key` that key of the `json`."""
+    """Captions are the `txt` beside the image, or with `caption_key` that key of the `json`."""
 
     caption_key: str | None = None
 
@@ -31,7 +31,7 @@ class PairsOptions:
 
 
 class Pairs(Format):
-    """The pairs of many tars, each in one read of the picture and one of the caption.
+    """The pairs of many tars, each in one read of the image and one of the caption.
 
     Opening reads the headers of every tar that the index does not know, and keeps 24 bytes a pair.
     """
@@ -59,12 +59,12 @@ class Pairs(Format):
         incomplete = sum(tar.incomplete for tar in tars)
         if not len(self):
             raise ValueError(
-                f"{self.paths[0]} (of {len(self.paths)} tars): no picture has its {options.suffix} beside "
+                f"{self.paths[0]} (of {len(self.paths)} tars): no image has its {options.suffix} beside "
                 "it; set caption_key for captions in json files, leave it out for txt, or correct the path."
             )
         if incomplete:
             warnings.warn(
-                f"{self.paths[0]} (of {len(self.paths)} tars): {incomplete} pairs lack a picture or its "
+                f"{self.paths[0]} (of {len(self.paths)} tars): {incomplete} pairs lack an image or its "
                 f"{options.suffix} and are left out; {len(self)} are complete.",
                 stacklevel=2,
             )
@@ -73,7 +73,7 @@ class Pairs(Format):
         return len(self._pairs)
 
     def document(self, number: int, rng: np.random.Generator) -> list[Piece]:
-        """Returns pair `number`: the picture, then its caption, or the other way round, as the mode says.
+        """Returns pair `number`: the image, then its caption, or the other way round, as the mode says.
 
         Raises:
           BrokenRecord: the caption is empty or cannot be read.

@@ -25,7 +25,7 @@ from dreamllm_jax.ops.attention.selection import select_implementation
 from dreamllm_jax.ops.attention.splash import splash_attention
 from dreamllm_jax.sharding import platform
 
-# The logical axes of rows and queries. The length of text rows may be sharded, that of pictures is not.
+# The logical axes of rows and queries. The length of text rows may be sharded, that of images is not.
 AXES = {"batch": ("batch", "length"), "pictures": ("pictures", None)}
 
 

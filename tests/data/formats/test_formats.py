@@ -25,7 +25,7 @@ def rng():
 
 
 def shown(pieces):
-    """Text as strings, pictures as their names, learned text in capitals, ends as </s>."""
+    """Text as strings, images as their names, learned text in capitals, ends as </s>."""
     words = {Text: lambda p: p.text.upper() if p.supervised else p.text, End: lambda p: "</s>"}
 
     def picture_name(p):
@@ -46,8 +46,8 @@ def pairs_tar(path):
         "a/002.txt": b"nobody knows",
         "a/002.json": b"{",
         "a/003.jpg": RED,  # no caption
-        "a/004.txt": b"no picture",
-        "a/005.seg.png": RED,  # another picture of the sample, by a longer suffix
+        "a/004.txt": b"no image",
+        "a/005.seg.png": RED,  # another image of the sample, by a longer suffix
         "a/005.webp": BLUE,
         "a/005.txt": b"\xff\xfe",
         "b/005.jpg": RED,  # the same stem elsewhere is another sample
@@ -58,7 +58,7 @@ def pairs_tar(path):
 
 def test_pairs(tmp_path):
     with pytest.warns(
-        UserWarning, match=r"1 tars\): 2 pairs lack a picture or its .txt and are left out; 5 are"
+        UserWarning, match=r"1 tars\): 2 pairs lack an image or its .txt and are left out; 5 are"
     ):
         pairs = opened(Pairs, [pairs_tar(tmp_path / "0.tar")], "comprehension")
     assert len(pairs) == 5
@@ -73,7 +73,7 @@ def test_pairs(tmp_path):
 
 
 def test_captions_in_json(tmp_path):
-    with pytest.warns(UserWarning, match="lack a picture or its .json"):
+    with pytest.warns(UserWarning, match="lack an image or its .json"):
         pairs = opened(Pairs, [pairs_tar(tmp_path / "0.tar")], "creation", caption_key="caption")
     assert shown(pairs.document(0, rng())) == ["blue, says json", "dream:?", "</s>"]
     for number, why in ((1, "KeyError"), (2, "JSONDecodeError")):
@@ -89,7 +89,7 @@ def test_many_tars_and_both_directions(tmp_path):
     draws = np.random.default_rng(0)
     seen = [isinstance(pairs.document(0, draws)[0], Picture) for _ in range(20)]
     assert {True, False} == set(seen)
-    with pytest.raises(ValueError, match="no picture has its .json beside it; set caption_key"):
+    with pytest.raises(ValueError, match="no image has its .json beside it; set caption_key"):
         opened(Pairs, paths, caption_key="caption")
 
 

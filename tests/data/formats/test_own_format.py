@@ -53,8 +53,8 @@ class Noise:
         self.options, self.size = options, context.picture_size
 
     def document(self, rng, index):
-        picture = rng.integers(0, 256, (self.size, self.size, 3), np.uint8)
-        return pair(picture, self.options.caption, "comprehension")
+        image = rng.integers(0, 256, (self.size, self.size, 3), np.uint8)
+        return pair(image, self.options.caption, "comprehension")
 """
 MODEL = DreamLLMConfig(vision=ClipVisionConfig(image_size=16, patch_size=8))
 

@@ -50,7 +50,7 @@ def open_pairs(tars, index=None):
 
 
 def contents(pairs):
-    """Every pair's text, and whether its picture is the right one."""
+    """Every pair's text, and whether its image is the right one."""
     found = []
     for number in range(len(pairs)):
         pieces = pairs.document(number, np.random.default_rng(0))
@@ -150,7 +150,7 @@ def test_who_only_reads_the_index_does_not_write_it(tars, read, tmp_path):
 def test_pairs_that_are_not_whole_are_told_every_time(tmp_path):
     tar = write_tar(tmp_path / "0.tar", {"0.png": IMAGES[0], "0.txt": b"pair 0", "1.png": IMAGES[1]})
     for _ in range(2):
-        with pytest.warns(UserWarning, match="1 pairs lack a picture or its .txt .* 1 are complete"):
+        with pytest.warns(UserWarning, match="1 pairs lack an image or its .txt .* 1 are complete"):
             assert opened([tar], tmp_path / "index") == right(0)
 
 
