@@ -21,6 +21,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ def run_on_host(command: list[str], settings: dict[str, str], folder: str) -> in
 
     Ray cancels a task by a KeyboardInterrupt: the command and its children get SIGTERM, and later SIGKILL.
     """
-    try:
-        process = subprocess.Popen(
+    with ThreadPoolExecutor(max_workers=1) as starter:
+        # An interrupt within Popen would lose the process that Popen has started; another thread gets none.
+        starting = starter.submit(
+            subprocess.Popen,
             command,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **settings},
             cwd=folder,
@@ -56,22 +59,28 @@ def run_on_host(command: list[str], settings: dict[str, str], folder: str) -> in
             errors="replace",
             start_new_session=True,
         )
-    except OSError as error:  # no such command or folder on this host
-        print(f"{command[0]} cannot be started in {folder}: {error.strerror}.", flush=True)
-        return 127
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-        code = process.wait()
-    except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        raise
+            if isinstance(error := starting.exception(), OSError):  # no such command or folder on this host
+                print(f"{command[0]} cannot be started in {folder}: {error.strerror}.", flush=True)
+                return 127
+            process = starting.result()
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+            code = process.wait()
+        except KeyboardInterrupt:
+            _end(starting.result())
+            raise
     return code if code >= 0 else 128 - code
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a command and its children, by SIGKILL if they do not end after a SIGTERM."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_settings(path: str) -> dict[str, str]:

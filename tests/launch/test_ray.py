@@ -162,6 +162,40 @@ def test_a_failure_ends_the_others(ray, tmp_path):
     assert ray.asked().count(["interrupted"]) == 2
 
 
+INTERRUPTED_EARLY = """
+import os, signal, subprocess, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import ray_tpu
+
+class SlowPopen(subprocess.Popen):
+    def __init__(self, *args, **options):
+        time.sleep(1)
+        super().__init__(*args, **options)
+        print(self.pid, flush=True)
+
+subprocess.Popen = SlowPopen
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    ray_tpu.run_on_host(["sleep", "600"], {}, ".")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_while_the_command_starts_ends_it_too(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_EARLY, str(ROOT / "launch")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    pid, said = done.stdout.split()
+    assert said == "interrupted" and not done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+
+
 def test_a_lost_host_and_restarts(ray, tmp_path):
     """The first time a host is lost (its task gives no answer), the second time all is well."""
     line = f"if mkdir {tmp_path}/lost 2>/dev/null; then kill -9 $PPID; sleep 0.5; fi"
