@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dreamllm_jax.aot.estimate import StageWork
-from dreamllm_jax.config.model import RematConfig
+from dreamllm_jax.config.model import TOWERS, RematConfig
 from dreamllm_jax.config.train import MeshConfig, Recipe, StageConfig
 from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import make_mesh
@@ -18,7 +18,6 @@ from dreamllm_jax.train.recipe_checks import check_attention_kernels, check_batc
 from dreamllm_jax.train.state import partition
 
 REMATS = ("none", "dots", "minimal", "full", "offload")
-PICTURES = ("vision", "unet", "vae")
 # Limits of the search, an assumption: with fewer tokens of a row per chip, or with a layer split over more
 # chips, a candidate is not the fastest that fits.
 LEAST_TOKENS = 256
@@ -109,9 +108,9 @@ def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 def _replicated_choices(stage: StageConfig, params: Flat) -> list[tuple[str, ...]]:
     """Returns the choices for `mesh.replicated`: nothing, the frozen image towers, or all frozen towers."""
     trainable, frozen = ({path.split("/")[0] for path in part} for part in partition(params, stage.trainable))
-    towers = [name for name in ("llama", *PICTURES) if name in frozen - trainable]
-    pictures = tuple(name for name in towers if name != "llama")
-    return list(dict.fromkeys([(), pictures, tuple(towers)]))
+    towers = [name for name in TOWERS if name in frozen - trainable]
+    of_images = tuple(name for name in towers if name != "llama")
+    return list(dict.fromkeys([(), of_images, tuple(towers)]))
 
 
 def grad_accum_options(stage: StageConfig, mesh: Mesh) -> list[int]:

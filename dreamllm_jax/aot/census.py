@@ -22,12 +22,13 @@ from dreamllm_jax.aot.hlo import (
     trip_count,
 )
 from dreamllm_jax.aot.traffic import hbm_bytes
+from dreamllm_jax.config.model import TOWERS
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 # On TPUs XLA writes a reduce-scatter as a fusion that calls a computation of this name.
 _SCATTER = "all-reduce-scatter"
 # Parts of the model, as they appear in the names that JAX gives to operations.
-_TOWERS = re.compile(r"\b(unet|vae|vision|text|llama)\b")
+_TOWER = re.compile(rf"\b({'|'.join(TOWERS)})\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,5 +179,5 @@ class _Counter:
 
 
 def _tower(instruction: Instruction) -> str:
-    found = _TOWERS.search(operation_name(instruction))
+    found = _TOWER.search(operation_name(instruction))
     return found.group(1) if found else "other"

@@ -16,6 +16,7 @@ from dreamllm_jax.aot.program import abstract_batch
 from dreamllm_jax.aot.roofline import roofline
 from dreamllm_jax.aot.work import work
 from dreamllm_jax.config.chips import Chip
+from dreamllm_jax.config.model import RematConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.models.parameters import Flat
 from dreamllm_jax.sharding import activation_spec, mesh_axes
@@ -78,7 +79,8 @@ class StageWork:
         """The towers that gradients flow through, so that their remat matters; and whether their weights are
         trained.
         """
-        towers = [t for t in ("llama", "vision", "unet") if t in self.flops and self.passes[t] > 1]
+        names = [field.name for field in dataclasses.fields(RematConfig)]
+        towers = [name for name in names if name in self.flops and self.passes[name] > 1]
         return {tower: self.passes[tower] == 3 for tower in towers}
 
 

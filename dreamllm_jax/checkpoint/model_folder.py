@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreamllm_jax.atomic import new_folder
-from dreamllm_jax.checkpoint.json_files import read_json
+from dreamllm_jax.checkpoint.json_files import read_json, write_json
 from dreamllm_jax.checkpoint.parallel_writing import write_sharded_in_parallel
 from dreamllm_jax.checkpoint.parameter_files import (
     STEM,
@@ -24,6 +23,7 @@ from dreamllm_jax.checkpoint.tensors import Tensor, num_bytes
 from dreamllm_jax.checkpoint.vocabulary import with_control_tokens
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig, GenerationConfig, model_config
+from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.distributed import barrier, is_main, is_multi_process, run_on_main, wait_for_file
 from dreamllm_jax.models.parameters import parameter_shapes
@@ -71,7 +71,8 @@ def save_pretrained(
         wait_for_file(beside)
         write_sharded_in_parallel(beside, STEM, tensors)
         if is_main():
-            _write_description(beside, config, tokenizer, generation)
+            tokenizer.save(beside)
+            write_config(beside, config, generation)
     barrier(f"{folder} is written")
 
 
@@ -85,7 +86,8 @@ def write_pretrained(
     """Does what `save_pretrained` does from one process, which can read all parameters by itself."""
     with _replacement(folder) as beside:
         save_params(beside, params)
-        _write_description(beside, config, tokenizer, generation)
+        tokenizer.save(beside)
+        write_config(beside, config, generation)
 
 
 def _replacement(folder: Path) -> contextlib.AbstractContextManager[Path]:
@@ -99,15 +101,16 @@ def _replacement(folder: Path) -> contextlib.AbstractContextManager[Path]:
     return new_folder(folder, overwrite=True)
 
 
-def _write_description(
-    folder: Path, config: DreamLLMConfig, tokenizer: Tokenizer, generation: GenerationConfig
+def write_config(
+    folder: Path, config: DreamLLMConfig, generation: GenerationConfig, loss: LossConfig | None = None
 ) -> None:
-    """Writes the tokenizer and `config.json`."""
-    tokenizer.save(folder)
+    """Writes the `config.json` of a model's folder; `loss` is kept for an export to PyTorch."""
     # Attention kernels belong to the machine that trains, not to the model.
     config = dataclasses.replace(config, attention=AttentionConfig())
     content = {"format": FORMAT, "model": to_dict(config), "generation": to_dict(generation)}
-    (folder / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    if loss is not None:
+        content["loss"] = to_dict(loss)
+    write_json(folder / "config.json", content)
 
 
 def _may_be_replaced(folder: Path) -> bool:

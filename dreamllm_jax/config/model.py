@@ -40,6 +40,10 @@ class AttentionConfig:
     vae: AttentionKernel = "auto"
 
 
+# The towers, by their fields in DreamLLMConfig. These are also the first parts of the paths of parameters.
+TOWERS = ("llama", "vision", "unet", "vae", "text")
+
+
 @dataclasses.dataclass(frozen=True)
 class DreamLLMConfig:
     """Which towers a DreamLLM has, and how they are connected.

@@ -9,7 +9,7 @@ from typing import Any
 
 from dreamllm_jax.atomic import new_folder
 from dreamllm_jax.checkpoint.json_files import read_json, write_json
-from dreamllm_jax.checkpoint.model_folder import FORMAT, check_complete
+from dreamllm_jax.checkpoint.model_folder import check_complete, write_config
 from dreamllm_jax.checkpoint.parameter_files import (
     INDEX_FILE,
     cast,
@@ -21,7 +21,7 @@ from dreamllm_jax.checkpoint.parameter_files import (
 from dreamllm_jax.checkpoint.safetensors_files import SHARD_BYTES, write_sharded
 from dreamllm_jax.checkpoint.tensors import DTYPES, Tensor, is_floating, num_bytes
 from dreamllm_jax.checkpoint.vocabulary import check_tokenizer_fits, with_control_tokens
-from dreamllm_jax.config.base import build, to_dict
+from dreamllm_jax.config.base import build
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig, model_config
 from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.convert import config_files
@@ -69,13 +69,6 @@ def convert_to_jax(
     elif has_tokenizer(source.folder):
         check_tokenizer_fits(Tokenizer.load(source.folder, extend=True), model, source.folder)
     generation = GenerationConfig(template=source.template)
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "model": to_dict(model),
-        "generation": to_dict(generation),
-    }
-    if source.loss is not None:
-        content["loss"] = to_dict(source.loss)
     check_downloads(source.files)
     with new_folder(folder, overwrite) as beside:
         save_params(beside, params, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
@@ -84,7 +77,7 @@ def convert_to_jax(
                 shutil.copyfile(file, beside / file.name)
         else:
             tokenizer.save(beside)
-        write_json(beside / "config.json", content)
+        write_config(beside, model, generation, source.loss)
     return report
 
 

@@ -41,6 +41,8 @@ class Task:
         writer.close()
     @staticmethod
     def run(writer, function, *args):
+        # As in Ray's workers; under a shell's background job SIGINT would be ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             writer.send(function(*args))
         except KeyboardInterrupt:
@@ -174,6 +176,7 @@ class SlowPopen(subprocess.Popen):
         print(self.pid, flush=True)
 
 subprocess.Popen = SlowPopen
+signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     ray_tpu.run_on_host(["sleep", "600"], {}, ".")
