@@ -83,8 +83,7 @@ DREAM_QUERIES = (
 
 
 def _projector(name: str) -> tuple[Rule, ...]:
-    """Returns the rules of a reference projector: SAM's, conv, mlp (linear maps with GELU between),
-    linear."""
+    """Returns the rules of a reference projector: SAM's, conv, mlp (linear maps and GELU), or linear."""
     sam, mlp = f"{name}/conv_1/kernel", f"{name}/linear_1/kernel"
     depth = range(8)
     return (

@@ -1,6 +1,6 @@
-"""`report.html`: one self-contained page of what a trained model wrote, how well, and how it was trained.
+"""Writes `report.html`: a self-contained page with a trained model's documents, scores and training curves.
 
-The page itself is `templates/report.html.jinja`; here is what it shows.
+The page's layout is in `templates/report.html.jinja`; this module computes its content.
 """
 
 from __future__ import annotations
