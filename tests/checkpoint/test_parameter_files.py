@@ -41,7 +41,7 @@ def load(folder, dtype=None):
     )
 
 
-def same(a, b):
+def assert_same(a, b):
     assert a.shape == b.shape and np.dtype(a.dtype) == np.dtype(b.dtype)
     np.testing.assert_array_equal(
         np.asarray(a).reshape(-1).view(np.uint8), np.asarray(b).reshape(-1).view(np.uint8)
@@ -54,16 +54,18 @@ def test_saved_parameters_come_back(tmp_path, shard_bytes):
     loaded, saved = flatten_dict(load(tmp_path), sep="/"), flatten_dict(params(), sep="/")
     assert set(loaded) == set(saved)
     for path in saved:
-        same(loaded[path], np.asarray(saved[path]))
+        assert_same(loaded[path], np.asarray(saved[path]))
     assert unflatten_dict(loaded, sep="/").keys() == params().keys()
 
 
 def test_other_readers_understand_the_files(tmp_path):
     save_params(tmp_path, params())
     theirs = load_file(tmp_path / "params.safetensors")
-    same(theirs["llama/layers/kernel"], params()["llama"]["layers"]["kernel"])
+    assert_same(theirs["llama/layers/kernel"], params()["llama"]["layers"]["kernel"])
     save_file({"x": np.ones((2, 3), ml_dtypes.bfloat16)}, tmp_path / "theirs.safetensors")
-    same(read_safetensors(tmp_path / "theirs.safetensors")["x"].read(), np.ones((2, 3), ml_dtypes.bfloat16))
+    assert_same(
+        read_safetensors(tmp_path / "theirs.safetensors")["x"].read(), np.ones((2, 3), ml_dtypes.bfloat16)
+    )
 
 
 def test_dtype_and_blocks(tmp_path):

@@ -85,7 +85,7 @@ def ended_after(run) -> int:
     return int(words[words.index("step") + 1])
 
 
-def check_same_curves(ours: list[dict], theirs: list[dict], stage: str) -> None:
+def assert_same_curves(ours: list[dict], theirs: list[dict], stage: str) -> None:
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
@@ -109,7 +109,7 @@ def test_training_is_the_same(runs):
     one, two = runs
     assert one.curves.keys() == two.curves.keys() == {"0_vae", "1_joint"}
     for stage, records in one.curves.items():
-        check_same_curves(two.curves[stage], records, stage)
+        assert_same_curves(two.curves[stage], records, stage)
     for path, value in one.model.params.items():
         if path.endswith("to_k/bias"):
             continue  # softmax takes it away: its gradient is rounding alone, which Adam makes large
@@ -135,7 +135,7 @@ def test_another_number_of_processes_goes_on(runs):
     step = ended_after(two)
     assert f"joint: resumes after step {step} of {STEPS}" in one.said
     assert one.went_on.curves["1_joint"][:step] == two.curves["1_joint"][:step]
-    check_same_curves(one.went_on.curves["1_joint"][step:], one.curves["1_joint"][step:], "joint")
+    assert_same_curves(one.went_on.curves["1_joint"][step:], one.curves["1_joint"][step:], "joint")
     assert one.went_on.counts == one.counts == two.counts
 
 
@@ -150,7 +150,7 @@ def test_hooks_run_on_all_processes(runs):
         assert [r["step"] for r in run.validation["1_joint"]] == expected
         for stage, records in run.validation.items():
             uninterrupted = {r["step"]: r for r in one.validation[stage]}
-            check_same_curves(records, [uninterrupted[r["step"]] for r in records], f"validation of {stage}")
+            assert_same_curves(records, [uninterrupted[r["step"]] for r in records], f"validation of {stage}")
 
 
 def test_no_row_is_skipped_or_read_twice(runs, mapping):

@@ -16,18 +16,18 @@ from dreamllm_jax.generate.api import DreamLLM
 from dreamllm_jax.sharding import make_mesh
 
 
-def same_pictures(a, b):
+def assert_same_pictures(a, b):
     """Asserts equality up to rounding: batches of different sizes are summed in different orders."""
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         assert np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 2
 
 
-def same_documents(a, b):
+def assert_same_documents(a, b):
     assert [p for p in a if isinstance(p, str)] == [p for p in b if isinstance(p, str)]
     assert [isinstance(p, str) for p in a] == [isinstance(p, str) for p in b]
     assert a.finish_reason == b.finish_reason
-    same_pictures(a.images, b.images)
+    assert_same_pictures(a.images, b.images)
 
 
 def difference(a, b):
@@ -56,8 +56,8 @@ def test_batched_images_are_single_images(model, prompts):
     assert [len(pictures) for pictures in together] == [2, 2]
     assert together[0][0].size == (8, 8) and together[0][0].mode == "RGB"
     for i, prompt in enumerate(prompts[:2]):
-        same_pictures(model.generate_images(prompt, num_images_per_prompt=2, seed=3 + i), together[i])
-    same_pictures(model.generate_images(prompts[1], seed=4), together[1][:1])
+        assert_same_pictures(model.generate_images(prompt, num_images_per_prompt=2, seed=3 + i), together[i])
+    assert_same_pictures(model.generate_images(prompts[1], seed=4), together[1][:1])
     assert difference(*together[0]) > 1  # every image has its own noise
 
 
@@ -67,7 +67,7 @@ def test_batched_documents_are_single_documents(model, prompts):
     # Rows end at different times.
     assert len({tuple(isinstance(p, str) for p in d) for d in together}) > 1
     for i, prompt in enumerate(prompts):
-        same_documents(model.generate_document(prompt, temperature=0.7, seed=11 + i), together[i])
+        assert_same_documents(model.generate_document(prompt, temperature=0.7, seed=11 + i), together[i])
 
 
 def test_guidance_and_negative_prompts(model):
@@ -91,7 +91,7 @@ def test_more_pictures_than_one_batch_holds(model, monkeypatch):
     monkeypatch.setattr("dreamllm_jax.generate.images.BATCH_SIZES", (1, 4))
     many = model.generate_images("one", num_images_per_prompt=6, seed=2)
     assert len(many) == 6  # in batches of 4, 1 and 1
-    same_pictures(model.generate_images("one", num_images_per_prompt=2, seed=2), many[:2])
+    assert_same_pictures(model.generate_images("one", num_images_per_prompt=2, seed=2), many[:2])
     assert difference(many[0], many[4]) > 1 and difference(many[1], many[5]) > 1
 
 
@@ -104,7 +104,7 @@ def test_a_model_on_a_mesh_generates_the_same(model, devices, flatten_params):
     assert "fsdp" in axes["llama"] and "fsdp" not in axes["unet"] and "tensor" in axes["unet"]
     with pytest.raises(ValueError, match=r"replicated names u-net; choose among .*unet"):
         DreamLLM(model.config, model.params, model.tokenizer, model.generation, mesh, replicated=("u-net",))
-    same_documents(spread.generate_document("one", seed=3), model.generate_document("one", seed=3))
+    assert_same_documents(spread.generate_document("one", seed=3), model.generate_document("one", seed=3))
 
 
 def test_bfloat16_generates(model, tmp_path):

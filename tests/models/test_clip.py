@@ -105,7 +105,7 @@ def run(model, params, inputs, **kwargs):
     return jax.jit(lambda p, x: model.apply(p, x, **kwargs))(params, inputs)
 
 
-def close(ours, theirs, tolerance=1e-5):
+def assert_close(ours, theirs, tolerance=1e-5):
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=tolerance, atol=tolerance)
 
 
@@ -121,8 +121,8 @@ def test_vision_matches_transformers(activation, layers):
     expected = reference(pixels, output_hidden_states=True)
     model, params = ClipVision(config), params_from(reference.state_dict())
     for layer in layers:
-        close(run(model, params, PIXELS, select_layer=layer), expected.hidden_states[layer])
-    close(run(model, params, PIXELS, method=ClipVision.pooled), expected.pooler_output)
+        assert_close(run(model, params, PIXELS, select_layer=layer), expected.hidden_states[layer])
+    assert_close(run(model, params, PIXELS, method=ClipVision.pooled), expected.pooler_output)
 
 
 @pytest.mark.parity
@@ -134,12 +134,12 @@ def test_text_matches_transformers(eos):
     expected = reference(torch.tensor(np.array(TOKENS)).long(), output_hidden_states=True)
     model, params = ClipText(config), params_from(reference.state_dict())
     states, pooled = run(model, params, TOKENS)
-    close(states, expected.last_hidden_state)
-    close(pooled, expected.pooler_output)
+    assert_close(states, expected.last_hidden_state)
+    assert_close(pooled, expected.pooler_output)
     for layer in (-4, -2):
         states, pooled = run(model, params, TOKENS, select_layer=layer)
-        close(states, expected.hidden_states[layer])
-        close(pooled, expected.pooler_output)
+        assert_close(states, expected.hidden_states[layer])
+        assert_close(pooled, expected.pooler_output)
 
 
 @pytest.mark.parity
@@ -166,9 +166,9 @@ def test_both_towers_and_the_head_match_transformers():
         run(ClipVision(VISION), towers["vision_model"], PIXELS, method=ClipVision.pooled),
         run(ClipText(TEXT), towers["text_model"], TOKENS)[1],
     )
-    close(images, expected.image_embeds)
-    close(texts, expected.text_embeds)
-    close(scale * images @ texts.T, expected.logits_per_image)
+    assert_close(images, expected.image_embeds)
+    assert_close(texts, expected.text_embeds)
+    assert_close(scale * images @ texts.T, expected.logits_per_image)
 
 
 @pytest.mark.parity

@@ -38,7 +38,7 @@ def gradients(form, stride, padding):
     return jax.jit(backward)
 
 
-def close(actual, expected):
+def assert_close(actual, expected):
     """Asserts equality up to float32 rounding of the largest values."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-6 * np.abs(e).max())
@@ -47,7 +47,9 @@ def close(actual, expected):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_equal_autodiff(shape):
     arrays = example(*shape)
-    close(gradients(cpu.convolution, *shape[2:])(*arrays), gradients(xla_convolution, *shape[2:])(*arrays))
+    assert_close(
+        gradients(cpu.convolution, *shape[2:])(*arrays), gradients(xla_convolution, *shape[2:])(*arrays)
+    )
 
 
 def test_gradients_in_a_scan_equal_those_outside():
@@ -57,7 +59,7 @@ def test_gradients_in_a_scan_equal_those_outside():
         outs = jax.lax.map(lambda row: cpu.convolution(row[None], kernel, 2, (1, 1))[0], x)
         return (outs * d_out).sum()
 
-    close(jax.jit(jax.grad(loss))(kernel), gradients(xla_convolution, 2, (1, 1))(x, kernel, d_out)[2])
+    assert_close(jax.jit(jax.grad(loss))(kernel), gradients(xla_convolution, 2, (1, 1))(x, kernel, d_out)[2])
 
 
 def test_rows_split_over_devices_change_nothing(devices):
@@ -65,7 +67,9 @@ def test_rows_split_over_devices_change_nothing(devices):
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     rows, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     split = jax.device_put(arrays, (rows, replicated, rows))
-    close(gradients(cpu.convolution, 1, (1, 1))(*split), gradients(xla_convolution, 1, (1, 1))(*arrays))
+    assert_close(
+        gradients(cpu.convolution, 1, (1, 1))(*split), gradients(xla_convolution, 1, (1, 1))(*arrays)
+    )
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
@@ -88,4 +92,4 @@ def test_parity_with_torch(stride):
         stride=stride,
         padding=1,
     )
-    close(cpu.convolution(x, kernel, stride, (1, 1)), expected.permute(0, 2, 3, 1).numpy())
+    assert_close(cpu.convolution(x, kernel, stride, (1, 1)), expected.permute(0, 2, 3, 1).numpy())

@@ -62,7 +62,7 @@ def packed_result(joint, params, batch, step_noise):
 
 
 @pytest.fixture(scope="session")
-def same_gradients():
+def assert_same_gradients():
     """Compares gradients to float32 accuracy: each to its own norm, the vanishing ones to the whole's."""
 
     def norm(x):

@@ -269,10 +269,10 @@ def test_hooks_run_and_change_nothing(whole, monkeypatch):
     assert told[0] == ("joint", 0) and told[-1] == "end" and told.count("end") == 1
     assert (3, 3, pytest.approx(curves[0][2]["loss"])) in told and ("own", 3) in told
     assert [t[1] for t in told if t[0] == "validation"] == [2, 4, 5]
-    check_validation(whole, list(read_curves(stage / "logs", "validation")))
+    assert_validation(whole, list(read_curves(stage / "logs", "validation")))
 
 
-def check_validation(whole, records):
+def assert_validation(whole, records):
     """The last record is the objective on all held-out rows as one batch, with the averaged parameters."""
     assert [r["step"] for r in records] == [2, 4, 5] and len({r["loss"] for r in records}) == 3
     recipe = build_recipe(RECIPE | {"hooks": HOOKS})

@@ -41,7 +41,7 @@ def rows_of_noise(step_noise: StepNoise, slices: list[tuple[int, int, int] | Non
 
 
 def test_a_packed_row_equals_its_documents_one_by_one(
-    documents, batch, step_noise, joint, params, packed_result, same_gradients
+    documents, batch, step_noise, joint, params, packed_result, assert_same_gradients
 ):
     places, alone = [], []
     for b, row in enumerate(tiny.rows_of(documents)):
@@ -64,7 +64,7 @@ def test_a_packed_row_equals_its_documents_one_by_one(
     np.testing.assert_allclose(loss, packed_result[0], rtol=1e-5)
     for name, value in packed_result[1].items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
-    same_gradients(grads, packed_result[2])
+    assert_same_gradients(grads, packed_result[2])
 
 
 def scrambled(x, keep, rng):
@@ -79,7 +79,7 @@ def scrambled(x, keep, rng):
     return np.where(keep, x, other).astype(x.dtype)
 
 
-def test_padding_changes_nothing(batch, step_noise, joint, params, packed_result, same_gradients):
+def test_padding_changes_nothing(batch, step_noise, joint, params, packed_result, assert_same_gradients):
     rng, real = np.random.default_rng(1), batch.segment_ids > 0
     assert not real.all() and not batch.image_mask.all() and not batch.dream_mask.all()
     other = batch.replace(
@@ -92,10 +92,10 @@ def test_padding_changes_nothing(batch, step_noise, joint, params, packed_result
     other_noise = jax.tree.map(lambda x: scrambled(x, batch.dream_mask, rng), step_noise)
     loss, _, grads = joint(params, other, other_noise, loss_counts(batch))
     np.testing.assert_allclose(loss, packed_result[0], rtol=1e-6)
-    same_gradients(grads, packed_result[2])
+    assert_same_gradients(grads, packed_result[2])
 
 
-def test_other_rows_change_nothing(documents, batch, step_noise, joint, params, same_gradients):
+def test_other_rows_change_nothing(documents, batch, step_noise, joint, params, assert_same_gradients):
     """A row's share of the loss is the same among other rows."""
     mine = 2
     rng, keep = np.random.default_rng(2), np.arange(tiny.ROWS) == mine
@@ -118,7 +118,7 @@ def test_other_rows_change_nothing(documents, batch, step_noise, joint, params, 
     changed_noise = jax.tree.map(lambda x: scrambled(x, keep, rng), step_noise)
     loss_again, _, grads_again = share(changed, changed_noise)
     np.testing.assert_allclose(loss_again, loss, rtol=1e-6)
-    same_gradients(grads_again, grads)
+    assert_same_gradients(grads_again, grads)
 
 
 def test_draws_are_a_function_of_seed_step_and_row():

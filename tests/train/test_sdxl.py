@@ -66,7 +66,7 @@ def test_sizes_of_the_pictures_condition_them(run, alone, sdxl_params, sdxl_batc
     np.testing.assert_allclose(same["loss_vm"], alone[1]["loss_vm"], rtol=1e-6)
 
 
-def test_meshes_agree(run, alone, sdxl_params, sdxl_batch, keys, devices, same_gradients):
+def test_meshes_agree(run, alone, sdxl_params, sdxl_batch, keys, devices, assert_same_gradients):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
     shardings = parameter_shardings(sdxl_params, mesh)
     placed = {k: jax.device_put(v, shardings[k]) for k, v in sdxl_params.items()}
@@ -75,4 +75,4 @@ def test_meshes_agree(run, alone, sdxl_params, sdxl_batch, keys, devices, same_g
     grads, metrics = jax.tree.map(np.asarray, result)
     for name, value in alone[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
-    same_gradients(grads, alone[0])
+    assert_same_gradients(grads, alone[0])

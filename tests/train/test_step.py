@@ -45,7 +45,7 @@ FROZEN = {
 
 
 @pytest.fixture
-def check_step(devices, params, batch, keys, packed_result, same_gradients):
+def check_step(devices, params, batch, keys, packed_result, assert_same_gradients):
     """Metrics and gradients, with some parts frozen, equal those of one device."""
 
     def check(config: MeshConfig, trained: tuple[str, ...] | None, optim: dict) -> None:
@@ -63,7 +63,7 @@ def check_step(devices, params, batch, keys, packed_result, same_gradients):
         for name, value in expected_metrics.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
         np.testing.assert_allclose((metrics["loss_lm"] + 10 * metrics["loss_vm"]) / 11, loss, rtol=1e-5)
-        same_gradients(grads, {k: v for k, v in expected.items() if k in trainable})
+        assert_same_gradients(grads, {k: v for k, v in expected.items() if k in trainable})
 
     return check
 
