@@ -17,9 +17,6 @@ XLA_FLAGS = {
     # Eight devices on two busy cores wait long for each other; by default XLA gives up after 40 s.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
-    # The tests compile much and compute little: with these two they take three quarters of the CPU time.
-    "--xla_backend_optimization_level": 0,
-    "--xla_llvm_disable_expensive_passes": "true",
 }
 flags = os.environ.get("XLA_FLAGS", "").split()
 flags += [
