@@ -53,8 +53,11 @@ def test_a_broken_link_is_found(tmp_path):
 
 @pytest.mark.parametrize(("page", "number", "code"), BLOCKS, ids=[f"{p.stem}-{i}" for p, i, _ in BLOCKS])
 def test_marked_code_runs(page, number, code, tmp_path, monkeypatch):
+    """A block that is wrong raises an error; one that defines nothing shows nothing."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, f"{page.name}, block {number}", "exec"), {"__name__": "block"})
+    names = {"__name__": "block"}
+    exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+    assert names.keys() - {"__name__", "__builtins__"}
 
 
 def test_there_is_marked_code():
