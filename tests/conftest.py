@@ -1,27 +1,30 @@
-"""The stage for every test: eight emulated CPU devices, checked shapes, kept compilations.
+"""The stage for every test: eight emulated CPU devices, checked shapes, quick and kept compilations.
 
 Everything here must happen before JAX is first imported, hence at import and through the environment.
 What the caller has set (`JAX_PLATFORMS=tpu`, another number of devices) is respected.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.programs import QUICK_COMPILE, compiled_as_users_do
+
 ROOT = Path(__file__).resolve().parent.parent
 
-XLA_FLAGS = {
-    "--xla_force_host_platform_device_count": 8,
+XLA_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
     # Eight devices on two busy cores wait long for each other; by default XLA gives up after 40 s.
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
-    "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
-}
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
 flags = os.environ.get("XLA_FLAGS", "").split()
-flags += [
-    f"{name}={value}" for name, value in XLA_FLAGS.items() if not any(f.startswith(name) for f in flags)
-]
+for flag in (*XLA_FLAGS, *QUICK_COMPILE):
+    if not any(given.startswith(flag.split("=")[0]) for given in flags):
+        flags.append(flag)
 os.environ["XLA_FLAGS"] = " ".join(flags)
 # XLA:CPU's pool has a thread per core, and a collective holds one until every device has come to it: with
 # eight devices on a few cores all threads can wait, and none is left for the device they wait for. NPROC sets
@@ -58,9 +61,11 @@ compilation_cache.get_executable_and_time = _loaded_for_one_device(compilation_c
 # They begin first: of two processes that share the files none is left with one of these at the end.
 LONGEST = (
     "tests/distributed/test_together.py",
-    "tests/test_end_to_end.py",
     "tests/train/test_step.py",
+    "tests/train/test_loop.py",
+    "tests/docs/test_notebooks.py",
     "tests/parity/test_parity.py",
+    "tests/test_end_to_end.py",
 )
 
 
@@ -76,6 +81,13 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.fail(f"The golden data is missing: {folder} is part of the repository; clone it again.")
     return folder
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Programs are compiled as users compile them, to the end of the module: for published bounds."""
+    with compiled_as_users_do():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dreamllm_jax import Document, DreamLLM
+from tests.programs import QUICK_COMPILE
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "examples/handwriting/config.py"
@@ -21,11 +22,14 @@ SMALL = (
 
 
 def run(module: str, *arguments: str) -> str:
-    """What a command prints, as a user would start it: on one device, outside this process."""
+    """What a command prints, as a user would start it: on one device, outside this process.
+
+    It compiles quickly, though: four steps of every stage are a program each.
+    """
     result = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": " ".join(QUICK_COMPILE)},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -23,6 +23,7 @@ EXPECTED = {
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", MARKED)
 def test_full_shapes(name, tmp_path):
     pytest.importorskip("torch")

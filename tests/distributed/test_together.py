@@ -5,7 +5,6 @@ Two are preempted and resume. One trains without interruption, and resumes the r
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from contextlib import closing
@@ -25,8 +24,6 @@ from tests.folders import load_pretrained
 from tests.train.tiny_recipe import RECIPE
 
 HERE = Path(__file__).resolve().parent
-# The processes compile much and compute little.
-COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 LAUNCH = HERE.parents[1] / "launch" / "local_processes.sh"
 
 
@@ -36,11 +33,9 @@ def started(folder: Path, processes: int, devices: int, mapping: dict, *other: P
     (folder / "recipe.json").write_text(json.dumps(mapping))
     command = [str(LAUNCH), str(processes), "--devices", str(devices), "--"]
     command += [sys.executable, "-m", "tests.distributed.program", str(folder), str(folder / "recipe.json")]
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {COMPILE_FAST}"}
     result = subprocess.run(
         [*command, *map(str, other)],
         cwd=HERE.parents[1],
-        env=environment,
         capture_output=True,
         text=True,
         timeout=900,

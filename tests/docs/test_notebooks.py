@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import QUICK_COMPILE
+
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
@@ -15,7 +17,7 @@ NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 def test_the_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("NOTEBOOK_VARIANT", "tiny")
     monkeypatch.setenv("NOTEBOOK_WORKDIR", str(tmp_path / "run"))
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as in a user's notebook
+    monkeypatch.setenv("XLA_FLAGS", " ".join(QUICK_COMPILE))  # one device, as in a user's notebook
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(ROOT)}})

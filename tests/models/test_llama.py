@@ -11,6 +11,7 @@ import pytest
 from dreamllm_jax.config.towers import LlamaConfig, RopeScaling
 from dreamllm_jax.models.llama import Llama, init_cache
 from dreamllm_jax.ops.scan import unstack_for_loop
+from tests.programs import compiled_as_users_do
 
 MHA = LlamaConfig(
     vocab_size=50,
@@ -129,7 +130,8 @@ def test_logits_equal_transformers(name, length):
     torch, reference = torch_model(config)
     tokens = tokens_of(config, 2, length)
     expected = reference(torch.tensor(np.asarray(tokens))).logits.detach().numpy()
-    actual = run(Llama(config), from_torch(config, reference.state_dict()), tokens)
+    with compiled_as_users_do():
+        actual = run(Llama(config), from_torch(config, reference.state_dict()), tokens)
     np.testing.assert_allclose(actual, expected, atol=(1e-4 if length == 500 else 1e-5) * expected.std())
 
 

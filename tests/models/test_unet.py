@@ -10,9 +10,6 @@ import pytest
 from dreamllm_jax.config.towers import UNetConfig
 from dreamllm_jax.models.unet import UNet, sinusoids
 
-# Most of the time of these tests is compilation.
-QUICK = {"xla_backend_optimization_level": 0}
-
 SMALL = {
     "sample_size": 8,
     "layers_per_block": 1,
@@ -114,7 +111,7 @@ def test_parity_with_diffusers(family, sides, from_diffusers, randomize):
         out = UNet(config).apply(params, latents, steps, context, added)
         return (out * weights).sum(), out
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
     (_, out), grads = run(from_diffusers(module.state_dict()), latents, context)
 
     leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in (latents, context)]
@@ -162,7 +159,7 @@ def test_remat_changes_neither_parameters_nor_gradients(small, policy):
 
     def gradients(module):
         loss = jax.grad(lambda p: (module.apply(p, *inputs) ** 2).sum())
-        return jax.jit(loss, compiler_options=QUICK)(params)
+        return jax.jit(loss)(params)
 
     lean = UNet(module.config, remat=policy)
     assert jax.tree.structure(jax.eval_shape(lean.init, jax.random.key(0), *inputs)) == jax.tree.structure(
@@ -174,7 +171,7 @@ def test_remat_changes_neither_parameters_nor_gradients(small, policy):
 def test_a_row_does_not_depend_on_the_others(small):
     module, params = small
     inputs = example(module.config)
-    run = jax.jit(module.apply, compiler_options=QUICK)
+    run = jax.jit(module.apply)
     alone = run(params, *jax.tree.map(lambda x: x[1:], inputs))
     np.testing.assert_allclose(alone, run(params, *inputs)[1:], atol=1e-5)
 
@@ -183,7 +180,7 @@ def test_bfloat16_is_near_float32(small):
     module, params = small
     inputs = example(module.config)
     out, expected = (
-        jax.jit(UNet(module.config, dtype=dtype).apply, compiler_options=QUICK)(params, *inputs)
+        jax.jit(UNet(module.config, dtype=dtype).apply)(params, *inputs)
         for dtype in (jnp.bfloat16, jnp.float32)
     )
     assert out.dtype == jnp.bfloat16

@@ -48,10 +48,7 @@ def test_parity_with_diffusers(from_diffusers, randomize):
         out = Vae(CONFIG).apply(params, latents, method=Vae.decode)
         return (out * weights).sum(), (moments, out)
 
-    run = jax.jit(
-        jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (_, (moments, out)), grads = run(from_diffusers(module.state_dict()), PIXELS)
 
     leaf = torch.tensor(np.asarray(PIXELS), requires_grad=True)

@@ -19,6 +19,8 @@ from dreamllm_jax.parity.generation import compare_greedy, compare_image
 from dreamllm_jax.parity.sequences import compare_sequences
 from dreamllm_jax.parity.step import compare_step
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def missed(errors):
     return exceeding(errors, BOUNDS)
