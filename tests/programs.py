@@ -1,8 +1,8 @@
 """How the tests compile programs, and how a test compiles as users do.
 
 The tests compile much and compute little. They take half the time without LLVM's optimizations and with the
-older of the CPU backend's two code generators. XLA's own passes, which come before, are the same: results differ
-by rounding.
+older of the CPU backend's two code generators. XLA's own passes, which come before, are the same, so that
+results differ by rounding.
 """
 
 import contextlib
