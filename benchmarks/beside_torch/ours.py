@@ -18,6 +18,7 @@ from dreamllm_jax.generate.decode import DecodeState, decode_text
 from dreamllm_jax.generate.documents import draw_and_append, image_block_length
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import draw_images
+from dreamllm_jax.generate.layout import generation_layout
 from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, shard_batch
@@ -75,7 +76,8 @@ class Generator:
         assert size.model.llama is not None
         self.size, self.inputs = size, inputs
         dtype = jnp.dtype(size.model.dtype)
-        params = unflatten_dict({path: jnp.asarray(x, dtype) for path, x in inputs.params.items()}, sep="/")
+        params = {path: jnp.asarray(x, dtype) for path, x in inputs.params.items()}
+        params = unflatten_dict(generation_layout(params, size.model.llama), sep="/")
         self.engine = Engine(size.model, params, _TokenIdsOnly(size.model.llama.vocab_size))
 
     def read(self, rows: int, tokens_after: int) -> DecodeState:
