@@ -13,12 +13,13 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from dreamllm_jax.batch import Batch
-from dreamllm_jax.config.model import AttentionConfig
+from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.packing import empty_batch
 from dreamllm_jax.data.pipeline import row_layout
 from dreamllm_jax.generate.decode import DecodeRules, decode_text, prefill
 from dreamllm_jax.generate.images import draw_images
+from dreamllm_jax.generate.int8 import round_to_int8
 from dreamllm_jax.generate.layout import generation_layout
 from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
@@ -94,11 +95,14 @@ def abstract_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Batch:
     return jax.tree.map(one, empty_batch(1, layout, pad=0))
 
 
-def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any]) -> LoweredProgram:
+def generation_program(
+    recipe: Recipe, name: str, rows: int, devices: list[Any], quantize: str | None = None
+) -> LoweredProgram:
     """Lowers one of GENERATION for `rows` prompts (or images), with weights in the model's dtype.
 
     Prompts fill the context except for `generation.max_new_tokens`. The decoding loop depends on data, so its
-    cost is that of one token.
+    cost is that of one token. With `quantize="int8"` the language model's kernels are int8, as `DreamLLM`
+    holds them.
 
     Raises:
       ValueError: the mesh does not fit the devices or the parameters, or the model lacks the tower.
@@ -109,9 +113,9 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
     if config.llama is None or (name == "denoise" and not config.draws):
         raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
     check_attention_kernels(config, mesh)
-    flat = jax.eval_shape(functools.partial(generation_layout, config=config.llama), abstract_params(config))
-    shardings, dtype = parameter_shardings(flat, mesh, recipe.mesh.replicated), jnp.dtype(config.dtype)
-    flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=shardings[k]) for k, v in flat.items()}
+    flat = _generation_params(config, quantize)
+    shardings = parameter_shardings(flat, mesh, recipe.mesh.replicated)
+    flat = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in flat.items()}
     params = unflatten_dict(flat, sep="/")
     make = {"prefill": _prefill, "decode": _decode, "denoise": _denoise}[name]
     with jax.set_mesh(mesh):
@@ -119,6 +123,19 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
         lowered = run.lower(params, *inputs)
         work = {name: flops(run, params, *inputs)}
     return LoweredProgram(name, mesh, {"parameters": flat, "batch": inputs}, work, lowered)
+
+
+def _generation_params(config: DreamLLMConfig, quantize: str | None) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a model's parameters as `DreamLLM` holds them."""
+    assert config.llama is not None
+    llama, dtype = config.llama, jnp.dtype(config.dtype)
+
+    def relaid(params: dict[str, Any]) -> dict[str, Any]:
+        cast = {path: value.astype(dtype) for path, value in params.items()}
+        flat = generation_layout(cast, llama)
+        return flat if quantize is None else round_to_int8(flat)
+
+    return jax.eval_shape(relaid, abstract_params(config))
 
 
 def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
