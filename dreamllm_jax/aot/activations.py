@@ -8,7 +8,9 @@ from dreamllm_jax.aot.hlo import Computation, Instruction, Program, Shape, is_pa
 
 # Opcodes whose result holds the numbers of their operand, moved or in another layout.
 _MOVED = frozenset("copy bitcast copy-start copy-done opt-barrier optimization-barrier reshape".split())
-_FORMS = _MOVED | frozenset("convert transpose slice fusion async-start async-done".split())
+_FORMS = _MOVED | frozenset(
+    "convert transpose slice fusion fusion-start fusion-done async-start async-done".split()
+)
 _FORMS |= {"all-gather", "all-gather-start", "all-gather-done"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,9 +32,10 @@ from dreamllm_jax.train.state import abstract_state
 from dreamllm_jax.train.step import train_step
 
 GENERATION = ("prefill", "decode", "denoise")
-# Compiler options by effort. At low effort a 7B step compiles in about an eighth of the time; FLOPs and
-# memory are the same to a few percent. 9 is XLA's EFFORT_O0. The older option "exec_time_optimization_effort"
-# is refused by libtpu 0.0.50. 0 means unset, which is full effort.
+# Compiler options of TPUs by effort. At low effort a 7B step compiles in about an eighth of the time; FLOPs
+# and memory are the same to a few percent. 9 is XLA's EFFORT_O0. The older option
+# "exec_time_optimization_effort" is refused by libtpu 0.0.50. 0 means unset, which is full effort. GPUs have
+# one effort.
 EFFORTS: dict[str, Any] = {"low": {"optimization_level": 9}, "full": {}}
 
 
@@ -52,9 +54,19 @@ class LoweredProgram:
     lowered: jax.stages.Lowered
 
 
-def compile_program(program: LoweredProgram, effort: str) -> jax.stages.Compiled:
-    """Compiles a program; `effort` is a key of EFFORTS."""
-    return program.lowered.compile(compiler_options=EFFORTS[effort])
+def compile_program(program: LoweredProgram, effort: str, dump: Path | None = None) -> jax.stages.Compiled:
+    """Compiles a program; `effort` is a key of EFFORTS. XLA writes its intermediate texts into the folder
+    `dump`, if given.
+    """
+    options = compiler_options(program.mesh, effort)
+    return program.lowered.compile(
+        compiler_options=options | ({} if dump is None else {"xla_dump_to": str(dump)})
+    )
+
+
+def compiler_options(mesh: Mesh, effort: str) -> dict[str, Any]:
+    """Returns the options with which programs for the devices of a mesh are compiled."""
+    return dict(EFFORTS[effort]) if mesh.devices.flat[0].platform == "tpu" else {}
 
 
 def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> LoweredProgram:
@@ -119,7 +131,7 @@ def generation_program(
     params = unflatten_dict(flat, sep="/")
     make = {"prefill": _prefill, "decode": _decode, "denoise": _denoise}[name]
     with jax.set_mesh(mesh):
-        run, inputs = make(recipe, params, rows)
+        run, inputs = make(recipe, mesh, params, rows)
         lowered = run.lower(params, *inputs)
         work = {name: flops(run, params, *inputs)}
     return LoweredProgram(name, mesh, {"parameters": flat, "batch": inputs}, work, lowered)
@@ -138,7 +150,7 @@ def _generation_params(config: DreamLLMConfig, quantize: str | None) -> dict[str
     return jax.eval_shape(relaid, abstract_params(config))
 
 
-def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
+def _prefill(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config = recipe.model
     capacity = config.context_length
     length = bucket_length(max(1, capacity - recipe.generation.max_new_tokens), capacity)
@@ -150,14 +162,14 @@ def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ..
     return jax.jit(functools.partial(prefill, model=model, capacity=capacity)), (batch,)
 
 
-def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
+def _decode(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config, new = recipe.model, recipe.generation.max_new_tokens
     assert config.llama is not None
     vocabulary = config.llama.vocab_size
-    read, inputs = _prefill(recipe, params, rows)
+    read, inputs = _prefill(recipe, mesh, params, rows)
     read, reading_of = _flat(read)
     # The KV cache has the sharding that prefill gives it.
-    compiled = jax.jit(read).lower(params, *inputs).compile(compiler_options=EFFORTS["low"])
+    compiled = jax.jit(read).lower(params, *inputs).compile(compiler_options=compiler_options(mesh, "low"))
     shapes = jax.eval_shape(read, params, *inputs)
     state = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -195,7 +207,7 @@ def _flat(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], Calla
     return leaves, lambda values: jax.tree.unflatten(structures[0], values)
 
 
-def _denoise(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
+def _denoise(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config = recipe.model
     assert config.unet is not None
     width, pooled = config.unet.cross_attention_dim, config.unet.pooled_text_dim

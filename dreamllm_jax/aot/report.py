@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from dreamllm_jax.aot.census import Census, Collective
+from dreamllm_jax.aot.compilers import compiler_versions
+from dreamllm_jax.aot.launches import Launches
 from dreamllm_jax.aot.memory import FREE_SHARE, Memory, gib
 from dreamllm_jax.aot.program import LoweredProgram
 from dreamllm_jax.aot.roofline import Roofline
@@ -21,7 +20,10 @@ LARGEST = 8  # number of collectives that are listed individually
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """Everything that is known about one compiled program. `seconds` is the time of compiling it."""
+    """Everything that is known about one compiled program. `seconds` is the time of compiling it.
+
+    `launches` is None for TPUs, whose programs run as one.
+    """
 
     recipe: str
     topology: str
@@ -31,6 +33,7 @@ class CompileReport:
     memory: Memory
     census: Census
     roofline: Roofline
+    launches: Launches | None
     seconds: float
 
     @property
@@ -50,8 +53,7 @@ def to_json(report: CompileReport) -> dict[str, Any]:
         "chip": report.chip.kind,
         "mesh": dict(report.program.mesh.shape),
         "compiler": {
-            "jax": jax.__version__,
-            "libtpu": importlib.metadata.version("libtpu"),
+            **compiler_versions(report.chip.kind),
             "effort": report.effort,
             "seconds": round(report.seconds, 1),
         },
@@ -66,6 +68,8 @@ def to_json(report: CompileReport) -> dict[str, Any]:
         "model_flops": report.program.model_flops,
         "compiled_flops": {part: n * chips for part, n in report.census.flops.items()},
         "compiled_to_model": report.compiled_flops / model if model else None,
+        "memory_traffic": report.census.hbm,
+        "launches": None if report.launches is None else dataclasses.asdict(report.launches),
         "loops_counted_once": report.census.data_dependent_loops,
         "collectives": [
             {"kind": kind, "axes": list(axes), "times": times, "bytes": received}
@@ -121,13 +125,42 @@ def to_text(report: CompileReport) -> str:
         f"{report.recipe}, {program.name} on {report.topology} ({program.mesh.size} x "
         f"{report.chip.kind}), mesh {mesh}; compiled in {report.seconds:.0f} s, effort {report.effort}",
         "",
+        *memory_lines(memory),
+        "",
+        *_work(report),
+        "",
+        f"bytes between a chip and its memory: {gib(report.census.hbm)}",
+        *_launches(report.launches),
+        "",
+        *_transfers(report.census),
+        "",
+        *_bound(roof),
+    ]
+    return "\n".join(lines)
+
+
+def memory_lines(memory: Memory) -> list[str]:
+    """Returns the memory of a chip as lines of text."""
+    lines = [
         f"memory of a chip: {gib(memory.used)} of {gib(memory.hbm)}, {memory.free:.0%} free "
         f"({'fits' if memory.fits else 'does not fit'}: {FREE_SHARE:.0%} must stay free)",
         *[f"  {kind:<16}{gib(n):>14}" for kind, n in memory.kinds.items() if n],
     ]
     if memory.host:
         lines.append(f"  {'on the host':<16}{gib(memory.host):>14}")
-    return "\n".join([*lines, "", *_work(report), "", *_transfers(report.census), "", *_bound(roof)])
+    return lines
+
+
+def _launches(launches: Launches | None) -> list[str]:
+    if launches is None:
+        return []
+    waits = f"; the host waits {launches.waits:,.0f} times" if launches.waits else ""
+    return [
+        f"launched: {launches.kernels:,.0f} kernels, {launches.copies:,.0f} copies, "
+        f"{launches.collectives:,.0f} collectives",
+        f"  {launches.in_graphs:,.0f} of them in {launches.graphs:,.0f} CUDA graphs, "
+        f"{launches.outside:,.0f} one by one{waits}",
+    ]
 
 
 def _work(report: CompileReport) -> list[str]:

@@ -18,7 +18,8 @@ from dreamllm_jax.aot.hlo import (
 STILL = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all add-dependency "
     "partition-id replica-id opt-barrier async-start async-update async-done copy-done slice-done "
-    "all-gather-done all-reduce-done collective-permute-done send send-done recv recv-done".split()
+    "all-gather-done all-reduce-done collective-permute-done send send-done recv recv-done fusion-done "
+    "reduce-scatter-done all-to-all-done custom-call-done".split()
 )
 _PARTS = ("dynamic-slice", "slice", "gather")
 
@@ -32,7 +33,7 @@ def hbm_bytes(program: Program, within: Computation, instruction: Instruction) -
     opcode = instruction.opcode
     if opcode in STILL:
         return 0.0
-    if opcode == "fusion":
+    if opcode in ("fusion", "fusion-start"):
         return _fusion(program, within, instruction)
     if opcode == "custom-call":
         if stated := cost_estimate(instruction)["bytes_accessed"]:
@@ -45,7 +46,7 @@ def hbm_bytes(program: Program, within: Computation, instruction: Instruction) -
         return 2 * _in_hbm(instruction.results)
     if opcode in ("copy-start", "slice-start"):
         return math.fsum(s.bytes for s in instruction.results[:2] if s.in_hbm)
-    read = math.fsum(_in_hbm(within.instructions[name].results) for name in instruction.operands)
+    read = math.fsum(_in_hbm(within.instructions[name].outputs) for name in instruction.operands)
     return read + _in_hbm(instruction.outputs)
 
 
@@ -63,7 +64,7 @@ def _fusion(program: Program, within: Computation, instruction: Instruction) -> 
     parts = (
         [_source(fused, fused.instructions[n]) for n in root.operands] if root.opcode == "tuple" else [root]
     )
-    for part, result in zip(parts, instruction.results, strict=False):
+    for part, result in zip(parts, instruction.outputs, strict=False):
         if result.in_hbm:
             total += _written(program, fused, part, result)
     return total
