@@ -13,8 +13,8 @@ import jax
 from dreamllm_jax.aot.activations import activations
 from dreamllm_jax.aot.census import take_census
 from dreamllm_jax.aot.compilers import compiler_versions
+from dreamllm_jax.aot.gpu_report import gpu_report
 from dreamllm_jax.aot.hlo import Thunk, parse, read_thunks
-from dreamllm_jax.aot.launches import count_launches
 from dreamllm_jax.aot.memory import DoesNotFit, NoText, measure, too_large
 from dreamllm_jax.aot.program import LoweredProgram, compile_program
 from dreamllm_jax.aot.report import CompileReport, memory_lines, to_json
@@ -50,10 +50,8 @@ def compile_and_report(
     census = take_census(parsed, program.mesh.shape)
     roof = roofline(census, math.fsum(program.model_flops.values()), program.mesh, chip)
     memory = measure(program.arguments, compiled, activations(parsed), chip)
-    launches = None if thunks is None else count_launches(thunks, parsed)
-    found = CompileReport(
-        recipe.name, topology, effort, program, chip, memory, census, roof, launches, seconds
-    )
+    gpu = None if thunks is None else gpu_report(parsed, thunks)
+    found = CompileReport(recipe.name, topology, effort, program, chip, memory, census, roof, gpu, seconds)
     return found, text
 
 

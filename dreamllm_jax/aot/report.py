@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from dreamllm_jax.aot.census import Census, Collective
 from dreamllm_jax.aot.compilers import compiler_versions
-from dreamllm_jax.aot.launches import Launches
+from dreamllm_jax.aot.gpu_report import GpuReport, gpu_json, gpu_lines
 from dreamllm_jax.aot.memory import FREE_SHARE, Memory, gib
 from dreamllm_jax.aot.program import LoweredProgram
 from dreamllm_jax.aot.roofline import Roofline
@@ -22,7 +23,7 @@ LARGEST = 8  # number of collectives that are listed individually
 class CompileReport:
     """Everything that is known about one compiled program. `seconds` is the time of compiling it.
 
-    `launches` is None for TPUs, whose programs run as one.
+    `gpu` is None for TPUs.
     """
 
     recipe: str
@@ -33,7 +34,7 @@ class CompileReport:
     memory: Memory
     census: Census
     roofline: Roofline
-    launches: Launches | None
+    gpu: GpuReport | None
     seconds: float
 
     @property
@@ -69,7 +70,7 @@ def to_json(report: CompileReport) -> dict[str, Any]:
         "compiled_flops": {part: n * chips for part, n in report.census.flops.items()},
         "compiled_to_model": report.compiled_flops / model if model else None,
         "memory_traffic": report.census.hbm,
-        "launches": None if report.launches is None else dataclasses.asdict(report.launches),
+        "gpu": None if report.gpu is None else gpu_json(report.gpu),
         "loops_counted_once": report.census.data_dependent_loops,
         "collectives": [
             {"kind": kind, "axes": list(axes), "times": times, "bytes": received}
@@ -130,7 +131,7 @@ def to_text(report: CompileReport) -> str:
         *_work(report),
         "",
         f"bytes between a chip and its memory: {gib(report.census.hbm)}",
-        *_launches(report.launches),
+        *([] if report.gpu is None else gpu_lines(report.gpu, report.census.total_flops)),
         "",
         *_transfers(report.census),
         "",
@@ -151,25 +152,13 @@ def memory_lines(memory: Memory) -> list[str]:
     return lines
 
 
-def _launches(launches: Launches | None) -> list[str]:
-    if launches is None:
-        return []
-    waits = f"; the host waits {launches.waits:,.0f} times" if launches.waits else ""
-    return [
-        f"launched: {launches.kernels:,.0f} kernels, {launches.copies:,.0f} copies, "
-        f"{launches.collectives:,.0f} collectives",
-        f"  {launches.in_graphs:,.0f} of them in {launches.graphs:,.0f} CUDA graphs, "
-        f"{launches.outside:,.0f} one by one{waits}",
-    ]
-
-
 def _work(report: CompileReport) -> list[str]:
     model, chips = report.program.model_flops, report.program.mesh.size
     compiled = {part: n * chips for part, n in report.census.flops.items()}
     lines = [f"{'FLOPs of all chips':<18}{'model':>14}{'compiled':>14}{'ratio':>8}"]
     for part in dict.fromkeys([*model, *compiled]):
         lines.append(_flops_row("  " + part, model, compiled, part))
-    totals = {"all": sum(model.values())}, {"all": sum(compiled.values())}
+    totals = {"all": math.fsum(model.values())}, {"all": math.fsum(compiled.values())}
     lines.append(_flops_row("  all", *totals, "all"))
     if report.compiled_flops < 0.8 * sum(model.values()):
         lines.append(

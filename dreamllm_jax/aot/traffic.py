@@ -54,12 +54,23 @@ def _in_hbm(results: tuple[Shape, ...]) -> float:
     return math.fsum(s.bytes for s in results if s.in_hbm)
 
 
+def read_bytes(program: Program, within: Computation, instruction: Instruction, position: int) -> float:
+    """Returns the bytes that a scheduled instruction reads of its operand at this position."""
+    operand = within.instructions[instruction.operands[position]]
+    if not all(s.in_hbm for s in operand.outputs):
+        return 0.0
+    if instruction.opcode in ("fusion", "fusion-start"):
+        fused = program.computations[instruction.called[0]]
+        return _read(program, fused, fused.parameters[position])
+    if instruction.opcode in _PARTS and position == 0:
+        return _in_hbm(instruction.results)
+    return _in_hbm(operand.outputs)
+
+
 def _fusion(program: Program, within: Computation, instruction: Instruction) -> float:
     fused = program.computations[instruction.called[0]]
-    total = 0.0
-    for name, parameter in zip(instruction.operands, fused.parameters, strict=True):
-        if all(s.in_hbm for s in within.instructions[name].results):
-            total += _read(program, fused, parameter)
+    operands = range(len(instruction.operands))
+    total = math.fsum(read_bytes(program, within, instruction, position) for position in operands)
     root = _source(fused, fused.root)
     parts = (
         [_source(fused, fused.instructions[n]) for n in root.operands] if root.opcode == "tuple" else [root]

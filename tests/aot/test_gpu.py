@@ -50,11 +50,16 @@ def step(compiler):
 
 
 def compiled(function, *shapes, dtype=jnp.bfloat16):
-    """Compiles a function of arrays of these shapes for one H100; returns its text."""
+    """Compiles a function of arrays of these shapes (or of lists of such) for one H100; returns its text."""
     device = topology_devices("h100:1")[:1]
     here = NamedSharding(make_mesh(MeshConfig(), device), PartitionSpec())
-    given = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape in shapes]
-    return jax.jit(function).lower(*given).compile().as_text()
+
+    def one(shape):
+        if isinstance(shape, list):
+            return [one(part) for part in shape]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    return jax.jit(function).lower(*map(one, shapes)).compile().as_text()
 
 
 def test_the_devices_of_a_topology(compiler):
@@ -112,11 +117,11 @@ def test_a_step_on_two_hosts(step):
     assert found.compiled_flops == pytest.approx(model + again, rel=0.02)
     assert found.memory.fits and found.memory.kinds["activations"] > 0
     assert {"nvlink fsdp", "network", "hbm", "compute"} == set(found.roofline.seconds)
-    launches = found.launches
+    launches = found.gpu.launches
     assert launches.graphs > 0 and launches.collectives > 0 and 0 < launches.outside < launches.total
     shown, saved = to_text(found), to_json(found)
     assert "CUDA graphs" in shown and "network" in shown
-    assert saved["launches"]["kernels"] == launches.kernels > 50
+    assert saved["gpu"]["launches"]["kernels"] == launches.kernels > 50
     assert saved["memory_traffic"] == found.census.hbm > sum(found.memory.kinds.values())
     assert [name for name in saved["compiler"] if "cuda" in name]
 
@@ -190,10 +195,14 @@ condition:
   body:
     000: kCommandBuffer [source]
         005: kWhile [source]
-        condition:
-            006: kCustomKernel [source] compare
-          body:
+condition:
+            No thunks.          body:
             007: kCuDnn [source] kCuDnn
+        010: kWhile [source]
+condition:
+            011: kCustomKernel [source] compare
+          body:
+            012: kCuDnn [source] kCuDnn
     008: kAsyncStart [source] stream=1
         010: kDynamicSliceFusion [source]
             009: kCopy [source] kCopy
@@ -225,10 +234,11 @@ def test_launches_are_counted_with_their_loops():
     """A loop whose length is not known turns once, and tests its condition: in a graph without the host."""
     thunks, program = parse_thunks(THUNKS, NAMES), parse(LOOP)
     assert [thunk.kind for thunk in thunks] == ["CommandBuffer", "While", "Conditional"]
-    first, turn = Launches(1, 1, 0, 2, 1), Launches(kernels=2, copies=1, in_graphs=2, graphs=1)
+    first, turn = Launches(1, 1, 0, 2, 1), Launches(kernels=3, copies=1, in_graphs=3, graphs=1)
     assert count_launches(thunks, program) == first + turn.times(3) + Launches(kernels=2, waits=1)
-    outer, inner = loops(thunks, program)
+    outer, inner, other = loops(thunks, program)
     assert (outer.turns, outer.in_graph, outer.turn) == (3, False, turn) and turn.outside == 1
-    assert (inner.turns, inner.in_graph, inner.turn.kernels) == (None, True, 2)
+    assert (inner.turns, inner.in_graph, inner.turn) == (None, True, Launches(kernels=1, in_graphs=1))
+    assert other.turn == Launches(kernels=2, in_graphs=2)
     with pytest.raises(ValueError, match="cannot be parsed: no thunk"):
         parse_thunks("no thunk")

@@ -19,12 +19,14 @@ XLA promises no stable text format. What is read here was seen from XLA's compil
 """
 
 from dreamllm_jax.aot.hlo.attributes import (
+    MOVED,
     Convolution,
     contracted_dims,
     convolution,
     cost_estimate,
     is_buffer_allocation,
     is_pass,
+    is_unchanged,
     loop_body,
     operation_name,
     splash_kernel,
@@ -44,6 +46,7 @@ from dreamllm_jax.aot.hlo.text import Computation, Instruction, Program, Shape, 
 from dreamllm_jax.aot.hlo.thunks import Thunk, parse_thunks, read_thunks
 
 __all__ = [
+    "MOVED",
     "Computation",
     "Convolution",
     "FusedAttention",
@@ -61,6 +64,7 @@ __all__ = [
     "is_buffer_allocation",
     "is_library_call",
     "is_pass",
+    "is_unchanged",
     "library_contracted_dims",
     "loop_body",
     "operation_name",

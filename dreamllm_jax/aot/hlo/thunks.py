@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _LINE = re.compile(r"( *)(\d+): k(\w+)")
+_EMPTY = "No thunks."  # stands for a part without any; the next label follows on the same line
 _LABEL = re.compile(r"( *)(\w+): *$")
 _NAMED = re.compile(r'profile_annotation: "([^"]*)"\s*thunk_id: (\d+)')
 _SEQUENCE = "*.thunk_sequence_after_thunk_passes.txt"
@@ -63,28 +64,29 @@ def parse_thunks(text: str, names: str = "") -> list[Thunk]:
     # What is open, from the outside in: the column of a part's thunks, and the thunks of that part.
     open_parts: list[tuple[int, list[Thunk]]] = [(0, top.parts.setdefault("", []))]
     last: dict[int, Thunk] = {}  # the last thunk at each column
-    for line in filter(str.strip, text.splitlines()):
+    column = 0
+    for line in filter(str.strip, text.replace(_EMPTY, "\n").splitlines()):
         if label := _LABEL.fullmatch(line):
-            column = (
-                len(label.group(1)) // 4 * 4
-            )  # "condition" stands at the column of its loop, "body" after it
-            while open_parts[-1][0] > column:
-                open_parts.pop()
+            if label.group(2) != "condition":  # which stands at column 0, but follows its loop at once
+                column = len(label.group(1)) - 2
+            _close(open_parts, column)
             open_parts.append((column + 4, last[column].parts.setdefault(label.group(2), [])))
             continue
         found = _LINE.match(line)
         if not found:
             raise ValueError(f"the list of thunks has a line that cannot be parsed: {line[:200]}")
-        column, kind = len(found.group(1)), found.group(3)
-        while open_parts[-1][0] > column:
-            open_parts.pop()
+        column, number, kind = len(found.group(1)), int(found.group(2)), found.group(3)
+        _close(open_parts, column)
         if open_parts[-1][0] < column:
             open_parts.append((column, open_parts[-1][1][-1].parts.setdefault("", [])))
         # Every graph has the number 0, which would name it after another thunk.
-        thunk = Thunk(
-            kind,
-            named[number] if (number := int(found.group(2))) in named and kind != "CommandBuffer" else "",
-        )
+        thunk = Thunk(kind, named[number] if number in named and kind != "CommandBuffer" else "")
         open_parts[-1][1].append(thunk)
         last[column] = thunk
     return top.parts[""]
+
+
+def _close(open_parts: list[tuple[int, list[Thunk]]], column: int) -> None:
+    """Closes the parts whose thunks stand further to the right."""
+    while open_parts[-1][0] > column:
+        open_parts.pop()
