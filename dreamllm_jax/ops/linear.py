@@ -76,8 +76,8 @@ def scaled_linear(
 ) -> Float[Array, "..."]:
     """Returns `x @ (kernel * scale)`, in float32 if there is a scale.
 
-    The kernel is converted to x's dtype.
+    The kernel is converted to x's dtype, and so is the product before it is scaled: XLA would otherwise
+    convert int8 to float32, whose products are slower.
     """
-    if scale is None:
-        return linear(x, kernel.astype(x.dtype), preferred_element_type)
-    return linear(x, kernel.astype(x.dtype), jnp.float32) * scale
+    out = linear(x, kernel.astype(x.dtype), preferred_element_type)
+    return out if scale is None else out.astype(jnp.float32) * scale
