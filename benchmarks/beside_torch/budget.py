@@ -87,9 +87,14 @@ def measure(options: argparse.Namespace) -> int:
     )
 
     def stop(*_: Any) -> None:
+        for number in before:  # once is enough: what follows is short, and writes the report
+            signal.signal(number, signal.SIG_IGN)
         raise Stopped
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    schedule.run()
-    return 0 if summary.write(options.out) else 1
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        schedule.run()
+        return 0 if summary.write(options.out) else 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

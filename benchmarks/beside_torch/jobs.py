@@ -25,8 +25,8 @@ IMPLEMENTATIONS = {"cpu": ("xla", "chunked"), "gpu": ("xla", "chunked", "cudnn")
 # at the same time only if they fit together. A job that needs more than the device has runs alone.
 MEMORY = {
     "stage1": (56, 90),
-    "text": (34, 36),
-    "text_to_image": (40, 40),
+    "text": (44, 36),
+    "text_to_image": (44, 40),
     "stage2": (100, 138),
     "kernels": (16, 16),
 }

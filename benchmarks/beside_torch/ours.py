@@ -20,6 +20,7 @@ from dreamllm_jax.generate.decode import DecodeState, decode_text
 from dreamllm_jax.generate.documents import draw_and_append, image_block_length
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import draw_images
+from dreamllm_jax.generate.layout import generation_layout
 from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, shard_batch
@@ -84,7 +85,9 @@ class Generator:
         self.size, self.inputs = size, inputs
         dtype = jnp.dtype(size.model.dtype)
         weights = inputs.weights(lambda _: size.model.dtype)
-        params = unflatten_dict({path: jnp.asarray(x, dtype) for path, x in weights.items()}, sep="/")
+        params = {path: jnp.asarray(x, dtype) for path, x in weights.items()}
+        del weights  # the stacked layers are freed as soon as they are taken apart
+        params = unflatten_dict(generation_layout(params, size.model.llama), sep="/")
         self.engine = Engine(size.model, params, _TokenIdsOnly(size.model.llama.vocab_size))
 
     def read(self, rows: int, tokens_after: int) -> DecodeState:

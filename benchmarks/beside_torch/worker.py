@@ -65,6 +65,8 @@ def main() -> int:
     """Measures the job's rows one after the other, and returns the exit code."""
     options = parse()
     os.environ.setdefault("JAX_PLATFORMS", "cpu" if options.device == "cpu" else "cuda")
+    if options.side != "ours":  # JAX only draws the weights: what it frees is PyTorch's
+        os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     channel = Channel()
     import jax
     import numpy as np
@@ -86,7 +88,7 @@ def main() -> int:
         np.savez(file, **row.result)
         cell = {"seconds": statistics.median(seconds), "repetitions": seconds, "result": file.name}
         cell |= row.figures() | rows.peak_memory(side)
-        channel.say(state="measured", row=row.name, column=row.column, cell=cell, bound=row.bound)
+        channel.say(state="measured", row=row.name, column=row.column, cell=cell, bound=row.bound())
     return 0
 
 

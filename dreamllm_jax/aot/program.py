@@ -19,6 +19,7 @@ from dreamllm_jax.data.packing import empty_batch
 from dreamllm_jax.data.pipeline import row_layout
 from dreamllm_jax.generate.decode import DecodeRules, decode_text, prefill
 from dreamllm_jax.generate.images import draw_images
+from dreamllm_jax.generate.layout import generation_layout
 from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params
@@ -108,7 +109,7 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
     if config.llama is None or (name == "denoise" and not config.draws):
         raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
     check_attention_kernels(config, mesh)
-    flat = abstract_params(config)
+    flat = jax.eval_shape(functools.partial(generation_layout, config=config.llama), abstract_params(config))
     shardings, dtype = parameter_shardings(flat, mesh, recipe.mesh.replicated), jnp.dtype(config.dtype)
     flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=shardings[k]) for k, v in flat.items()}
     params = unflatten_dict(flat, sep="/")
@@ -128,7 +129,7 @@ def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ..
     batch = empty_batch(1, row_layout(stage, config, null_dream=False), pad=0)
     batch = dataclasses.replace(batch, dream_images=None, dream_sizes=None)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
-    model = DreamLLMModule(config)
+    model = DreamLLMModule(config, layered=True)
     return jax.jit(functools.partial(prefill, model=model, capacity=capacity)), (batch,)
 
 
@@ -156,7 +157,7 @@ def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...
     flat_others, others_of = _flat(others)
 
     def run(params: Any, state: list[Any], others: list[Any]) -> Any:
-        model = DreamLLMModule(config)
+        model = DreamLLMModule(config, layered=True)
         return decode_text(params, reading_of(state), *others_of(others), model=model, max_new_tokens=new)
 
     return jax.jit(run, donate_argnums=1), (state, jax.eval_shape(flat_others))
@@ -187,5 +188,7 @@ def _denoise(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ..
         condition = (context, None if pooled is None else jnp.zeros((rows, pooled), config.dtype))
         return condition, condition, jax.random.split(jax.random.key(0), rows)
 
-    run = functools.partial(draw_images, settings=recipe.generation, model=DreamLLMModule(config))
+    run = functools.partial(
+        draw_images, settings=recipe.generation, model=DreamLLMModule(config, layered=True)
+    )
     return jax.jit(run), jax.eval_shape(others)

@@ -17,18 +17,19 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from dreamllm_jax.checkpoint.model_folder import check_complete, save_pretrained
-from dreamllm_jax.checkpoint.parameter_files import to_device
+from dreamllm_jax.checkpoint.parameter_files import as_tensors, to_device
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.convert.opening import open_model
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.distributed import to_host
+from dreamllm_jax.distributed import is_multi_process, to_host
 from dreamllm_jax.document import Document
 from dreamllm_jax.generate.conditions import Conditions
 from dreamllm_jax.generate.decode import decode_text
 from dreamllm_jax.generate.documents import write_documents
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import draw_in_batches
+from dreamllm_jax.generate.layout import checkpoint_layout, generation_layout
 from dreamllm_jax.generate.prompts import (
     Prompt,
     as_list,
@@ -90,7 +91,8 @@ class DreamLLM:
             `replicated` names a part that it does not have.
         """
         _check_language_model(config, tokenizer)
-        flat = flatten_dict(dict(params), sep="/")
+        assert config.llama is not None
+        flat = generation_layout(flatten_dict(dict(params), sep="/"), config.llama)
         parts = sorted({path.split("/")[0] for path in flat})
         if absent := sorted(set(replicated) - set(parts)):
             raise ValueError(f"replicated names {', '.join(absent)}; choose among {', '.join(parts)}.")
@@ -134,7 +136,11 @@ class DreamLLM:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the folder that `from_pretrained` loads. The folder appears complete or not at all."""
-        params = flatten_dict(self.params, sep="/")
+        assert self.config.llama is not None
+        params = flatten_dict(self._engine.params, sep="/")
+        if not is_multi_process():  # several processes gather arrays; one reads tensors, and copies nothing
+            params = as_tensors(params)
+        params = checkpoint_layout(params, self.config.llama)
         save_pretrained(path, params, self.config, self.tokenizer, self.generation)
 
     @property
@@ -144,8 +150,14 @@ class DreamLLM:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The nested parameter tree, on the devices."""
-        return self._engine.params
+        """The nested parameter tree on the devices, as checkpoints have it: layers stacked on axis 0.
+
+        The model itself holds the layers one by one. Every access stacks them: a second copy of the language
+        model.
+        """
+        assert self.config.llama is not None
+        flat = checkpoint_layout(flatten_dict(self._engine.params, sep="/"), self.config.llama)
+        return unflatten_dict(flat, sep="/")
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -14,12 +14,16 @@ from dreamllm_jax.ops import cpu
 
 
 def linear(
-    x: Float[Array, "*rows c"], kernel: Float[Array, "c c2"], preferred_element_type: Any = None
-) -> Float[Array, "*rows c2"]:
-    """Returns `x @ kernel`, with the dtype of x unless `preferred_element_type` is given."""
+    x: Float[Array, "*rows c"], kernel: Float[Array, "c ..."], preferred_element_type: Any = None
+) -> Float[Array, "..."]:
+    """Returns `x @ kernel`, with the dtype of x unless `preferred_element_type` is given.
+
+    A kernel of several feature axes gives as many: [B, L, D] and [D, 2, F] give [B, L, 2, F].
+    """
     same_type = preferred_element_type in (None, x.dtype) and x.dtype == kernel.dtype
     if same_type and cpu.is_target():
-        return cpu.linear(x, kernel)
+        out = cpu.linear(x, kernel.reshape(len(kernel), -1))
+        return out.reshape(*x.shape[:-1], *kernel.shape[1:])
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=preferred_element_type)
 
@@ -39,3 +43,23 @@ class Dense(nn.Dense):
 
     dtype: Any = jnp.float32
     dot_general: Any = _dot_general
+
+
+class JoinedDense(nn.Module):
+    """The product of several `Dense` layers with one input, as one.
+
+    `kernel` is [in, *features]. The caller splits the result.
+    """
+
+    features: tuple[int, ...]
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows c"]) -> Float[Array, "..."]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], *self.features))
+        out = linear(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return out
+        return out + self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype)
