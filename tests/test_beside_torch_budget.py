@@ -218,8 +218,8 @@ def test_options(tmp_path, monkeypatch, capsys):
     assert main() == 1 and "nvidia-smi was not found" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("mib", "micro_batches"), [(81559, "4"), (143771, "1")])
-def test_stage2_is_accumulated_on_a_smaller_gpu(tmp_path, monkeypatch, mib, micro_batches):
+@pytest.mark.parametrize(("mib", "rows"), [(81559, 1), (143771, 4)])
+def test_stage2_has_one_row_on_a_smaller_gpu(tmp_path, monkeypatch, mib, rows):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {mib}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -232,8 +232,9 @@ def test_stage2_is_accumulated_on_a_smaller_gpu(tmp_path, monkeypatch, mib, micr
     options = parse(["--budget=500", f"--out={tmp_path / 'o'}", "--device=gpu", "--size=full"])
     assert budget.measure(options) == 0
     stage2 = [command for command in commands if "stage2" in command]
-    assert len(stage2) == 3 and all(f"--micro-batches={micro_batches}" in command for command in stage2)
+    assert len(stage2) == 3 and all(f"--rows={rows}" in command for command in stage2)
     assert all("--dtype=bfloat16" in command for command in commands)
+    assert f"joint, stage2: {rows} x 2048 tokens" in read(tmp_path / "o")["rows"]
     assert read(tmp_path / "o")["environment"]["memory_gib"] == pytest.approx(mib / 1024)
 
 

@@ -34,13 +34,14 @@ class Side:
     size_name: str
     device: str
     dtype: Any
+    rows: int | None = None
     micro_batches: int = 1
 
     @functools.cached_property
     def size(self) -> Size:
         size = make_size(self.size_name, self.dtype)
         optim = dataclasses.replace(size.optim, grad_accum_steps=self.micro_batches)
-        return dataclasses.replace(size, optim=optim)
+        return dataclasses.replace(size, optim=optim, rows=self.rows or size.rows)
 
     @functools.cached_property
     def inputs(self) -> Inputs:

@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", required=True)
     parser.add_argument("--device", choices=("cpu", "gpu"), required=True)
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--rows", type=int, help="of a train step (default: those of --size)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of repetitions in each row")
     parser.add_argument("--folder", type=Path, required=True)
     return parser.parse_args(arguments)
@@ -75,7 +75,7 @@ def main() -> int:
 
     if jax.default_backend() != options.device:
         raise ValueError(f"JAX runs on {jax.default_backend()}, but --device is {options.device}.")
-    side = rows.Side(options.side, options.size, options.device, options.dtype, options.micro_batches)
+    side = rows.Side(options.side, options.size, options.device, options.dtype, options.rows)
     channel.say(state="hello", environment=rows.environment(side))
     for number, row in enumerate(rows.JOBS[options.job](side)):
         if row.error is not None:
