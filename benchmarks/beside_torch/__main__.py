@@ -88,6 +88,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if unknown := [name for name in found.cases if name not in names]:
         mode = "without --budget" if found.budget is None else "with --budget"
         parser.error(f"unknown {mode}: {', '.join(unknown)}; give {', '.join(names)}, or none for all")
+    for name in ("compile", "pairs", "rows", "json"):
+        if found.budget is not None and getattr(found, name) != parser.get_default(name):
+            parser.error(f"--{name} belongs to the mode without --budget: leave it away")
     if found.document is not None and found.budget is not None:
         parser.error("--budget writes no document; give --report=DIR --document=FILE afterwards")
     if found.document is not None and found.report is None and set(found.cases) != set(NAMES):

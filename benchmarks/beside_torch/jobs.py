@@ -25,8 +25,8 @@ IMPLEMENTATIONS = {"cpu": ("xla", "chunked"), "gpu": ("xla", "chunked", "cudnn")
 # at the same time only if they fit together. A job that needs more than the device has runs alone.
 MEMORY = {
     "stage1": (56, 90),
-    "text": (34, 36),
-    "text_to_image": (40, 40),
+    "text": (44, 36),
+    "text_to_image": (44, 40),
     "stage2": (100, 138),
     "kernels": (16, 16),
 }
@@ -58,12 +58,18 @@ def row_names(name: str, size: Size) -> tuple[str, ...]:
     return tuple(f"attention, {case}" for case in KERNELS[size.name])
 
 
-def plan(names: tuple[str, ...], sides: tuple[str, ...], size: Size, device: str) -> list[Job]:
-    """Returns the jobs, the most important first, and of each our side first."""
+def plan(
+    names: tuple[str, ...], sides: tuple[str, ...], size: Size, device: str, stage2_rows: int | None = None
+) -> list[Job]:
+    """Returns the jobs, the most important first, and of each our side first.
+
+    `stage2_rows` are the rows of a train step of stage II, if they are not those of the size.
+    """
     found = []
     for name, side in itertools.product([n for n in NAMES if n in names], sides):
         columns = IMPLEMENTATIONS[device] if name == "kernels" and side == "ours" else (side,)
-        cells = tuple(itertools.product(row_names(name, size), columns))
+        rows = stage2_rows if name == "stage2" and stage2_rows is not None else size.rows
+        cells = tuple(itertools.product(row_names(name, dataclasses.replace(size, rows=rows)), columns))
         gib = MEMORY[name][side != "ours"] if size.name == "full" else 4
         found.append(Job(name, side, cells, gib))
     return found

@@ -86,6 +86,7 @@ class Generator:
         dtype = jnp.dtype(size.model.dtype)
         weights = inputs.weights(lambda _: size.model.dtype)
         params = {path: jnp.asarray(x, dtype) for path, x in weights.items()}
+        del weights  # the stacked layers are freed as soon as they are taken apart
         params = unflatten_dict(generation_layout(params, size.model.llama), sep="/")
         self.engine = Engine(size.model, params, _TokenIdsOnly(size.model.llama.vocab_size))
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,13 +34,14 @@ class Side:
     size_name: str
     device: str
     dtype: Any
+    rows: int | None = None
     micro_batches: int = 1
 
     @functools.cached_property
     def size(self) -> Size:
         size = make_size(self.size_name, self.dtype)
         optim = dataclasses.replace(size.optim, grad_accum_steps=self.micro_batches)
-        return dataclasses.replace(size, optim=optim)
+        return dataclasses.replace(size, optim=optim, rows=self.rows or size.rows)
 
     @functools.cached_property
     def inputs(self) -> Inputs:
@@ -74,15 +76,15 @@ class Side:
 class Row:
     """A row that is ready to be measured, or the error that made it impossible.
 
-    `bound` says what a repetition costs at least, in FLOPs or bytes; only our side computes it. `figures`
-    are read after measuring.
+    `bound` returns what a repetition costs at least, in FLOPs or bytes; only our side computes it. `figures`
+    returns more about the measurement. Both are called afterwards.
     """
 
     name: str
     column: str
     work: Work = Work(lambda: None)
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
-    bound: dict[str, float] = dataclasses.field(default_factory=dict)
+    bound: Callable[[], dict[str, float]] = dict
     figures: Callable[[], dict[str, Any]] = dict
     error: str | None = None
 
@@ -90,22 +92,29 @@ class Row:
 def joint(side: Side, training: Training) -> Iterator[Row]:
     """Yields the train step of a stage."""
     (name,) = jobs.row_names(training, side.size)
-    losses: list[float] = []
     if side.is_ours:
+        bound = in_background(lambda: {"flops": bounds.joint_flops(side.size, training)})
         step: Any = ours.Step(side.inputs, training)
-        losses += [step() for _ in range(STEPS_COMPARED)]
-        bound = {"flops": bounds.joint_flops(side.size, training)}
-        yield Row(
-            name, side.name, Work(step), {"loss": np.array(losses)}, bound, lambda: micro(side.micro_batches)
-        )
+        result = {"loss": np.array([step() for _ in range(STEPS_COMPARED)])}
+        yield Row(name, side.name, Work(step), result, bound, lambda: micro(side.micro_batches))
         return
     from benchmarks.beside_torch import theirs
 
+    losses: list[float] = []
     step = theirs.Step(side.inputs, training, side.torch_settings)
     for number in range(STEPS_COMPARED):
         step.set_noise(ours.step_noise(step.stage, side.size.model, number))
         losses.append(step())
-    yield Row(name, side.name, Work(step), {"loss": np.array(losses)}, {}, lambda: micro(step.micro_batches))
+    result = {"loss": np.array(losses)}
+    yield Row(name, side.name, Work(step), result, figures=lambda: micro(step.micro_batches))
+
+
+def in_background(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Returns a function that returns `function()`, which a thread computes while programs are compiled."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(function)
+    pool.shutdown(wait=False)
+    return future.result
 
 
 def micro(count: int) -> dict[str, int]:
@@ -138,7 +147,8 @@ def decode(side: Side, generator: Any, name: str, rows: int) -> Row:
     work.seconds()
     work.prepare()
     tokens = work.run()
-    bound = {"bytes": bounds.token_bytes(size, rows) * size.new_tokens} if side.is_ours else {}
+    bytes_read = bounds.token_bytes(size, rows) * size.new_tokens
+    bound = (lambda: {"bytes": bytes_read}) if side.is_ours else dict
     return Row(name, side.name, work, {"tokens": tokens}, bound)
 
 
@@ -158,13 +168,15 @@ def prefill(side: Side, generator: Any, name: str, rows: int) -> Row:
         work.prepare()
         logits = work.run().logits.cpu().numpy()
     work.seconds()
-    bound = {"flops": bounds.prefill_flops(size, rows)} if side.is_ours else {}
+    bound = (lambda: {"flops": bounds.prefill_flops(size, rows)}) if side.is_ours else dict
     return Row(name, side.name, work, {"logits": logits}, bound)
 
 
 def text_to_image(side: Side) -> Iterator[Row]:
     """Yields generating images from conditions: U-Net steps with guidance, then the VAE's decoder."""
-    size, generator = side.size, side.generator()
+    size = side.size
+    bound = in_background(lambda: {"flops": bounds.image_flops(size)}) if side.is_ours else dict
+    generator = side.generator()
     (name,) = jobs.row_names("text_to_image", size)
     if side.is_ours:
         work = Work(lambda: generator.draw(size.num_images))
@@ -174,7 +186,6 @@ def text_to_image(side: Side) -> Iterator[Row]:
         work = Work(lambda: generator.draw(contexts, null, noise))
     pictures = work.run()
     work.seconds()
-    bound = {"flops": bounds.image_flops(size)} if side.is_ours else {}
     yield Row(name, side.name, work, {"image": pictures}, bound)
 
 

@@ -144,12 +144,13 @@ def chart(found: dict[str, Any], path: Path) -> bool:
     longest = max(length for row in rows.values() for length, _ in bars(row).values())
     for number, row in enumerate(rows.values()):
         found_bars = bars(row)
-        height = 0.8 / len(found_bars)
+        height = 0.8 / len(COLUMNS)
         for i, (column, (length, label)) in enumerate(found_bars.items()):
-            y = number - 0.4 + (i + 0.5) * height
+            y = number + (i - (len(found_bars) - 1) / 2) * height
             axes.barh(y, length, height * 0.9, color=colors[column])
-            axes.text(length + 0.01 * longest, y, label, va="center", fontsize=8)
-    axes.axvline(1, color=colors["ours"], linewidth=0.8)
+            box = {"color": "white", "pad": 0.0}  # the line at 1 ends before a label
+            axes.text(length + 0.01 * longest, y, label, va="center", fontsize=8, bbox=box)
+    axes.axvline(1, color=colors["ours"], linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * longest)

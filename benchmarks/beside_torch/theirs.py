@@ -149,6 +149,7 @@ class Generator:
             self.towers.unet.compile()
             self.towers.vae.decoder.compile()
 
+    @torch.inference_mode()
     def cache(self, rows: int, tokens_after: int) -> Any:
         """Returns an empty cache for prompts with `tokens_after` more tokens.
 

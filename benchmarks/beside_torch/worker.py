@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", required=True)
     parser.add_argument("--device", choices=("cpu", "gpu"), required=True)
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--rows", type=int, help="of a train step (default: those of --size)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of repetitions in each row")
     parser.add_argument("--folder", type=Path, required=True)
     return parser.parse_args(arguments)
@@ -65,6 +65,8 @@ def main() -> int:
     """Measures the job's rows one after the other, and returns the exit code."""
     options = parse()
     os.environ.setdefault("JAX_PLATFORMS", "cpu" if options.device == "cpu" else "cuda")
+    if options.side != "ours":  # JAX only draws the weights: what it frees is PyTorch's
+        os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     channel = Channel()
     import jax
     import numpy as np
@@ -73,7 +75,7 @@ def main() -> int:
 
     if jax.default_backend() != options.device:
         raise ValueError(f"JAX runs on {jax.default_backend()}, but --device is {options.device}.")
-    side = rows.Side(options.side, options.size, options.device, options.dtype, options.micro_batches)
+    side = rows.Side(options.side, options.size, options.device, options.dtype, options.rows)
     channel.say(state="hello", environment=rows.environment(side))
     for number, row in enumerate(rows.JOBS[options.job](side)):
         if row.error is not None:
@@ -86,7 +88,7 @@ def main() -> int:
         np.savez(file, **row.result)
         cell = {"seconds": statistics.median(seconds), "repetitions": seconds, "result": file.name}
         cell |= row.figures() | rows.peak_memory(side)
-        channel.say(state="measured", row=row.name, column=row.column, cell=cell, bound=row.bound)
+        channel.say(state="measured", row=row.name, column=row.column, cell=cell, bound=row.bound())
     return 0
 
 
