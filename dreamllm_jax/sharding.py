@@ -74,8 +74,8 @@ _CONV = ("replicated", "replicated", "weight_in", "weight_out")
 # Each row is a regular expression for the full path and the logical axes of the trailing dimensions. Leading
 # dimensions that a row does not name are stacks of scanned layers and are not sharded.
 PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    # all vectors: norms, biases, the class token, the temperature
-    (r".*/(scale|bias|class_embedding|logit_scale)", ()),
+    # all vectors: norms, biases, the scales of int8 kernels, the class token, the temperature
+    (r".*/(scale|bias|kernel_scale|class_embedding|logit_scale)", ()),
     # embeddings and heads
     (r"llama/embed_tokens/embedding", _ROW_PARALLEL),
     (r"llama/lm_head/kernel", _COLUMN_PARALLEL),

@@ -134,6 +134,17 @@ install_packages() {
   pip_install --constraint "launch/constraints/py$1.txt" --editable ".${extras:+[$extras]}" || install_failed
 }
 
+# expect_accelerators: without one on this machine, JAX uses the CPU. Otherwise the compilers of TPUs and GPUs, which
+# .venv holds for the tests, would complain that they find none.
+expect_accelerators() {
+  local device
+  [ -z "${JAX_PLATFORMS:-}" ] && [ "$(uname)" = Linux ] || return 0
+  for device in /dev/nvidia[0-9]* /dev/nvidiactl /dev/dxg /dev/accel* /dev/vfio/[0-9]* /dev/kfd; do
+    [ ! -e "$device" ] || return 0
+  done
+  export JAX_PLATFORMS=cpu
+}
+
 # prepare_python runtime|examples|test|tpu|cuda : creates or updates .venv and sets python to its interpreter.
 prepare_python() {
   local purpose=$1 version stamp wanted

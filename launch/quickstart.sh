@@ -49,6 +49,7 @@ run() {
 }
 
 prepare_python examples
+expect_accelerators
 mkdir -p "$workdir" 2>/dev/null || fail "The folder $workdir cannot be created; give a WORKDIR in a writable place."
 workdir=$(CDPATH='' cd -- "$workdir" && pwd -P)
 [ -w "$workdir" ] || fail "The folder $workdir is not writable; give another WORKDIR."

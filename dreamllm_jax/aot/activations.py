@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 
-from dreamllm_jax.aot.hlo import Computation, Instruction, Program, Shape, is_pass, loop_body, tuple_index
+from dreamllm_jax.aot.hlo import (
+    MOVED,
+    Computation,
+    Instruction,
+    Program,
+    Shape,
+    is_pass,
+    is_unchanged,
+    loop_body,
+    tuple_index,
+)
 
-# Opcodes whose result holds the numbers of their operand, moved or in another layout.
-_MOVED = frozenset("copy bitcast copy-start copy-done opt-barrier optimization-barrier reshape".split())
-_FORMS = _MOVED | frozenset("convert transpose slice fusion async-start async-done".split())
+_FORMS = MOVED | frozenset(
+    "convert transpose slice fusion fusion-start fusion-done async-start async-done".split()
+)
 _FORMS |= {"all-gather", "all-gather-start", "all-gather-done"}
 
 
@@ -44,7 +54,7 @@ class _Crossing:
         """Returns the bytes of all of them, each counted once."""
         found: dict[tuple[str, int], Shape] = {}
         for instruction in self._within.instructions.values():
-            if is_pass(instruction, "backward") and instruction.opcode not in ("get-tuple-element", *_MOVED):
+            if is_pass(instruction, "backward") and instruction.opcode not in ("get-tuple-element", *MOVED):
                 for name in instruction.operands:
                     self._collect(name, found)
         return math.fsum(shape.bytes for shape in found.values() if shape.in_hbm)
@@ -63,34 +73,19 @@ class _Crossing:
     def _producer(self, name: str) -> tuple[Instruction, int]:
         """Returns the instruction that computed a value, and the index of the value among its results."""
         instruction = self._within.instructions[name]
-        if instruction.opcode in _MOVED:
+        if instruction.opcode in MOVED:
             return self._producer(instruction.operands[0])
         if instruction.opcode != "get-tuple-element":
             return instruction, 0
         source, index = self._within.instructions[instruction.operands[0]], tuple_index(instruction)
-        while source.opcode in _MOVED:
+        while source.opcode in MOVED:
             source = self._within.instructions[source.operands[0]]
         if source.opcode == "tuple":
             return self._producer(source.operands[index])
-        if source.opcode == "while" and self._unchanged(source, index):
+        if source.opcode == "while" and is_unchanged(self._program, source, index):
             start = self._within.instructions[source.operands[0]]
             return self._producer(start.operands[index]) if start.opcode == "tuple" else (start, index)
         return source, index
-
-    def _unchanged(self, loop: Instruction, index: int) -> bool:
-        """Returns whether a loop passes this element of its state through unchanged."""
-        body = self._program.computations[loop_body(loop)]
-        root = body.root
-        if root.opcode != "tuple":
-            return False
-        part = body.instructions[root.operands[index]]
-        while part.opcode in _MOVED:
-            part = body.instructions[part.operands[0]]
-        return (
-            part.opcode == "get-tuple-element"
-            and tuple_index(part) == index
-            and body.instructions[part.operands[0]].opcode == "parameter"
-        )
 
     def _input(self, name: str) -> bool:
         """Returns whether a value is an input of the computation in another form."""

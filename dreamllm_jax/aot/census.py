@@ -138,12 +138,12 @@ class _Counter:
             inner = self._program.computations[instruction.called[0]].instructions.values()
             attributes = next(i.attributes for i in inner if i.opcode == "all-reduce")
             self._collective(found, within, instruction, "reduce-scatter", attributes)
-        elif opcode in ("fusion", "async-start"):
+        elif opcode in ("fusion", "fusion-start", "async-start"):
             found.add(self.of(instruction.called[0], scheduled=False))
         elif opcode == "call":
             found.add(self.of(instruction.called[0], scheduled))
         elif opcode in ("convolution", "dot", "custom-call"):
-            n = flops(instruction, self._operands(within, instruction))
+            n = flops(instruction, within)
             if n:
                 found.add(Census(flops={_tower(instruction): n}))
 

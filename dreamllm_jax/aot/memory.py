@@ -16,7 +16,15 @@ FREE_SHARE = 0.1
 
 
 class DoesNotFit(ValueError):
-    """The compiler gave no program because it would need more memory than a chip has."""
+    """A program needs more memory than a chip has; TPUs' compiler then gives none."""
+
+
+class NoText(ValueError):
+    """A program was compiled, but the compiler cannot write it out. `known` says what is known of it."""
+
+    def __init__(self, message: str, known: str):
+        super().__init__(message)
+        self.known = known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +91,18 @@ def too_large(error: Exception) -> str | None:
             needs, has = (float(n) for n in found.groups())
             return f"it needs {needs:.1f} GiB of the chip's {has:.1f} GiB of memory"
     return "it needs more than the chip's memory: " + message.splitlines()[0]
+
+
+def does_not_fit(topology: str, memory: Memory) -> str:
+    """Returns the predicate of a sentence about a program that was compiled and does not fit."""
+    if memory.used > memory.hbm:
+        reason = f"it needs {gib(memory.used)} of a chip's {gib(memory.hbm)} of memory"
+    else:
+        reason = f"{memory.free:.1%} of a chip's {gib(memory.hbm)} stays free, and {FREE_SHARE:.0%} must"
+    return (
+        f"does not fit on {topology}: {reason}; use more chips, raise optim.grad_accum_steps, or find "
+        "settings that fit with --search."
+    )
 
 
 def gib(n: float) -> str:

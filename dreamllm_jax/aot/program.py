@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from dreamllm_jax.batch import Batch
-from dreamllm_jax.config.model import AttentionConfig
+from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.packing import empty_batch
 from dreamllm_jax.data.pipeline import row_layout
 from dreamllm_jax.generate.decode import DecodeRules, decode_text, prefill
 from dreamllm_jax.generate.images import draw_images
+from dreamllm_jax.generate.int8 import round_to_int8
 from dreamllm_jax.generate.layout import generation_layout
 from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
@@ -30,9 +32,10 @@ from dreamllm_jax.train.state import abstract_state
 from dreamllm_jax.train.step import train_step
 
 GENERATION = ("prefill", "decode", "denoise")
-# Compiler options by effort. At low effort a 7B step compiles in about an eighth of the time; FLOPs and
-# memory are the same to a few percent. 9 is XLA's EFFORT_O0. The older option "exec_time_optimization_effort"
-# is refused by libtpu 0.0.50. 0 means unset, which is full effort.
+# Compiler options of TPUs by effort. At low effort a 7B step compiles in about an eighth of the time; FLOPs
+# and memory are the same to a few percent. 9 is XLA's EFFORT_O0. The older option
+# "exec_time_optimization_effort" is refused by libtpu 0.0.50. 0 means unset, which is full effort. GPUs have
+# one effort.
 EFFORTS: dict[str, Any] = {"low": {"optimization_level": 9}, "full": {}}
 
 
@@ -51,9 +54,19 @@ class LoweredProgram:
     lowered: jax.stages.Lowered
 
 
-def compile_program(program: LoweredProgram, effort: str) -> jax.stages.Compiled:
-    """Compiles a program; `effort` is a key of EFFORTS."""
-    return program.lowered.compile(compiler_options=EFFORTS[effort])
+def compile_program(program: LoweredProgram, effort: str, dump: Path | None = None) -> jax.stages.Compiled:
+    """Compiles a program; `effort` is a key of EFFORTS. XLA writes its intermediate texts into the folder
+    `dump`, if given.
+    """
+    options = compiler_options(program.mesh, effort)
+    return program.lowered.compile(
+        compiler_options=options | ({} if dump is None else {"xla_dump_to": str(dump)})
+    )
+
+
+def compiler_options(mesh: Mesh, effort: str) -> dict[str, Any]:
+    """Returns the options with which programs for the devices of a mesh are compiled."""
+    return dict(EFFORTS[effort]) if mesh.devices.flat[0].platform == "tpu" else {}
 
 
 def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> LoweredProgram:
@@ -94,11 +107,14 @@ def abstract_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Batch:
     return jax.tree.map(one, empty_batch(1, layout, pad=0))
 
 
-def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any]) -> LoweredProgram:
+def generation_program(
+    recipe: Recipe, name: str, rows: int, devices: list[Any], quantize: str | None = None
+) -> LoweredProgram:
     """Lowers one of GENERATION for `rows` prompts (or images), with weights in the model's dtype.
 
     Prompts fill the context except for `generation.max_new_tokens`. The decoding loop depends on data, so its
-    cost is that of one token.
+    cost is that of one token. With `quantize="int8"` the language model's kernels are int8, as `DreamLLM`
+    holds them.
 
     Raises:
       ValueError: the mesh does not fit the devices or the parameters, or the model lacks the tower.
@@ -109,19 +125,32 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
     if config.llama is None or (name == "denoise" and not config.draws):
         raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
     check_attention_kernels(config, mesh)
-    flat = jax.eval_shape(functools.partial(generation_layout, config=config.llama), abstract_params(config))
-    shardings, dtype = parameter_shardings(flat, mesh, recipe.mesh.replicated), jnp.dtype(config.dtype)
-    flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=shardings[k]) for k, v in flat.items()}
+    flat = _generation_params(config, quantize)
+    shardings = parameter_shardings(flat, mesh, recipe.mesh.replicated)
+    flat = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in flat.items()}
     params = unflatten_dict(flat, sep="/")
     make = {"prefill": _prefill, "decode": _decode, "denoise": _denoise}[name]
     with jax.set_mesh(mesh):
-        run, inputs = make(recipe, params, rows)
+        run, inputs = make(recipe, mesh, params, rows)
         lowered = run.lower(params, *inputs)
         work = {name: flops(run, params, *inputs)}
     return LoweredProgram(name, mesh, {"parameters": flat, "batch": inputs}, work, lowered)
 
 
-def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
+def _generation_params(config: DreamLLMConfig, quantize: str | None) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a model's parameters as `DreamLLM` holds them."""
+    assert config.llama is not None
+    llama, dtype = config.llama, jnp.dtype(config.dtype)
+
+    def relaid(params: dict[str, Any]) -> dict[str, Any]:
+        cast = {path: value.astype(dtype) for path, value in params.items()}
+        flat = generation_layout(cast, llama)
+        return flat if quantize is None else round_to_int8(flat)
+
+    return jax.eval_shape(relaid, abstract_params(config))
+
+
+def _prefill(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config = recipe.model
     capacity = config.context_length
     length = bucket_length(max(1, capacity - recipe.generation.max_new_tokens), capacity)
@@ -133,14 +162,14 @@ def _prefill(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ..
     return jax.jit(functools.partial(prefill, model=model, capacity=capacity)), (batch,)
 
 
-def _decode(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
+def _decode(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config, new = recipe.model, recipe.generation.max_new_tokens
     assert config.llama is not None
     vocabulary = config.llama.vocab_size
-    read, inputs = _prefill(recipe, params, rows)
+    read, inputs = _prefill(recipe, mesh, params, rows)
     read, reading_of = _flat(read)
     # The KV cache has the sharding that prefill gives it.
-    compiled = jax.jit(read).lower(params, *inputs).compile(compiler_options=EFFORTS["low"])
+    compiled = jax.jit(read).lower(params, *inputs).compile(compiler_options=compiler_options(mesh, "low"))
     shapes = jax.eval_shape(read, params, *inputs)
     state = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -178,7 +207,7 @@ def _flat(function: Callable[..., Any]) -> tuple[Callable[..., list[Any]], Calla
     return leaves, lambda values: jax.tree.unflatten(structures[0], values)
 
 
-def _denoise(recipe: Recipe, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
+def _denoise(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
     config = recipe.model
     assert config.unet is not None
     width, pooled = config.unet.cross_attention_dim, config.unet.pooled_text_dim

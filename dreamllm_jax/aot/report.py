@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib.metadata
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from dreamllm_jax.aot.census import Census, Collective
+from dreamllm_jax.aot.compilers import compiler_versions
+from dreamllm_jax.aot.gpu_report import GpuReport, gpu_json, gpu_lines
 from dreamllm_jax.aot.memory import FREE_SHARE, Memory, gib
 from dreamllm_jax.aot.program import LoweredProgram
 from dreamllm_jax.aot.roofline import Roofline
@@ -21,7 +21,10 @@ LARGEST = 8  # number of collectives that are listed individually
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """Everything that is known about one compiled program. `seconds` is the time of compiling it."""
+    """Everything that is known about one compiled program. `seconds` is the time of compiling it.
+
+    `gpu` is None for TPUs.
+    """
 
     recipe: str
     topology: str
@@ -31,6 +34,7 @@ class CompileReport:
     memory: Memory
     census: Census
     roofline: Roofline
+    gpu: GpuReport | None
     seconds: float
 
     @property
@@ -50,8 +54,7 @@ def to_json(report: CompileReport) -> dict[str, Any]:
         "chip": report.chip.kind,
         "mesh": dict(report.program.mesh.shape),
         "compiler": {
-            "jax": jax.__version__,
-            "libtpu": importlib.metadata.version("libtpu"),
+            **compiler_versions(report.chip.kind),
             "effort": report.effort,
             "seconds": round(report.seconds, 1),
         },
@@ -66,6 +69,8 @@ def to_json(report: CompileReport) -> dict[str, Any]:
         "model_flops": report.program.model_flops,
         "compiled_flops": {part: n * chips for part, n in report.census.flops.items()},
         "compiled_to_model": report.compiled_flops / model if model else None,
+        "memory_traffic": report.census.hbm,
+        "gpu": None if report.gpu is None else gpu_json(report.gpu),
         "loops_counted_once": report.census.data_dependent_loops,
         "collectives": [
             {"kind": kind, "axes": list(axes), "times": times, "bytes": received}
@@ -121,13 +126,30 @@ def to_text(report: CompileReport) -> str:
         f"{report.recipe}, {program.name} on {report.topology} ({program.mesh.size} x "
         f"{report.chip.kind}), mesh {mesh}; compiled in {report.seconds:.0f} s, effort {report.effort}",
         "",
+        *memory_lines(memory),
+        "",
+        *_work(report),
+        "",
+        f"bytes between a chip and its memory: {gib(report.census.hbm)}",
+        *([] if report.gpu is None else gpu_lines(report.gpu, report.census.total_flops)),
+        "",
+        *_transfers(report.census),
+        "",
+        *_bound(roof),
+    ]
+    return "\n".join(lines)
+
+
+def memory_lines(memory: Memory) -> list[str]:
+    """Returns the memory of a chip as lines of text."""
+    lines = [
         f"memory of a chip: {gib(memory.used)} of {gib(memory.hbm)}, {memory.free:.0%} free "
         f"({'fits' if memory.fits else 'does not fit'}: {FREE_SHARE:.0%} must stay free)",
         *[f"  {kind:<16}{gib(n):>14}" for kind, n in memory.kinds.items() if n],
     ]
     if memory.host:
         lines.append(f"  {'on the host':<16}{gib(memory.host):>14}")
-    return "\n".join([*lines, "", *_work(report), "", *_transfers(report.census), "", *_bound(roof)])
+    return lines
 
 
 def _work(report: CompileReport) -> list[str]:
@@ -136,7 +158,7 @@ def _work(report: CompileReport) -> list[str]:
     lines = [f"{'FLOPs of all chips':<18}{'model':>14}{'compiled':>14}{'ratio':>8}"]
     for part in dict.fromkeys([*model, *compiled]):
         lines.append(_flops_row("  " + part, model, compiled, part))
-    totals = {"all": sum(model.values())}, {"all": sum(compiled.values())}
+    totals = {"all": math.fsum(model.values())}, {"all": math.fsum(compiled.values())}
     lines.append(_flops_row("  all", *totals, "all"))
     if report.compiled_flops < 0.8 * sum(model.values()):
         lines.append(

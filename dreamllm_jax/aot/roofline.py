@@ -9,7 +9,7 @@ import math
 from jax.sharding import Mesh
 
 from dreamllm_jax.aot.census import Census, Collective
-from dreamllm_jax.aot.topology import links, slices_of
+from dreamllm_jax.aot.topology import axes_within, islands_of, links
 from dreamllm_jax.config.chips import Chip
 
 
@@ -17,6 +17,7 @@ from dreamllm_jax.config.chips import Chip
 class Roofline:
     """Seconds by resource: "compute", "hbm", "ici AXES" for each combination of mesh axes, "dcn".
 
+    On GPUs the links of a host are called "nvlink AXES", and what joins hosts "network".
     `peak` is the FLOP/s of all chips together.
     """
 
@@ -55,10 +56,11 @@ def roofline(census: Census, model_flops: float, mesh: Mesh, chip: Chip) -> Roof
 
 
 def _seconds(collective: Collective, mesh: Mesh, chip: Chip) -> dict[str, float]:
-    """Returns seconds by network. Over several slices a collective takes two steps: within each slice, then
-    across.
+    """Returns seconds by network. Over several slices (or hosts of GPUs) a collective takes two steps: within
+    each slice, then across.
     """
-    slices = slices_of(mesh, collective.axes)
+    inner, outer = ("ici", "dcn") if chip.kind.startswith("TPU") else ("nvlink", "network")
+    slices = islands_of(mesh, collective.axes)
     found = {}
     if slices > 1:
         inside = max(1, collective.group // slices)
@@ -69,27 +71,27 @@ def _seconds(collective: Collective, mesh: Mesh, chip: Chip) -> dict[str, float]
             operand=collective.operand / part,
             result=collective.result / part,
         )
-        found["dcn"] = between.received / chip.dcn
+        found[outer] = between.received / chip.dcn
         collective = dataclasses.replace(collective, group=inside)
     if collective.group > 1:
-        within = [name for name in collective.axes if slices == 1 or name != "data" or inside_data(mesh) > 1]
-        found["ici " + "+".join(within)] = collective.received / _bandwidth(collective, mesh, within, chip)
+        within = axes_within(mesh, collective.axes) if slices > 1 else list(collective.axes)
+        found[f"{inner} {'+'.join(within)}"] = collective.received / _bandwidth(
+            collective, mesh, within, chip
+        )
     return found
 
 
-def inside_data(mesh: Mesh) -> int:
-    """Returns the number of devices along `data` within one slice."""
-    return max(1, mesh.shape["data"] // slices_of(mesh))
-
-
 def _bandwidth(collective: Collective, mesh: Mesh, axes: list[str], chip: Chip) -> float:
-    """Returns the bytes per second that a chip receives. A permutation sends to one neighbor, along one link.
+    """Returns the bytes per second that a chip receives.
 
-    In an all-to-all on a ring of n chips, data passes n / 4 links on average.
+    On TPUs a permutation sends to one neighbor, along one link, and in an all-to-all on a ring of n chips
+    data passes n / 4 links on average. A GPU sends to any other through a switch.
     """
+    total = links(mesh, axes, chip) * chip.link
+    if not chip.kind.startswith("TPU"):
+        return total
     if collective.kind == "collective-permute":
         return chip.link
-    total = links(mesh, axes, chip) * chip.link
-    if collective.kind == "all-to-all" and chip.kind.startswith("TPU"):
+    if collective.kind == "all-to-all":
         return total / max(1.0, collective.group / 4)
     return total

@@ -18,7 +18,8 @@ from dreamllm_jax.aot.hlo import (
 STILL = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all add-dependency "
     "partition-id replica-id opt-barrier async-start async-update async-done copy-done slice-done "
-    "all-gather-done all-reduce-done collective-permute-done send send-done recv recv-done".split()
+    "all-gather-done all-reduce-done collective-permute-done send send-done recv recv-done fusion-done "
+    "reduce-scatter-done all-to-all-done custom-call-done".split()
 )
 _PARTS = ("dynamic-slice", "slice", "gather")
 
@@ -32,7 +33,7 @@ def hbm_bytes(program: Program, within: Computation, instruction: Instruction) -
     opcode = instruction.opcode
     if opcode in STILL:
         return 0.0
-    if opcode == "fusion":
+    if opcode in ("fusion", "fusion-start"):
         return _fusion(program, within, instruction)
     if opcode == "custom-call":
         if stated := cost_estimate(instruction)["bytes_accessed"]:
@@ -45,7 +46,7 @@ def hbm_bytes(program: Program, within: Computation, instruction: Instruction) -
         return 2 * _in_hbm(instruction.results)
     if opcode in ("copy-start", "slice-start"):
         return math.fsum(s.bytes for s in instruction.results[:2] if s.in_hbm)
-    read = math.fsum(_in_hbm(within.instructions[name].results) for name in instruction.operands)
+    read = math.fsum(_in_hbm(within.instructions[name].outputs) for name in instruction.operands)
     return read + _in_hbm(instruction.outputs)
 
 
@@ -53,17 +54,28 @@ def _in_hbm(results: tuple[Shape, ...]) -> float:
     return math.fsum(s.bytes for s in results if s.in_hbm)
 
 
+def read_bytes(program: Program, within: Computation, instruction: Instruction, position: int) -> float:
+    """Returns the bytes that a scheduled instruction reads of its operand at this position."""
+    operand = within.instructions[instruction.operands[position]]
+    if not all(s.in_hbm for s in operand.outputs):
+        return 0.0
+    if instruction.opcode in ("fusion", "fusion-start"):
+        fused = program.computations[instruction.called[0]]
+        return _read(program, fused, fused.parameters[position])
+    if instruction.opcode in _PARTS and position == 0:
+        return _in_hbm(instruction.results)
+    return _in_hbm(operand.outputs)
+
+
 def _fusion(program: Program, within: Computation, instruction: Instruction) -> float:
     fused = program.computations[instruction.called[0]]
-    total = 0.0
-    for name, parameter in zip(instruction.operands, fused.parameters, strict=True):
-        if all(s.in_hbm for s in within.instructions[name].results):
-            total += _read(program, fused, parameter)
+    operands = range(len(instruction.operands))
+    total = math.fsum(read_bytes(program, within, instruction, position) for position in operands)
     root = _source(fused, fused.root)
     parts = (
         [_source(fused, fused.instructions[n]) for n in root.operands] if root.opcode == "tuple" else [root]
     )
-    for part, result in zip(parts, instruction.results, strict=False):
+    for part, result in zip(parts, instruction.outputs, strict=False):
         if result.in_hbm:
             total += _written(program, fused, part, result)
     return total

@@ -49,7 +49,7 @@ class Chip(Device):
 # v5e's. HBM: what libtpu's compiler (0.0.42) says is available when a program asks for more; the published
 # sizes are 32, 16, 95 and 32 GiB. Where links close: jax-ml.github.io/scaling-book/tpus, on networking.
 # GPUs. NVIDIA's data sheets of H100 and H200 SXM, without sparsity: NVLink has 900 GB/s in both directions
-# together. DGX H100's user guide: 400 Gbps of network a GPU.
+# together. DGX H100's user guide: 400 Gbps of network a GPU. HBM: what CUDA reports as the total.
 CHIPS: Mapping[str, Chip] = {
     # name: kind, peak, hbm, hbm_bandwidth, link, dimensions, wraps_at, dcn
     # 2,400 Gbps over 6 links
@@ -57,8 +57,8 @@ CHIPS: Mapping[str, Chip] = {
     "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 50e9, 2, 16, 3.125e9),  # 1,600 Gbps over 4 links
     "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 100e9, 3, 4, 6.25e9),  # 4,800 Gbps over 6 links
     "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1640e9, 100e9, 2, 16, 12.5e9),  # 3,200 Gbps over 4 links
-    "h100": Chip("NVIDIA H100 80GB HBM3", 989.4e12, 80e9, 3.35e12, 225e9, 1, 1, 50e9),
-    "h200": Chip("NVIDIA H200", 989.4e12, 141e9, 4.8e12, 225e9, 1, 1, 50e9),
+    "h100": Chip("NVIDIA H100 80GB HBM3", 989.4e12, 79.1 * GIB, 3.35e12, 225e9, 1, 1, 50e9),
+    "h200": Chip("NVIDIA H200", 989.4e12, 139.8 * GIB, 4.8e12, 225e9, 1, 1, 50e9),
 }
 # Devices that can train, but whose programs `aot` does not bound. A v2 or v3 device is one of a chip's two
 # cores and has half of its figures: docs.cloud.google.com/tpu/docs/v2 and /v3. A100: NVIDIA's data sheet

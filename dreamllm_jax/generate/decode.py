@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.llama import KVCache, init_cache
+from dreamllm_jax.models.kv_cache import KVCache, init_cache
 
 
 @flax.struct.dataclass

@@ -17,7 +17,8 @@ from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.models.clip import ClipText, ClipVision, ContrastiveHead, normalize_pixels
 from dreamllm_jax.models.connectors import DreamQueries, GlobalProjector, Projector
-from dreamllm_jax.models.llama import KVCache, Llama
+from dreamllm_jax.models.kv_cache import KVCache
+from dreamllm_jax.models.llama import Llama
 from dreamllm_jax.models.unet import UNet
 from dreamllm_jax.models.vae import Vae, diffusion_pixels, to_uint8
 from dreamllm_jax.sharding import constrain

@@ -20,64 +20,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.config.towers import LlamaConfig
+from dreamllm_jax.models.kv_cache import KVCache
 from dreamllm_jax.ops.activations import silu
 from dreamllm_jax.ops.attention import attention, masks
 from dreamllm_jax.ops.embedding import Embed, embedding_lookup
-from dreamllm_jax.ops.linear import Dense, JoinedDense, linear
+from dreamllm_jax.ops.linear import Dense, DenseGeneral, scaled_linear
 from dreamllm_jax.ops.norm import RMSNorm
 from dreamllm_jax.ops.scan import scan_layers
 from dreamllm_jax.sharding import constrain
 
 Rotation = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines and sines
-
-
-@flax.struct.dataclass
-class KVCache:
-    """The keys and values of all layers. Row b holds `lengths[b]` tokens; later entries are masked.
-
-    A length greater than the capacity S means that tokens were dropped because the capacity was too small.
-    Under dynamic rotary scaling the keys are stored unrotated, since their angles change as the row grows.
-    The entries of a head are contiguous, as the products of attention read them, so that no new token causes
-    a transposition.
-    """
-
-    k: Float[Array, "layers B K S H"]
-    v: Float[Array, "layers B K S H"]
-    lengths: Int[Array, "B"]
-
-    @property
-    def capacity(self) -> int:
-        """S, the number of tokens that a row has room for."""
-        return self.k.shape[3]
-
-    def write(
-        self, layer: int, k: Float[Array, "B L K H"], v: Float[Array, "B L K H"], entries: Int[Array, "B L"]
-    ) -> KVCache:
-        """Returns the cache with a layer's keys and values at `entries`; entries outside it are dropped."""
-        index = (layer, jnp.arange(len(k))[:, None], slice(None), entries)
-        new_k, new_v = (
-            old.at[index].set(new.astype(old.dtype), mode="drop") for old, new in ((self.k, k), (self.v, v))
-        )
-        return dataclasses.replace(self, k=new_k, v=new_v)
-
-    def write_first(self, layer: int, k: Float[Array, "B L K H"], v: Float[Array, "B L K H"]) -> KVCache:
-        """Returns the cache with a layer's keys and values at the first L entries, of which S are kept."""
-        n = min(k.shape[1], self.capacity)
-        new_k, new_v = (
-            old.at[layer, :, :, :n].set(jnp.swapaxes(new[:, :n], 1, 2).astype(old.dtype))
-            for old, new in ((self.k, k), (self.v, v))
-        )
-        return dataclasses.replace(self, k=new_k, v=new_v)
-
-    def read(self, layer: int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Returns all keys and values of a layer."""
-        return jnp.swapaxes(self.k[layer], 1, 2), jnp.swapaxes(self.v[layer], 1, 2)
-
-
-def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> KVCache:
-    """Returns an empty cache of `batch` rows with room for `capacity` tokens each."""
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
 
 @flax.struct.dataclass
@@ -99,7 +51,7 @@ class LayerContext:
 class LlamaAttention(nn.Module):
     """Causal self-attention with rotary positions and grouped key/value heads.
 
-    `joined` says that one product computes queries, keys and values: see `JoinedDense`.
+    `joined` says that one product computes queries, keys and values: see `generate.layout`.
     """
 
     config: LlamaConfig
@@ -127,21 +79,15 @@ class LlamaAttention(nn.Module):
         # This gathers a sharded length: a query may attend to its whole row.
         k, v = (constrain(y, "batch", None, "kv_heads", "head_dim") for y in (k, v))
         out = attention(q, k, v, context.mask, implementation=self.attention)
-        project = Dense(
-            c.hidden_size,
-            use_bias=c.attention_bias,
-            dtype=self.dtype,
-            kernel_init=_normal(c),
-            name="o_proj",
-        )
-        return project(out.reshape(*x.shape[:2], -1)), cache
+        project = _projection(c, self.dtype, self.joined, c.attention_bias)
+        return project(c.hidden_size, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
 
     def _separate_heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Returns queries [B, L, N, H], keys and values [B, L, K, H] by three products."""
         c = self.config
         assert c.num_key_value_heads is not None and c.head_dim is not None
         width = c.head_dim
-        linear = partial(Dense, use_bias=c.attention_bias, dtype=self.dtype, kernel_init=_normal(c))
+        linear = _projection(c, self.dtype, self.joined, c.attention_bias)
 
         def heads(name: str, number: int, axis: str) -> jax.Array:
             y = linear(number * width, name=name)(x).reshape(*x.shape[:2], number, width)
@@ -164,8 +110,8 @@ class LlamaAttention(nn.Module):
         assert c.num_key_value_heads is not None and c.head_dim is not None
         groups, shared = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
         columns = groups * (shared + 2) * c.head_dim
-        linear = JoinedDense((columns,), c.attention_bias, self.dtype, _normal(c), name="qkv_proj")
-        y = linear(x).reshape(*x.shape[:2], groups, shared + 2, c.head_dim)
+        linear = _projection(c, self.dtype, self.joined, c.attention_bias)
+        y = linear(columns, name="qkv_proj")(x).reshape(*x.shape[:2], groups, shared + 2, c.head_dim)
         y = constrain(y, "batch", "length", "kv_heads", None, "head_dim")
         q = y[..., :shared, :].reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
         return q, y[..., shared, :], y[..., shared + 1, :]
@@ -184,11 +130,9 @@ class LlamaMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         c = self.config
-        linear = partial(Dense, use_bias=False, dtype=self.dtype, kernel_init=_normal(c))
+        linear = _projection(c, self.dtype, self.joined, use_bias=False)
         if self.joined:
-            both = JoinedDense((2, c.intermediate_size), False, self.dtype, _normal(c), name="gate_up_proj")(
-                x
-            )
+            both = linear((2, c.intermediate_size), name="gate_up_proj")(x)
             gate, up = both[..., 0, :], both[..., 1, :]
         else:
             gate = linear(c.intermediate_size, name="gate_proj")(x)
@@ -329,7 +273,10 @@ class Llama(nn.Module):
         return hidden, dataclasses.replace(written, lengths=lengths)
 
     def head(self) -> Float[Array, "D V"]:
-        """Returns the matrix from hidden states to logits in `dtype`: the transposed embeddings if tied."""
+        """Returns the matrix from hidden states to logits in `dtype`: the transposed embeddings if tied.
+
+        If it is int8, the result still lacks its scales.
+        """
         if self.config.tie_word_embeddings:
             return self.embed_tokens.embedding.astype(self.dtype).T
         return self.lm_head.get_variable("params", "kernel").astype(self.dtype)
@@ -338,7 +285,10 @@ class Llama(nn.Module):
         """Returns the logits of the next token, in float32 whatever `dtype` is."""
         if self.is_initializing() and not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
-        out = linear(hidden.astype(self.dtype), self.head(), jnp.float32)
+        scale = (
+            None if self.config.tie_word_embeddings else self.lm_head.get_variable("params", "kernel_scale")
+        )
+        out = scaled_linear(hidden.astype(self.dtype), self.head(), scale, jnp.float32)
         return constrain(out, "batch", "length", "vocab") if out.ndim == 3 else out
 
     def _run(self, embeds: jax.Array, context: LayerContext, cache: KVCache | None):
@@ -389,6 +339,12 @@ def _segment_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Returns, for each position [B, L], the length of its segment: the segment's last position plus 1."""
     last = jax.vmap(partial(jax.ops.segment_max, num_segments=positions.shape[1] + 1))(positions, segment_ids)
     return jnp.take_along_axis(last, segment_ids, axis=1) + 1
+
+
+def _projection(config: LlamaConfig, dtype: Any, joined: bool, use_bias: bool) -> Any:
+    """Returns the class of a layer's products: with `joined` projections, kernels may be int8."""
+    kind = DenseGeneral if joined else Dense
+    return partial(kind, use_bias=use_bias, dtype=dtype, kernel_init=_normal(config))
 
 
 def _dynamic(config: LlamaConfig) -> bool:

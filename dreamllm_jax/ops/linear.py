@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from dreamllm_jax.ops import cpu
 
@@ -45,21 +45,39 @@ class Dense(nn.Dense):
     dot_general: Any = _dot_general
 
 
-class JoinedDense(nn.Module):
-    """The product of several `Dense` layers with one input, as one.
+class DenseGeneral(nn.Module):
+    """`Dense` with any number of feature axes, whose kernel may be int8.
 
-    `kernel` is [in, *features]. The caller splits the result.
+    `kernel` is [in, *features]. If it is int8, `kernel_scale` [*features] is beside it, and the result is
+    that of `kernel * kernel_scale` (see `generate.int8`).
     """
 
-    features: tuple[int, ...]
+    features: int | tuple[int, ...]
     use_bias: bool = False
     dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows c"]) -> Float[Array, "..."]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], *self.features))
-        out = linear(x.astype(self.dtype), kernel.astype(self.dtype))
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], *features))
+        scale = self.get_variable("params", "kernel_scale")
+        out = scaled_linear(x.astype(self.dtype), kernel, scale).astype(self.dtype)
         if not self.use_bias:
             return out
-        return out + self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype)
+        return out + self.param("bias", nn.initializers.zeros, features).astype(self.dtype)
+
+
+def scaled_linear(
+    x: Float[Array, "*rows c"],
+    kernel: Shaped[Array, "c ..."],
+    scale: Float[Array, "..."] | None,
+    preferred_element_type: Any = None,
+) -> Float[Array, "..."]:
+    """Returns `x @ (kernel * scale)`, in float32 if there is a scale.
+
+    The kernel is converted to x's dtype, and so is the product before it is scaled: XLA would otherwise
+    convert int8 to float32, whose products are slower.
+    """
+    out = linear(x, kernel.astype(x.dtype), preferred_element_type)
+    return out if scale is None else out.astype(jnp.float32) * scale

@@ -41,7 +41,7 @@ def get_config(arg=None):
 @pytest.fixture(scope="module")
 def devices():
     pytest.importorskip(
-        "libtpu", reason="libtpu, the TPU's compiler, is not installed (pip install 'jax[tpu]')"
+        "libtpu", reason="libtpu, the TPU's compiler, is not installed (pip install 'dreamllm-jax[aot]')"
     )
     return topology_devices(TOPOLOGY)
 

@@ -5,7 +5,7 @@ import pytest
 from dreamllm_jax.aot.census import Census, Collective
 from dreamllm_jax.aot.memory import Memory, gib
 from dreamllm_jax.aot.roofline import roofline
-from dreamllm_jax.aot.topology import links, slices_of, topology_devices
+from dreamllm_jax.aot.topology import islands_of, links, topology_devices
 from dreamllm_jax.config.chips import CHIPS, chip_of
 from dreamllm_jax.config.train import MeshConfig
 from dreamllm_jax.sharding import make_mesh
@@ -13,7 +13,7 @@ from dreamllm_jax.sharding import make_mesh
 
 def mesh_of(topology, *sizes):
     pytest.importorskip(
-        "libtpu", reason="libtpu, the TPU's compiler, is not installed (pip install 'jax[tpu]')"
+        "libtpu", reason="libtpu, the TPU's compiler, is not installed (pip install 'dreamllm-jax[aot]')"
     )
     return make_mesh(MeshConfig(*sizes), topology_devices(topology))
 
@@ -34,7 +34,7 @@ def test_links(topology, sizes, expected):
     mesh = mesh_of(topology, *sizes)
     chip = chip_of(mesh.devices.flat[0].device_kind)
     assert {axis: links(mesh, (axis,), chip) for axis in expected} == expected
-    assert slices_of(mesh) == (2 if topology.endswith("*2") else 1)
+    assert islands_of(mesh) == (2 if topology.endswith("*2") else 1)
 
 
 def collective(kind, axes, group, operand, result, times=1.0):

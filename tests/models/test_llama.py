@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.config.towers import LlamaConfig, RopeScaling
 from dreamllm_jax.generate.layout import generation_layout
-from dreamllm_jax.models.llama import Llama, init_cache
+from dreamllm_jax.models.kv_cache import init_cache
+from dreamllm_jax.models.llama import Llama
 from tests.programs import compiled_as_users_do
 
 MHA = LlamaConfig(

@@ -19,7 +19,7 @@ from dreamllm_jax.sharding import activation_spec, make_mesh
 @pytest.fixture(scope="module")
 def chips():
     """The four described chips of a `v5p:2x2x1`."""
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed (pip install libtpu)")
+    pytest.importorskip("libtpu", reason="libtpu is not installed (pip install 'dreamllm-jax[aot]')")
     return topology_devices("v5p:2x2x1")
 
 

@@ -30,7 +30,7 @@ def test_xla_moves_no_more_than_a_kernel_would():
     The program of the gradient reads x twice for the statistics, x and the incoming gradient for two sums,
     both again for the result, and writes it: 7 arrays.
     """
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed (pip install libtpu)")
+    pytest.importorskip("libtpu", reason="libtpu is not installed (pip install 'dreamllm-jax[aot]')")
     norm = GroupNorm(32, 1e-5, dtype=jnp.bfloat16, silu=True)
     params = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 320), jnp.bfloat16))
 

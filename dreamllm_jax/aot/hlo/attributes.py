@@ -10,6 +10,8 @@ from typing import Literal
 
 from dreamllm_jax.aot.hlo.text import Computation, Instruction, Program
 
+# Opcodes whose result holds the numbers of their operand, moved or in another layout.
+MOVED = frozenset("copy bitcast copy-start copy-done opt-barrier optimization-barrier reshape".split())
 _WINDOW = r"window=\{([^}]*)\}"
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _TRIP_COUNT = r'"known_trip_count":\{"n":"(\d+)"'
@@ -72,6 +74,22 @@ def _initial_value(caller: Computation, loop: Instruction, index: int) -> int:
     while start.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
         start = caller.instructions[start.operands[0]]
     return int(start.argument) if start.opcode == "constant" else 0
+
+
+def is_unchanged(program: Program, loop: Instruction, index: int) -> bool:
+    """Returns whether a loop passes this element of its state through unchanged."""
+    body = program.computations[loop_body(loop)]
+    root = body.root
+    if root.opcode != "tuple":
+        return False
+    part = body.instructions[root.operands[index]]
+    while part.opcode in MOVED:
+        part = body.instructions[part.operands[0]]
+    return (
+        part.opcode == "get-tuple-element"
+        and tuple_index(part) == index
+        and body.instructions[part.operands[0]].opcode == "parameter"
+    )
 
 
 def contracted_dims(dot: Instruction) -> list[int]:

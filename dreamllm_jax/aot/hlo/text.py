@@ -16,6 +16,9 @@ _INSTRUCTION = re.compile(r"  (ROOT )?%?([\w.\-]+) = ")
 _END = re.compile(r"\}(?:, execution_thread=.*)?$")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+# Asynchronous operations whose results are their operands, the results proper, and a counter.
+_STARTS = ("fusion-start", "reduce-scatter-start", "all-to-all-start", "custom-call-start")
+_LIBRARY = re.compile(r'custom_call_target="__cu(?:blas|dnn)\$')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -60,10 +63,21 @@ class Instruction:
 
     @property
     def outputs(self) -> tuple[Shape, ...]:
-        """Its results, without the operands that an asynchronous collective lists beside them."""
+        """Its results, without what XLA lists beside them.
+
+        That are the operands of an asynchronous operation, and the scratch memory of a call into a library.
+        """
         if self.opcode == "all-gather-start":
             return self.results[len(self.results) // 2 :]
-        return self.results[1:2] if self.opcode == "collective-permute-start" else self.results
+        if self.opcode == "collective-permute-start":
+            return self.results[1:2]
+        if self.opcode in _STARTS:
+            after = self.results[len(self.operands) :]
+            return tuple(s for s in after if (s.dtype, s.dims) != ("u32", ()))
+        if self.opcode == "custom-call" and _LIBRARY.search(self.attributes) and len(self.results) > 1:
+            last = self.results[-1]
+            return self.results[:-1] if last.dtype in ("u8", "s8") and len(last.dims) == 1 else self.results
+        return self.results
 
     @property
     def called(self) -> tuple[str, ...]:
