@@ -37,7 +37,7 @@ modules = {
     "absl": "absl-py", "array_record": "array_record", "diffusers": "diffusers", "flax": "flax", "grain": "grain",
     "huggingface_hub": "huggingface_hub", "importlib_metadata": "importlib_metadata", "jaxtyping": "jaxtyping",
     "jinja2": "jinja2", "lazy_importer": "lazy-importer", "matplotlib": "matplotlib",
-    "ml_collections": "ml_collections", "optax": "optax", "orbax.checkpoint": "orbax-checkpoint", "PIL": "pillow",
+    "ml_collections": "ml_collections", "optax": "optax", "packaging": "packaging", "orbax.checkpoint": "orbax-checkpoint", "PIL": "pillow",
     "portpicker": "portpicker", "google.protobuf": "protobuf", "safetensors": "safetensors",
     "sentencepiece": "sentencepiece", "shtab": "shtab", "tensorboardX": "tensorboardX", "tokenizers": "tokenizers",
     "tqdm": "tqdm", "transformers": "transformers",
