@@ -55,7 +55,7 @@ def test_the_jobs_run_what_a_contributor_runs():
         "JAX_VERSION": "${{ matrix.jax }}",
         "DREAMLLM_TORCH": "${{ matrix.torch }}",
     }
-    assert '"jax[tpu,cuda12-local]==$JAX_VERSION"' in RUN
+    assert '"jax[tpu,cuda13-local]==$JAX_VERSION"' in RUN
 
 
 def test_pre_commit_runs_what_ci_runs():
