@@ -139,7 +139,7 @@ install_packages() {
 expect_accelerators() {
   local device
   [ -z "${JAX_PLATFORMS:-}" ] && [ "$(uname)" = Linux ] || return 0
-  for device in /dev/nvidia[0-9]* /dev/nvidiactl /dev/dxg /dev/accel* /dev/vfio/[0-9]* /dev/kfd; do
+  for device in /dev/nvidia* /dev/dxg /dev/kfd /dev/accel* /dev/vfio/[0-9]*; do
     [ ! -e "$device" ] || return 0
   done
   export JAX_PLATFORMS=cpu

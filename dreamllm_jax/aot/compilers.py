@@ -43,8 +43,8 @@ def check_gpu_compiler() -> str:
     found = [name for name in CUDA_PLUGINS if version_of(name) is not None]
     if len(found) > 1:
         raise ValueError(
-            f"{' and '.join(found)} are both installed, and JAX loads one only: pip uninstall {found[0]} "
-            f"{found[0].replace('plugin', 'pjrt')}."
+            f"{' and '.join(found)} are both installed, and JAX loads one only: uninstall the one without "
+            "CUDA's libraries (after [aot]: pip uninstall jax-cuda13-plugin jax-cuda13-pjrt)."
         )
     for name in found:
         for part in (name, name.replace("plugin", "pjrt")):

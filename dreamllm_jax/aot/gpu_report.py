@@ -9,7 +9,7 @@ from typing import Any
 from dreamllm_jax.aot.hlo import Program, Thunk
 from dreamllm_jax.aot.launches import Launches, Loop, count_launches, loops
 from dreamllm_jax.aot.memory import gib
-from dreamllm_jax.aot.products import attention_calls, float32_products
+from dreamllm_jax.aot.products import attention_calls, float32_products, products
 from dreamllm_jax.aot.weights import WeightTraffic, weight_traffic
 
 LISTED = 6  # number of loops that are shown
@@ -17,7 +17,8 @@ LISTED = 6  # number of loops that are shown
 
 @dataclasses.dataclass(frozen=True)
 class GpuReport:
-    """A program on one GPU. `float32_flops` are those of products with a float32 operand.
+    """A program on one GPU. `float32_flops` are those of products with a float32 operand, `library_flops`
+    those of products and convolutions by cuBLAS and cuDNN.
 
     Of `attention` calls of cuDNN's attention, `biased` read a dense bias.
     """
@@ -26,6 +27,7 @@ class GpuReport:
     loops: tuple[Loop, ...]
     weights: WeightTraffic
     float32_flops: float
+    library_flops: float
     attention: int
     biased: int
 
@@ -38,6 +40,7 @@ def gpu_report(program: Program, thunks: list[Thunk]) -> GpuReport:
         tuple(loops(thunks, program)),
         weight_traffic(program),
         math.fsum(product.flops for product in float32_products(program)),
+        math.fsum(product.flops for product in products(program) if product.library),
         sum(call.times for call in calls),
         sum(call.times for call in calls if call.kernel.bias is not None),
     )
@@ -54,7 +57,8 @@ def gpu_lines(report: GpuReport, flops: float) -> list[str]:
     lines = [
         f"weights: {gib(weights.read)} read; before that {gib(weights.copied)} moved to copy, "
         f"{gib(weights.cast)} to cast them",
-        f"products of float32: {report.float32_flops / max(1.0, flops):.1%} of the FLOPs",
+        f"of the FLOPs: {report.float32_flops / max(1.0, flops):.1%} in float32, "
+        f"{report.library_flops / max(1.0, flops):.1%} by cuBLAS and cuDNN's convolutions",
     ]
     if report.attention:
         lines.append(f"cuDNN's attention: {report.attention:,} calls, {report.biased:,} with a dense bias")

@@ -13,6 +13,7 @@ from dreamllm_jax.aot.hlo import (
     Shape,
     convolution_roles,
     fused_attention,
+    is_library_call,
     library_contracted_dims,
     operation_name,
 )
@@ -24,13 +25,15 @@ class Product:
     """A matrix product or convolution that runs `times` times; `flops` are those of all times.
 
     `source` is the name that JAX gave to the operation. `operands` are as they are multiplied: an operand
-    that a fusion converts first has the dtype after the conversion.
+    that a fusion converts first has the dtype after the conversion. `library` tells calls of cuBLAS and cuDNN
+    from XLA's own kernels.
     """
 
     source: str
     operands: tuple[Shape, Shape]
     flops: float
     times: int
+    library: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ def products(program: Program) -> list[Product]:
         operands = _factors(run.instruction, run.within)
         if operands is not None:
             work = run.times * flops(run.instruction, run.within)
-            found.append(Product(operation_name(run.instruction), operands, work, run.times))
+            source, library = operation_name(run.instruction), is_library_call(run.instruction)
+            found.append(Product(source, operands, work, run.times, library))
     return sorted(found, key=lambda product: -product.flops)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ GENERATION = ("prefill", "decode", "denoise")
 # "exec_time_optimization_effort" is refused by libtpu 0.0.50. 0 means unset, which is full effort. GPUs have
 # one effort.
 EFFORTS: dict[str, Any] = {"low": {"optimization_level": 9}, "full": {}}
+# What XLA of JAX 0.10 says where it finds no Triton tiles for a matrix product and cannot try some on a GPU.
+# Then cuBLAS computes the products.
+NO_TILES = "Couldn't find output tile sizes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +61,22 @@ def compile_program(program: LoweredProgram, effort: str, dump: Path | None = No
     """Compiles a program; `effort` is a key of EFFORTS. XLA writes its intermediate texts into the folder
     `dump`, if given.
     """
-    options = compiler_options(program.mesh, effort)
-    return program.lowered.compile(
-        compiler_options=options | ({} if dump is None else {"xla_dump_to": str(dump)})
+    return _compiled(
+        program.lowered, program.mesh, effort, {} if dump is None else {"xla_dump_to": str(dump)}
     )
 
 
-def compiler_options(mesh: Mesh, effort: str) -> dict[str, Any]:
-    """Returns the options with which programs for the devices of a mesh are compiled."""
-    return dict(EFFORTS[effort]) if mesh.devices.flat[0].platform == "tpu" else {}
+def _compiled(
+    lowered: jax.stages.Lowered, mesh: Mesh, effort: str, options: Mapping[str, Any]
+) -> jax.stages.Compiled:
+    if mesh.devices.flat[0].platform == "tpu":
+        return lowered.compile(compiler_options=EFFORTS[effort] | options)
+    try:
+        return lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        if NO_TILES not in str(error):
+            raise
+    return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
 
 
 def train_program(recipe: Recipe, stage: StageConfig, devices: list[Any]) -> LoweredProgram:
@@ -169,7 +179,7 @@ def _decode(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, tu
     read, inputs = _prefill(recipe, mesh, params, rows)
     read, reading_of = _flat(read)
     # The KV cache has the sharding that prefill gives it.
-    compiled = jax.jit(read).lower(params, *inputs).compile(compiler_options=compiler_options(mesh, "low"))
+    compiled = _compiled(jax.jit(read).lower(params, *inputs), mesh, "low", {})
     shapes = jax.eval_shape(read, params, *inputs)
     state = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +13,8 @@ from typing import Any, NoReturn
 
 OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 PREEMPTED = 128 + signal.SIGTERM
+# Where Linux shows GPUs (the second of them under WSL, the third AMD's) and TPUs.
+ACCELERATORS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 EXIT_CODES = f"""exit codes:
   {OK}    the command did what was asked
@@ -120,9 +124,22 @@ def _examples(command: Command | CommandGroup) -> list[str]:
     return [f"{one.name} {example}" for one in command.commands for example in _examples(one)[:1]]
 
 
+def expect_accelerators() -> None:
+    """Lets JAX use the CPU if this machine has no accelerator and `JAX_PLATFORMS` is not set.
+
+    Otherwise the compilers of TPUs and GPUs, where they are installed for `dreamllm compile`, would complain
+    that they find none. launch/python.sh does the same for scripts.
+    """
+    if os.environ.get("JAX_PLATFORMS") or sys.platform != "linux":
+        return
+    if not any(glob.glob(pattern) for pattern in ACCELERATORS):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Parses arguments (default: the process's) and runs the command they choose; returns its exit code."""
     options, others = parser.parse_known_args(arguments)
+    expect_accelerators()
     command: Command = options.command
     if others and not command.overrides:
         options.parser.error(f"unrecognized arguments: {' '.join(others)}")

@@ -1,6 +1,8 @@
 """Small programs compiled for GPUs that are not there: FLOPs of libraries, memory, networks, launches."""
 
 import dataclasses
+from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from dreamllm_jax.aot.compilation import compile_and_report, written
 from dreamllm_jax.aot.hlo import parse, parse_thunks
 from dreamllm_jax.aot.launches import Launches, count_launches, loops
 from dreamllm_jax.aot.memory import Memory, NoText, does_not_fit
-from dreamllm_jax.aot.program import LoweredProgram, train_program
+from dreamllm_jax.aot.program import LoweredProgram, compile_program, train_program
 from dreamllm_jax.aot.report import to_json, to_text
 from dreamllm_jax.aot.roofline import roofline
 from dreamllm_jax.aot.topology import axes_within, islands_of, topology_devices
@@ -25,6 +27,9 @@ from dreamllm_jax.sharding import make_mesh
 from tests.aot.test_compile import file, recipe  # noqa: F401 (a fixture)
 from tests.aot.test_roofline import collective
 from tests.train import tiny
+
+# Cached programs cannot be loaded without their devices, so they are compiled again.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
 LENGTH, ROWS = 512, 8  # cuDNN takes rows of this length
 
@@ -82,7 +87,7 @@ def test_the_command_says_what_is_wrong(compiler, file, monkeypatch, capsys):  #
     monkeypatch.setattr(compilers, "version_of", {"jaxlib": "0.99", "jax-cuda13-plugin": "0.98"}.get)
     assert "jax-cuda13-plugin 0.98 is installed, but it must have the version of jaxlib" in message("h100:8")
     monkeypatch.setattr(compilers, "version_of", lambda name: "1")
-    assert "pip uninstall jax-cuda12-plugin jax-cuda12-pjrt" in message("h100:8")
+    assert "pip uninstall jax-cuda13-plugin jax-cuda13-pjrt" in message("h100:8")
     monkeypatch.setattr(compilers, "version_of", lambda name: None)
     assert "neither a GPU nor CUDA): pip install 'dreamllm-jax[aot]'" in message("h100:8")
 
@@ -166,6 +171,21 @@ def test_a_program_that_needs_more_than_the_gpu_has():
     )
     tight = Memory({"parameters": 75 * 2.0**30}, hbm=CHIPS["h100"].hbm)
     assert "5.2% of a chip's 79.10 GiB stays free, and 10% must" in does_not_fit("h100:1", tight)
+
+
+def test_cublas_computes_products_for_which_triton_has_no_tiles():
+    """XLA of JAX 0.10 gives up where it cannot try tiles on a GPU; any other error is raised."""
+    lowered, found = mock.Mock(spec=jax.stages.Lowered), mock.Mock(spec=jax.stages.Compiled)
+    mesh = make_mesh(MeshConfig())
+    refused = jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo")
+    lowered.compile.side_effect = [refused, found]
+    program = LoweredProgram("train", mesh, {}, {}, lowered)
+    assert compile_program(program, "low", Path("dump")) is found
+    first, second = (call.kwargs["compiler_options"] for call in lowered.compile.call_args_list)
+    assert second == first | {"xla_gpu_enable_triton_gemm": False} and first == {"xla_dump_to": "dump"}
+    lowered.compile.side_effect = jax.errors.JaxRuntimeError("INTERNAL: another")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
+        compile_program(program, "low")
 
 
 def test_a_program_without_a_text_keeps_its_memory(monkeypatch):

@@ -13,7 +13,10 @@ from dreamllm_jax.commands.main import main
 from tests.aot.test_compile import file  # noqa: F401 (a fixture)
 from tests.aot.test_gpu import compiled, compiler  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = [
+    pytest.mark.usefixtures("compiler"),
+    pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache"),
+]
 
 LAYERS, ROWS, WIDTH = 3, 64, 256
 WEIGHTS = LAYERS * WIDTH * WIDTH * 2  # bytes in bfloat16

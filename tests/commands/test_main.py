@@ -14,7 +14,7 @@ from dreamllm_jax import distributed
 from dreamllm_jax.aot.program import EFFORTS, GENERATION
 from dreamllm_jax.commands import command as commands
 from dreamllm_jax.commands import compile
-from dreamllm_jax.commands.command import Command, CommandGroup, Failed, exit_code, make_parser
+from dreamllm_jax.commands.command import ACCELERATORS, Command, CommandGroup, Failed, exit_code, make_parser
 from dreamllm_jax.commands.main import DREAMLLM, main, parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,20 @@ def test_help_says_how_and_ends_well(prog, capsys):
     text = capsys.readouterr().out
     assert end.value.code == 0 and f"usage: {prog} " in text
     assert all(re.search(rf"^ +{code} ", text, re.M) for code in (0, 1, 2, 130, 143))
+
+
+def test_a_machine_without_accelerators_uses_its_cpu(tmp_path, monkeypatch):
+    """And a machine with one, or a user who has chosen, is left alone."""
+    shown = tmp_path / "nvidia0"
+    monkeypatch.setattr(commands, "ACCELERATORS", (str(tmp_path / "nvidia*"),))
+    monkeypatch.setattr(commands.sys, "platform", "linux")
+    for given, device, expected in (("", False, "cpu"), ("tpu", False, "tpu"), ("", True, "")):
+        shown.touch() if device else shown.unlink(missing_ok=True)
+        monkeypatch.setenv("JAX_PLATFORMS", given)
+        commands.expect_accelerators()
+        assert commands.os.environ["JAX_PLATFORMS"] == expected
+    script = (ROOT / "launch" / "python.sh").read_text()
+    assert ACCELERATORS == tuple(re.search(r"for device in (/dev/.*); do", script).group(1).split())
 
 
 @pytest.mark.parametrize(("command", "prog"), SINGLE, ids=[prog for _, prog in SINGLE])
