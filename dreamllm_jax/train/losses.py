@@ -89,7 +89,11 @@ def _cross_entropy(
         )
 
     def chunk_sums(hidden_c: Array, targets_c: Array, weights_c: Array) -> tuple[Array, Array]:
-        logits = matmul(hidden_c.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
+        if dtype == jnp.float32:
+            logits = matmul(hidden_c.astype(dtype), head)
+        else:
+            hidden_c = _pcast_varying(hidden_c.astype(dtype), (vocab_axis,) if vocab_axis else ())
+            logits = _low_precision_logits(hidden_c, head)
         losses, right = _token_losses(logits, targets_c, vocab_axis)
         return jnp.sum(losses * weights_c), jnp.sum(right * weights_c)
 
@@ -107,6 +111,31 @@ def _cross_entropy(
         body, (_pcast_varying(zero, batch_axes),) * 2, (chunks(hidden), chunks(targets), chunks(weights))
     )
     return sums
+
+
+@jax.custom_vjp
+def _low_precision_logits(hidden: Float[Array, "B l D"], head: Float[Array, "D v"]) -> Float[Array, "B l v"]:
+    """Returns float32 logits by a product in the dtype of `hidden`, in which its gradients are computed too.
+
+    Autodiff would multiply the logits' float32 gradient in float32. Mixed precision in PyTorch rounds it, as
+    here.
+    """
+    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _low_precision_logits_forward(hidden: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _low_precision_logits(hidden, head), (hidden, head)
+
+
+def _low_precision_logits_backward(saved: tuple[Array, Array], d_logits: Array) -> tuple[Array, Array]:
+    hidden, head = saved
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = jnp.matmul(d_logits, head.astype(hidden.dtype).T)
+    d_head = jnp.einsum("bld,blv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
+    return d_hidden, d_head
+
+
+_low_precision_logits.defvjp(_low_precision_logits_forward, _low_precision_logits_backward)
 
 
 def _pcast_varying(x: Array, axes: tuple[str, ...]) -> Array:

@@ -91,6 +91,22 @@ def test_low_precision_matrices_give_float32_losses(inputs):
     np.testing.assert_allclose(loss, (losses * weights).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_low_precision_gradients_are_those_of_rounded_logit_gradients(inputs, chunk):
+    hidden, kernel, targets, weights = inputs
+    half_hidden, half_kernel = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, kernel))
+    run = jax.jit(jax.grad(lambda *args: chunked(*args, chunk)[0], (0, 1)))
+    d_hidden, d_kernel = run(half_hidden, half_kernel, targets, weights)
+    assert d_hidden.dtype == d_kernel.dtype == jnp.bfloat16
+    hidden, kernel = (np.asarray(x, np.float32) for x in (half_hidden, half_kernel))
+    shares = np.exp(hidden @ kernel)
+    shares = (shares / shares.sum(-1, keepdims=True) - np.eye(V)[targets]) * weights[..., None]
+    shares = np.asarray(jnp.asarray(shares, jnp.bfloat16), np.float32)
+    np.testing.assert_allclose(np.asarray(d_hidden, np.float32), shares @ kernel.T, rtol=1e-2, atol=2e-3)
+    wanted = np.einsum("bld,blv->dv", hidden, shares)
+    np.testing.assert_allclose(np.asarray(d_kernel, np.float32), wanted, rtol=1e-2, atol=5e-3)
+
+
 MESHES = {
     "8 fsdp": MeshConfig(1, 8),
     "8 tensor": MeshConfig(1, 1, 8),
@@ -100,14 +116,14 @@ MESHES = {
 }
 
 
-def on_mesh(mesh, rows=8, length=16, width=24, vocabulary=112):
+def on_mesh(mesh, rows=8, length=16, width=24, vocabulary=112, dtype=jnp.float32):
     """Returns the jitted value and gradients, and their sharded arguments."""
     rng = np.random.default_rng(1)
     hidden, kernel = rng.normal(size=(rows, length, width)), rng.normal(size=(width, vocabulary))
     targets = rng.integers(0, vocabulary, (rows, length)).astype(np.int32)
     targets[:, ::2] = (hidden @ kernel).argmax(-1)[:, ::2]  # half of them predicted
     weights = rng.choice([0.0, 0.5, 1.0], (rows, length)).astype(np.float32)
-    arguments = kernel.astype(np.float32), hidden.astype(np.float32), targets, weights
+    arguments = kernel.astype(dtype), hidden.astype(dtype), targets, weights
     if mesh is not None:
         specs = [parameter_spec("llama/lm_head/kernel", kernel.shape, mesh)]
         specs += [activation_spec(("batch", "length", None)[: x.ndim], x.shape, mesh) for x in arguments[1:]]
@@ -129,6 +145,20 @@ def test_meshes_change_neither_loss_nor_gradients(mesh, rows, devices):
     assert 0 < right == right2
     for one, other in zip(grads, grads2, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["8 tensor", "2 fsdp, 2 tensor, 2 context"])
+def test_meshes_change_low_precision_gradients_by_rounding_only(mesh, devices):
+    run, arguments = on_mesh(None, dtype=jnp.bfloat16)
+    (loss, _), grads = run(*arguments)
+    mesh = make_mesh(MESHES[mesh], devices)
+    with jax.set_mesh(mesh):
+        run, arguments = on_mesh(mesh, dtype=jnp.bfloat16)
+        (loss2, _), grads2 = run(*arguments)
+    np.testing.assert_allclose(loss, loss2, rtol=1e-5)
+    for one, other in zip(grads, grads2, strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        np.testing.assert_allclose(one, other, rtol=2e-2, atol=0.01 * np.abs(one).max())
 
 
 @pytest.mark.parametrize("mesh", ["8 fsdp", "2 data, 2 fsdp, 2 tensor", "2 fsdp, 2 tensor, 2 context"])
