@@ -74,8 +74,8 @@ _CONV = ("replicated", "replicated", "weight_in", "weight_out")
 # Each row is a regular expression for the full path and the logical axes of the trailing dimensions. Leading
 # dimensions that a row does not name are stacks of scanned layers and are not sharded.
 PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    # all vectors: norms, biases, the class token, the temperature
-    (r".*/(scale|bias|class_embedding|logit_scale)", ()),
+    # all vectors: norms, biases, the scales of int8 kernels, the class token, the temperature
+    (r".*/(scale|bias|kernel_scale|class_embedding|logit_scale)", ()),
     # embeddings and heads
     (r"llama/embed_tokens/embedding", _ROW_PARALLEL),
     (r"llama/lm_head/kernel", _COLUMN_PARALLEL),
@@ -83,6 +83,9 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"dream_queries/dream_queries", ("replicated", "weight_in")),
     # transformer layers of every tower
     (r".*/(q_proj|k_proj|v_proj|to_q|to_k|to_v|gate_proj|up_proj|fc1|net_0/proj)/kernel", _COLUMN_PARALLEL),
+    # joined for generation (see generate.layout); gate and up are an axis of their own
+    (r"llama/layers_\d+/self_attn/qkv_proj/kernel", _COLUMN_PARALLEL),
+    (r"llama/layers_\d+/mlp/gate_up_proj/kernel", ("weight_in", "replicated", "weight_out")),
     (r".*/(o_proj|out_proj|to_out_0|down_proj|fc2|net_2)/kernel", _ROW_PARALLEL),
     (r".*/(visual_projection|text_projection)/kernel", _COLUMN_PARALLEL),
     # projectors

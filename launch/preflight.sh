@@ -125,8 +125,8 @@ found = reversed(list(metadata.distributions()))  # the first is what is importe
 here = {name(one.metadata["Name"]): one.version.split("+")[0] for one in found}
 project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
 needed = {name(line) for line in project["dependencies"]} | {"jaxlib"}
-needed |= {"tpu": {"libtpu"}, "cuda": {"jax-cuda12-plugin", "jax-cuda12-pjrt"}}.get(purpose, set())
-pins |= dict.fromkeys(("jax-cuda12-plugin", "jax-cuda12-pjrt"), pins["jaxlib"])
+needed |= {"tpu": {"libtpu"}, "cuda": {"jax-cuda13-plugin", "jax-cuda13-pjrt"}}.get(purpose, set())
+pins |= dict.fromkeys(("jax-cuda13-plugin", "jax-cuda13-pjrt"), pins["jaxlib"])
 wrong = [f"{one} is missing" for one in sorted(needed - set(here))]
 both = sorted(set(pins) & set(here))
 wrong += [f"{one} is {here[one]}, not {pins[one]}" for one in both if here[one] != pins[one]]

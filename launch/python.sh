@@ -132,7 +132,6 @@ install_packages() {
     fi
   fi
   pip_install --constraint "launch/constraints/py$1.txt" --editable ".${extras:+[$extras]}" || install_failed
-  keep_one_cuda_plugin
 }
 
 # expect_accelerators: without one on this machine, JAX uses the CPU. Otherwise the compilers of TPUs and GPUs, which
@@ -144,15 +143,6 @@ expect_accelerators() {
     [ ! -e "$device" ] || return 0
   done
   export JAX_PLATFORMS=cpu
-}
-
-# JAX loads one CUDA plugin. On a GPU's host that is the one of CUDA 12, with its libraries; the tests bring the one of
-# CUDA 13 without, to compile for GPUs.
-keep_one_cuda_plugin() {
-  if "$python" -m pip show --quiet jax-cuda12-plugin >/dev/null 2>&1 &&
-    "$python" -m pip show --quiet jax-cuda13-plugin >/dev/null 2>&1; then
-    "$python" -m pip uninstall --quiet --yes jax-cuda13-plugin jax-cuda13-pjrt >>"$venv/install.log" 2>&1
-  fi
 }
 
 # prepare_python runtime|examples|test|tpu|cuda : creates or updates .venv and sets python to its interpreter.

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from dreamllm_jax.config.model import model_config
 from dreamllm_jax.config.towers import UNetConfig
 from dreamllm_jax.config.train import MeshConfig
+from dreamllm_jax.generate.layout import generation_layout
 from dreamllm_jax.models.parameters import abstract_params
 from dreamllm_jax.sharding import (
     BATCH_AXES,
@@ -60,17 +61,25 @@ MODELS = {
     ),
 }
 
+GENERATING = "generating: "
+NAMES = (*MODELS, f"{GENERATING}7B with SD 1.5")
+
 
 @functools.cache
 def params_of(name):
-    return abstract_params(model_config(MODELS[name]))
+    """Returns the shapes of a model's parameters, after "generating: " in the layout of generation."""
+    config = model_config(MODELS[name.removeprefix(GENERATING)])
+    params = abstract_params(config)
+    if not name.startswith(GENERATING):
+        return params
+    return jax.eval_shape(functools.partial(generation_layout, config=config.llama), params)
 
 
 def rows_of(path):
     return [row for row, _ in PARAMETER_RULES if re.fullmatch(row, path)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_has_one_rule(name):
     assert len(params_of(name)) > 300
     wrong = {path: rows_of(path) for path in params_of(name) if len(rows_of(path)) != 1}
@@ -78,12 +87,12 @@ def test_every_parameter_has_one_rule(name):
 
 
 def test_every_rule_is_used():
-    used = {row for name in MODELS for path in params_of(name) for row in rows_of(path)}
+    used = {row for name in NAMES for path in params_of(name) for row in rows_of(path)}
     assert {row for row, _ in PARAMETER_RULES} == used
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "handwriting"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "handwriting"])
 def test_no_large_parameter_is_replicated(name, mesh, devices):
     mesh, params = make_mesh(MeshConfig(*mesh), devices), params_of(name)
     split = mesh.shape["fsdp"] * mesh.shape["tensor"]

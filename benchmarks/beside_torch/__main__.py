@@ -1,8 +1,11 @@
 """Times training and generation against PyTorch (transformers, diffusers), alternating in one run.
 
     python -m benchmarks.beside_torch [joint|prefill|decode|text_to_image|documents|all ...]
-        [--size=tiny|full] [--device=cpu|gpu] [--compile=auto|on|off] [--pairs=N] [--rows=N]
-        [--json=FILE] [--document=docs/performance.md]
+        [--size=tiny|full] [--device=cpu|gpu] [--dtype=auto|float32|bfloat16] [--compile=auto|on|off]
+        [--pairs=N] [--rows=N] [--json=FILE] [--document=docs/performance.md]
+    python -m benchmarks.beside_torch [joint|decode|prefill|text_to_image|kernels|all ...] --budget=SECONDS
+        --out=DIR [--size=...] [--device=...] [--dtype=...] [--eager-only] [--together=N]
+    python -m benchmarks.beside_torch --report=DIR [--document=docs/performance.md]
 
 Both sides have the same random weights, and each case first checks that they compute the same result. Warm-up
 and compilation are not timed. Repetitions then alternate in the order A B B A ... The reported ratio is
@@ -11,10 +14,18 @@ repetitions, with its quartiles.
 
 On a CPU both sides compute in float32 with the same number of threads, and each case runs in its own process:
 in a shared process, the heap that an earlier case left behind slowed image generation by up to a third. On a
-GPU both sides compute in bfloat16, and PyTorch uses `torch.compile`.
+GPU both sides compute in bfloat16, with float32 weights in training, and PyTorch uses `torch.compile`.
+`--dtype` says otherwise.
 
-Needs torch and diffusers. `--size=full` is a 7B system and needs one GPU with 141 GB. Prints one JSON object;
-the exit code is 1 if a case fails or the two sides disagree.
+With `--budget`, each side is measured in a process of its own, and PyTorch twice: as it is and compiled. Rows
+are measured in the order of their importance: stage I, decoding and reading prompts, text to image, stage II,
+attention. Each is written into DIR/results.json at once; those that no longer fit into the time are listed as
+not measured. At the end, or when the process gets SIGTERM, DIR/table.md and DIR/chart.png are written;
+`--report` writes them again. Several processes may compile at the same time (`--together`, by default 3 if
+there are enough cores), but only one measures, while the others are stopped.
+
+Needs torch and diffusers. `--size=full` is a 7B system: it needs one GPU, of 141 GB without `--budget`, of 80
+GB with it. Prints one JSON object, or the table; the exit code is 1 if a case fails or the sides disagree.
 """
 
 from __future__ import annotations
@@ -32,11 +43,14 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory for PyTorch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from benchmarks.beside_torch import budget, summary  # noqa: E402
+from benchmarks.beside_torch.budget import JOBS  # noqa: E402
 from benchmarks.beside_torch.report import command_line, measurement_environment, rows  # noqa: E402
 from benchmarks.beside_torch.sizes import make_size  # noqa: E402
 from benchmarks.beside_torch.timing import Disagreement  # noqa: E402
 from benchmarks.document_table import write_table  # noqa: E402
 
+SHORTEST_BUDGET = 20
 NAMES = ("joint", "prefill", "decode", "text_to_image", "documents")
 
 
@@ -49,20 +63,46 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=("smallest", "tiny", "full"), default="tiny")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="what both sides compute in (auto: float32 on a CPU, bfloat16 on a GPU)",
+    )
+    parser.add_argument(
         "--compile", choices=("auto", "on", "off"), default="auto", help="use torch.compile (auto: on a GPU)"
     )
     parser.add_argument("--pairs", type=int, default=8, help="repetitions of each side")
     parser.add_argument("--rows", type=int, help="rows of a train step (default: those of --size)")
     parser.add_argument("--json", type=Path, help="write the result into this file too")
     parser.add_argument("--document", type=Path, help="write the table into this file; needs all cases")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="measure what fits into this time")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder of what --budget writes")
+    parser.add_argument("--eager-only", action="store_true", help="with --budget: without torch.compile")
+    parser.add_argument(
+        "--together", type=int, metavar="N", help="with --budget: processes that compile at once"
+    )
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write the table and the chart again")
     found = parser.parse_args(arguments)
-    found.cases = list(NAMES) if found.cases in ([], ["all"]) else found.cases
-    if unknown := [name for name in found.cases if name not in NAMES]:
-        parser.error(f"unknown: {', '.join(unknown)}")
-    if found.document is not None and set(found.cases) != set(NAMES):
+    names = tuple(JOBS) if found.budget is not None else NAMES
+    found.cases = list(names) if found.cases in ([], ["all"]) else found.cases
+    if unknown := [name for name in found.cases if name not in names]:
+        mode = "without --budget" if found.budget is None else "with --budget"
+        parser.error(f"unknown {mode}: {', '.join(unknown)}; give {', '.join(names)}, or none for all")
+    for name in ("compile", "pairs", "rows", "json"):
+        if found.budget is not None and getattr(found, name) != parser.get_default(name):
+            parser.error(f"--{name} belongs to the mode without --budget: leave it away")
+    if found.document is not None and found.budget is not None:
+        parser.error("--budget writes no document; give --report=DIR --document=FILE afterwards")
+    if found.document is not None and found.report is None and set(found.cases) != set(NAMES):
         parser.error("--document needs all cases: name none")
     if found.pairs < 1:
         parser.error(f"--pairs is {found.pairs}; it must be at least 1")
+    if (found.budget is None) != (found.out is None):
+        parser.error("--budget and --out belong together: give the seconds and the folder")
+    if found.budget is not None and found.budget < SHORTEST_BUDGET:
+        parser.error(f"--budget is {found.budget:g}; it must be at least {SHORTEST_BUDGET} seconds")
+    if found.together is not None and found.together < 1:
+        parser.error(f"--together is {found.together}; it must be at least 1")
     return found
 
 
@@ -81,7 +121,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.beside_torch.cases import CASES, Session, free_memory
     from benchmarks.beside_torch.inputs import Inputs
-    from benchmarks.beside_torch.theirs import TorchSettings
+    from benchmarks.beside_torch.towers import TorchSettings
 
     gpu = options.device == "gpu"
     if jax.default_backend() != options.device:
@@ -89,14 +129,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"JAX runs on {jax.default_backend()}, but --device is {options.device}. Install JAX for "
             f"{options.device}, or pass --device={jax.default_backend()}."
         )
-    size = make_size(options.size, "bfloat16" if gpu else "float32")
+    dtype = ("bfloat16" if gpu else "float32") if options.dtype == "auto" else options.dtype
+    size = make_size(options.size, dtype)
     if options.rows is not None:
         size = dataclasses.replace(size, rows=options.rows)
     compiled = gpu if options.compile == "auto" else options.compile == "on"
     if not gpu:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch_settings = TorchSettings("cuda" if gpu else "cpu", compiled)
-    session = Session(Inputs(size), torch_settings, options.pairs)
+    session = Session(Inputs(size, on_device=gpu), torch_settings, options.pairs)
     environment, results = measurement_environment(options, compiled), {}
     for name in options.cases:
         for title, measurement in CASES[name](session).items():
@@ -114,6 +155,7 @@ def run_in_processes(options: argparse.Namespace) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"results": {}}
     passed_on = {"size": options.size, "device": options.device, "compile": options.compile}
+    passed_on |= {"dtype": options.dtype}
     passed_on |= {"pairs": options.pairs} | ({} if options.rows is None else {"rows": options.rows})
     for name in options.cases:
         with tempfile.TemporaryDirectory() as folder:
@@ -131,6 +173,14 @@ def run_in_processes(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Parses the command line, measures, prints the results and returns the exit code."""
     options = parse()
+    if options.report is not None or options.budget is not None:
+        try:
+            if options.report is not None:
+                return int(not summary.write(options.report, options.document))
+            return budget.measure(options)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 1
     separate_processes = options.device == "cpu" and len(options.cases) > 1
     try:
         found = run_in_processes(options) if separate_processes else run(options)

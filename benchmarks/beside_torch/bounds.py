@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
+from flax.traverse_util import unflatten_dict
 
 from benchmarks.beside_torch.sizes import Size, Training
 from dreamllm_jax.config.chips import find_device
-from dreamllm_jax.train.flops import forward_flops, step_flops
+from dreamllm_jax.config.model import AttentionConfig
+from dreamllm_jax.models.dreamllm import DreamLLMModule
+from dreamllm_jax.models.parameters import abstract_params
+from dreamllm_jax.train.flops import flops, forward_flops, step_flops
 
 
 def token_bytes(size: Size, rows: int) -> float:
@@ -47,8 +54,20 @@ def prefill_flops(size: Size, rows: int) -> float:
 
 
 def image_flops(size: Size) -> float:
-    """Returns the model FLOPs of the U-Net's steps with guidance; the VAE's decoder is not counted."""
-    return 2 * size.steps * forward_flops(size.model, 1, 1, 0, size.num_images)["unet"]
+    """Returns the model FLOPs of images: the U-Net's steps with guidance, then the VAE's decoder."""
+    unet = forward_flops(size.model, 1, 1, 0, size.num_images)["unet"]
+    return 2 * size.steps * unet + decoder_flops(size)
+
+
+def decoder_flops(size: Size) -> float:
+    """Returns the model FLOPs of the VAE's decoder on the latents of `size.num_images` images."""
+    xla = AttentionConfig(llama="xla", vision="xla", unet="xla", vae="xla")
+    config = dataclasses.replace(size.model, attention=xla)
+    assert config.unet is not None
+    shape = (size.num_images, config.latent_size, config.latent_size, config.unet.in_channels)
+    variables = {"params": unflatten_dict(abstract_params(config), sep="/")}
+    decode = functools.partial(DreamLLMModule(config).apply, method=DreamLLMModule.decode_image)
+    return flops(decode, variables, jax.ShapeDtypeStruct(shape, config.dtype))
 
 
 def flop_rate(flops: float, seconds: float) -> dict[str, float]:

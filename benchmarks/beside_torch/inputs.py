@@ -1,13 +1,16 @@
-"""The inputs of both sides, as numpy arrays: random weights, a training batch, prompts and conditions."""
+"""The inputs of both sides: random weights, a training batch, prompts and conditions."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from benchmarks.beside_torch.sizes import Size
+from benchmarks.beside_torch.weights import drawn_ahead, drawn_leaf, random_params
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.data.tokenizer import SpecialTokens
 from dreamllm_jax.models.parameters import abstract_params
@@ -28,33 +31,35 @@ SPECIAL = SpecialTokens(
 FIRST_TEXT_TOKEN = 11
 
 
-def random_params(size: Size, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns random float32 weights by path, scaled so that layers preserve the variance of their input."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        x = rng.standard_normal(shape, np.float32)
-        if path.endswith("/kernel"):
-            stacked = "/layers/" in path or "transformer_blocks" in path
-            x *= float(np.prod(shape[1:-1] if stacked else shape[:-1])) ** -0.5
-        elif path.endswith("/scale"):
-            x = 1 + 0.1 * x
-        else:
-            x *= 0.1
-        return x.astype(np.float32)
-
-    return {path: leaf(path, x.shape) for path, x in abstract_params(size.model).items()}
-
-
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The inputs for one size, all from fixed seeds."""
+    """The inputs for one size, all from fixed seeds.
+
+    `on_device` says that the weights are drawn there, each time that they are asked for: nothing is kept.
+    """
 
     size: Size
+    on_device: bool = False
 
     @functools.cached_property
     def params(self) -> dict[str, np.ndarray]:
-        return random_params(self.size)
+        """The weights on the host, float32."""
+        return random_params(self.size.model)
+
+    def weights(self, dtype: Callable[[str], str]) -> dict[str, Any]:
+        """Returns all weights by path: drawn on the device in the dtype of each, or float32 on the host."""
+        if not self.on_device:
+            return dict(self.params)
+        shapes = {path: x.shape for path, x in abstract_params(self.size.model).items()}
+        return dict(drawn_ahead(shapes, lambda path: drawn_leaf(path, shapes[path], dtype(path))))
+
+    def leaves(self, paths: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        """Yields the float32 weights of these paths one after the other."""
+        if not self.on_device:
+            yield from ((path, self.params[path]) for path in paths)
+            return
+        shapes = {path: x.shape for path, x in abstract_params(self.size.model).items()}
+        yield from drawn_ahead(paths, lambda path: drawn_leaf(path, shapes[path]))
 
     def text_tokens(self, rows: int, length: int, seed: int) -> np.ndarray:
         """Returns random text tokens (no control tokens), int32 [rows, length]."""

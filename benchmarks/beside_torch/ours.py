@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,15 @@ from flax.traverse_util import unflatten_dict
 
 from benchmarks.beside_torch.inputs import FIRST_TEXT_TOKEN, SPECIAL, Inputs
 from benchmarks.beside_torch.sizes import Size, Training
-from dreamllm_jax.config.train import MeshConfig, Recipe
+from dreamllm_jax.config.model import DreamLLMConfig
+from dreamllm_jax.config.train import MeshConfig, Recipe, StageConfig
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.schedule import row_normal
 from dreamllm_jax.generate.decode import DecodeState, decode_text
 from dreamllm_jax.generate.documents import draw_and_append, image_block_length
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import draw_images
+from dreamllm_jax.generate.layout import generation_layout
 from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, shard_batch
@@ -38,16 +41,15 @@ class Step:
         )
         self.mesh = make_mesh(recipe.mesh, jax.devices()[:1])
         self.model = DreamLLMModule(size.model)
-        self.state = create_state(inputs.params, self.stage, recipe, self.mesh)
+        trained = {path.split("/")[0] for path in self.stage.trainable}
+        params = inputs.weights(lambda path: "float32" if path.split("/")[0] in trained else frozen)
+        self.state = create_state(params, self.stage, recipe, self.mesh)
         self.batch = shard_batch(inputs.training_batch, self.mesh)
         self.rate = jnp.float32(self.stage.optim.learning_rate)
 
     def next_noise(self) -> StepNoise:
         """Returns the noise and the timesteps that the next step will sample."""
-        keys = row_prng_keys(
-            jax.random.wrap_key_data(self.state.key), self.state.step, len(self.batch.tokens)
-        )
-        return jax.device_get(sample_noise(keys, 1, self.model.config, self.stage.loss))
+        return step_noise(self.stage, self.model.config, int(self.state.step))
 
     def __call__(self) -> float:
         """Runs one step and returns its loss."""
@@ -57,6 +59,13 @@ class Step:
             )
             jax.block_until_ready(self.state)
         return float(metrics["loss"])
+
+
+def step_noise(stage: StageConfig, model: DreamLLMConfig, step: int) -> StepNoise:
+    """Returns the noise and the timesteps that a step of a stage samples, as `create_state` seeds it."""
+    key = jax.random.fold_in(jax.random.key(Recipe.seed), zlib.crc32(stage.name.encode()))
+    keys = row_prng_keys(key, jnp.int32(step), stage.data.batch_size)
+    return jax.device_get(sample_noise(keys, 1, model, stage.loss))
 
 
 class _TokenIdsOnly(Tokenizer):
@@ -75,7 +84,10 @@ class Generator:
         assert size.model.llama is not None
         self.size, self.inputs = size, inputs
         dtype = jnp.dtype(size.model.dtype)
-        params = unflatten_dict({path: jnp.asarray(x, dtype) for path, x in inputs.params.items()}, sep="/")
+        weights = inputs.weights(lambda _: size.model.dtype)
+        params = {path: jnp.asarray(x, dtype) for path, x in weights.items()}
+        del weights  # the stacked layers are freed as soon as they are taken apart
+        params = unflatten_dict(generation_layout(params, size.model.llama), sep="/")
         self.engine = Engine(size.model, params, _TokenIdsOnly(size.model.llama.vocab_size))
 
     def read(self, rows: int, tokens_after: int) -> DecodeState:

@@ -3,7 +3,7 @@
 Attention is `scaled_dot_product_attention` with its causal flag, images are channels last, AdamW is fused,
 and generation runs in inference mode. If `compiled`, the towers use `torch.compile`, and text is decoded on a
 static cache with a CUDA graph ("reduce-overhead"). Otherwise the cache is dynamic, which is faster without
-compilation. In bfloat16, the weights, the gradients and the optimizer's moments are all bfloat16.
+compilation. In bfloat16, the optimizer updates float32 weights, as ours does (see `torch_optim`).
 """
 
 from __future__ import annotations
@@ -13,112 +13,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import nn
+from diffusers import DDIMScheduler
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaForCausalLM, StaticCache
-from transformers import LlamaConfig as TorchLlamaConfig
+from transformers import DynamicCache, StaticCache
 
 from benchmarks.beside_torch.inputs import SPECIAL, Inputs
 from benchmarks.beside_torch.sizes import Training
-from dreamllm_jax.checkpoint.parameter_files import as_tensors
+from benchmarks.beside_torch.torch_optim import Optimizer
+from benchmarks.beside_torch.towers import TorchSettings, Towers
 from dreamllm_jax.convert import config_files
-from dreamllm_jax.convert.mapping import to_torch
 from dreamllm_jax.data.images import to_vision
-from dreamllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 
 Tensor = torch.Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchSettings:
-    """PyTorch's device, and whether it uses `torch.compile`."""
-
-    device: str
-    compiled: bool
-
-
-class Towers(nn.Module):
-    """The towers and connectors of a DreamLLM in PyTorch, with the weights of `inputs`."""
-
-    def __init__(self, inputs: Inputs, torch_settings: TorchSettings):
-        super().__init__()
-        model, dtype = inputs.size.model, getattr(torch, inputs.size.model.dtype)
-        assert model.llama and model.vision and model.unet and model.vae
-        self.torch_settings, self.dtype = torch_settings, dtype
-        with torch.device(torch_settings.device):
-            self.llama = LlamaForCausalLM(TorchLlamaConfig(**_settings(config_files.llama_json, model.llama)))
-            clip = CLIPVisionConfig(**_settings(config_files.clip_vision_json, model.vision))
-            self.vision = CLIPVisionModel(clip)
-            self.unet: Any = UNet2DConditionModel.from_config(config_files.unet_json(model.unet))
-            self.vae: Any = AutoencoderKL.from_config(config_files.vae_json(model.vae))
-            width = model.llama.hidden_size
-            self.vision_projector = nn.Linear(model.vision.hidden_size, width)
-            self.condition_projector = nn.Linear(width, model.unet.cross_attention_dim, bias=False)
-            self.dream_queries = nn.Parameter(torch.empty(model.num_dream_queries, width))
-        parts, report = to_torch(as_tensors(inputs.params))
-        report.raise_if_faulty("the benchmark's model")
-        for name, tensors in parts.items():
-            read = {n: torch.from_numpy(np.ascontiguousarray(t.read())) for n, t in tensors.items()}
-            if name == "dream_queries":
-                self.dream_queries.data.copy_(next(iter(read.values())).view_as(self.dream_queries))
-                continue
-            module = getattr(self, name)
-            module = getattr(module, "vision_model", module)  # transformers 5.0 has one more level
-            module.load_state_dict({_local(name, n): t for n, t in read.items()})
-        for parameter in self.parameters():  # not the buffers: the rotary frequencies stay in float32
-            parameter.data = parameter.data.to(dtype)
-        self.unet.to(memory_format=torch.channels_last)
-        self.vae.to(memory_format=torch.channels_last)
-        assert model.vision_select_layer < -1
-        # Only the hidden states of an earlier layer are used: the layers after it are removed.
-        del getattr(self.vision, "vision_model", self.vision).encoder.layers[model.vision_select_layer + 1 :]
-        self.eval()
-
-    def compile_towers(self) -> None:
-        """Compiles each tower separately, with static shapes."""
-        self.llama.model.compile()
-        self.vision.compile()
-        self.unet.compile()
-        self.vae.encoder.compile()
-        self.vae.decoder.compile()
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """Returns the language model's embeddings [M, P, D] of images, uint8 [M, h, w, 3]."""
-        mean, std = (images.new_tensor(x, dtype=torch.float32) for x in (CLIP_MEAN, CLIP_STD))
-        pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
-        return self.vision_projector(self.vision(pixels.to(self.dtype)).last_hidden_state[:, 1:])
-
-
-def _settings(function: Any, config: Any) -> dict[str, Any]:
-    settings = function(config, "float32")
-    return {k: v for k, v in settings.items() if k not in ("architectures", "model_type", "torch_dtype")}
-
-
-def _local(part: str, name: str) -> str:
-    """Returns the name of a tensor in its module; a connector is a single linear layer here."""
-    return name.split(".")[-1] if part.endswith("_projector") else name
-
-
 class Step:
-    """A train step: forward and backward passes of all towers, gradient clipping and AdamW."""
+    """A train step: forward and backward passes of all towers, gradient clipping and the optimizer."""
 
     def __init__(self, inputs: Inputs, training: Training, torch_settings: TorchSettings):
-        self.size, self.towers = inputs.size, Towers(inputs, torch_settings)
+        self.size = inputs.size
         self.stage = inputs.size.stage(training)
-        trainable = {path.split("/")[0] for path in self.stage.trainable}
+        trainable = tuple({path.split("/")[0] for path in self.stage.trainable})
+        self.towers = Towers(inputs, torch_settings, trainable)
         for name, parameter in self.towers.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in trainable)
-        self.trained = [p for p in self.towers.parameters() if p.requires_grad]
-        optim = self.stage.optim
-        self.optimizer = torch.optim.AdamW(
-            self.trained,
-            lr=optim.learning_rate,
-            betas=(optim.b1, optim.b2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        trained = {n: p for n, p in self.towers.named_parameters() if p.requires_grad}
+        masters = [self.towers.masters[name] for name in trained] if self.towers.masters else None
+        compiled = torch_settings.compiled
+        self.optimizer = Optimizer(list(trained.values()), masters, self.stage.optim, compiled)
         batch = inputs.training_batch
         assert batch.images is not None and batch.dream_images is not None
         self.images = torch.tensor(batch.images[:, 0], device=torch_settings.device)
@@ -131,6 +53,7 @@ class Step:
             int(np.argmax(slots[0] >= 0)) for slots in (batch.image_slots, batch.dream_slots)
         )
         self.noise: dict[str, Tensor] = {}
+        self.micro_batches = self.stage.optim.grad_accum_steps
         if torch_settings.compiled:
             self.towers.compile_towers()
 
@@ -142,46 +65,64 @@ class Step:
             self.noise[name] = noise.permute(0, 3, 1, 2)
         self.timesteps = torch.tensor(np.asarray(step_noise.timesteps)[:, 0], device=device, dtype=torch.long)
 
-    def loss(self) -> Tensor:
-        """Returns the joint loss: weight_lm * cross-entropy + weight_vm * denoising error."""
+    def loss(self, rows: slice) -> Tensor:
+        """Returns the rows' part of the loss: weight_lm * cross-entropy + weight_vm * denoising error."""
         towers, model = self.towers, self.size.model
         queries, patches = model.num_dream_queries, model.num_patches
-        embeds = towers.llama.get_input_embeddings()(self.tokens)
+        embeds = towers.llama.get_input_embeddings()(self.tokens[rows])
         dream_embeds = towers.dream_queries.expand(len(embeds), -1, -1)
         i, d = self.image_start, self.dream_start
-        parts = [embeds[:, :i], towers.embed_images(self.images), embeds[:, i + patches : d], dream_embeds]
+        images = towers.embed_images(self.images[rows])
+        parts = [embeds[:, :i], images, embeds[:, i + patches : d], dream_embeds]
         embeds = torch.cat([*parts, embeds[:, d + queries :]], dim=1)
         hidden = towers.llama.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         logits = towers.llama.lm_head(hidden).float().flatten(0, 1)
-        nll = F.cross_entropy(logits, self.targets.flatten(), ignore_index=-100, reduction="sum")
+        targets = self.targets[rows].flatten()
+        nll = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / self.supervised
         context = towers.condition_projector(hidden[:, d : d + queries])
-        weights = self.stage.loss
-        return weights.weight_lm * nll / self.supervised + weights.weight_vm * self._denoising_error(context)
+        error = self._denoising_error(context, rows) * (len(embeds) / len(self.tokens))
+        return self.stage.loss.weight_lm * nll + self.stage.loss.weight_vm * error
 
-    def _denoising_error(self, context: Tensor) -> Tensor:
+    def _denoising_error(self, context: Tensor, rows: slice) -> Tensor:
         towers, schedule = self.towers, self.size.model.schedule
+        noise, timesteps = self.noise["noise"][rows], self.timesteps[rows]
         with torch.no_grad():
-            pixels = (self.dream_images.permute(0, 3, 1, 2) / 127.5 - 1).to(towers.dtype)
+            pixels = (self.dream_images[rows].permute(0, 3, 1, 2) / 127.5 - 1).to(towers.dtype)
             posterior = towers.vae.encode(pixels).latent_dist
-            latents = posterior.mean.float() + posterior.std.float() * self.noise["latent_noise"]
+            latents = posterior.mean.float() + posterior.std.float() * self.noise["latent_noise"][rows]
             latents = latents * towers.vae.config.scaling_factor
             betas = torch.linspace(
                 schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.num_train_timesteps
             )
-            levels = torch.cumprod(1 - betas**2, 0).to(latents.device)[self.timesteps].view(-1, 1, 1, 1)
-            noisy = levels.sqrt() * latents + (1 - levels).sqrt() * self.noise["noise"]
-        predicted = towers.unet(noisy.to(towers.dtype), self.timesteps, context).sample
-        return F.mse_loss(predicted.float(), self.noise["noise"])
+            levels = torch.cumprod(1 - betas**2, 0).to(latents.device)[timesteps].view(-1, 1, 1, 1)
+            noisy = levels.sqrt() * latents + (1 - levels).sqrt() * noise
+        predicted = towers.unet(noisy.to(towers.dtype), timesteps, context).sample
+        return F.mse_loss(predicted.float(), noise)
 
     def __call__(self) -> float:
-        """Runs one step and returns its loss."""
-        loss = self.loss()
-        loss.backward()
-        if self.stage.optim.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained, self.stage.optim.clip_norm)
+        """Runs one step and returns its loss. If memory is too small, micro-batches become smaller."""
+        while True:
+            try:
+                loss = self._gradients()
+                break
+            except torch.OutOfMemoryError:
+                if self.micro_batches >= len(self.tokens):
+                    raise
+            self.micro_batches *= 2
+            self.towers.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())  # waits for the device
+        return float(loss)  # waits for the device
+
+    def _gradients(self) -> Tensor:
+        """Adds up the gradients of all micro-batches, and returns the loss."""
+        count = -(-len(self.tokens) // self.micro_batches)
+        total = torch.zeros((), device=self.tokens.device)
+        for start in range(0, len(self.tokens), count):
+            loss = self.loss(slice(start, start + count))
+            loss.backward()
+            total += loss.detach()
+        return total
 
 
 @dataclasses.dataclass
@@ -199,28 +140,42 @@ class Generator:
         self.size, self.inputs, self.torch_settings = inputs.size, inputs, torch_settings
         self.towers = Towers(inputs, torch_settings)
         self.towers.requires_grad_(False)
+        self.caches: dict[tuple[int, int], Any] = {}
         self.one_token: Any = self.towers.llama.forward
+        self.prompt: Any = self.towers.llama.forward
         if torch_settings.compiled:
             self.one_token = torch.compile(self.towers.llama.forward, mode="reduce-overhead")
+            self.prompt = torch.compile(self.towers.llama.forward, dynamic=False)
             self.towers.unet.compile()
             self.towers.vae.decoder.compile()
 
-    def _cache(self, capacity: int) -> Any:
-        config = self.towers.llama.config
-        return (
-            StaticCache(config=config, max_cache_len=capacity)
-            if self.torch_settings.compiled
-            else DynamicCache(config=config)
-        )
+    @torch.inference_mode()
+    def cache(self, rows: int, tokens_after: int) -> Any:
+        """Returns an empty cache for prompts with `tokens_after` more tokens.
+
+        A static one is made once, because a CUDA graph belongs to its place in memory.
+        """
+        config, capacity = self.towers.llama.config, self.size.prompt + tokens_after
+        if not self.torch_settings.compiled:
+            return DynamicCache(config=config)
+        if (rows, capacity) not in self.caches:
+            self.caches[rows, capacity] = StaticCache(config=config, max_cache_len=capacity)
+        self.caches[rows, capacity].reset()
+        return self.caches[rows, capacity]
 
     @torch.inference_mode()
     def read(self, rows: int, tokens_after: int) -> DecodeState:
         """Reads `rows` prompts into a cache that has capacity for `tokens_after` more tokens."""
+        return self._read(self.towers.llama, rows, self.cache(rows, tokens_after))
+
+    @torch.inference_mode()
+    def read_compiled(self, rows: int, cache: Any) -> DecodeState:
+        """Reads `rows` prompts into an empty cache, compiled if all is; its first use must be by `read`."""
+        return self._read(self.prompt, rows, cache)
+
+    def _read(self, call: Any, rows: int, cache: Any) -> DecodeState:
         tokens = torch.tensor(self.inputs.prompts(rows).tokens, device=self.torch_settings.device)
-        cache = self._cache(self.size.prompt + tokens_after)
-        out: Any = self.towers.llama(
-            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out: Any = call(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.synchronize()
         return DecodeState(cache, out.logits[:, -1].float())
 

@@ -14,12 +14,14 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from dreamllm_jax.batch import Batch
-from dreamllm_jax.config.model import AttentionConfig
+from dreamllm_jax.config.model import AttentionConfig, DreamLLMConfig
 from dreamllm_jax.config.train import Recipe, StageConfig
 from dreamllm_jax.data.packing import empty_batch
 from dreamllm_jax.data.pipeline import row_layout
 from dreamllm_jax.generate.decode import DecodeRules, decode_text, prefill
 from dreamllm_jax.generate.images import draw_images
+from dreamllm_jax.generate.int8 import round_to_int8
+from dreamllm_jax.generate.layout import generation_layout
 from dreamllm_jax.generate.prompts import bucket_length
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.models.parameters import abstract_params
@@ -115,11 +117,14 @@ def abstract_batch(recipe: Recipe, stage: StageConfig, mesh: Mesh) -> Batch:
     return jax.tree.map(one, empty_batch(1, layout, pad=0))
 
 
-def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any]) -> LoweredProgram:
+def generation_program(
+    recipe: Recipe, name: str, rows: int, devices: list[Any], quantize: str | None = None
+) -> LoweredProgram:
     """Lowers one of GENERATION for `rows` prompts (or images), with weights in the model's dtype.
 
     Prompts fill the context except for `generation.max_new_tokens`. The decoding loop depends on data, so its
-    cost is that of one token.
+    cost is that of one token. With `quantize="int8"` the language model's kernels are int8, as `DreamLLM`
+    holds them.
 
     Raises:
       ValueError: the mesh does not fit the devices or the parameters, or the model lacks the tower.
@@ -130,9 +135,9 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
     if config.llama is None or (name == "denoise" and not config.draws):
         raise ValueError(f"--program={name}: the model of recipe {recipe.name!r} has no tower for it.")
     check_attention_kernels(config, mesh)
-    flat = abstract_params(config)
-    shardings, dtype = parameter_shardings(flat, mesh, recipe.mesh.replicated), jnp.dtype(config.dtype)
-    flat = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=shardings[k]) for k, v in flat.items()}
+    flat = _generation_params(config, quantize)
+    shardings = parameter_shardings(flat, mesh, recipe.mesh.replicated)
+    flat = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in flat.items()}
     params = unflatten_dict(flat, sep="/")
     make = {"prefill": _prefill, "decode": _decode, "denoise": _denoise}[name]
     with jax.set_mesh(mesh):
@@ -140,6 +145,19 @@ def generation_program(recipe: Recipe, name: str, rows: int, devices: list[Any])
         lowered = run.lower(params, *inputs)
         work = {name: flops(run, params, *inputs)}
     return LoweredProgram(name, mesh, {"parameters": flat, "batch": inputs}, work, lowered)
+
+
+def _generation_params(config: DreamLLMConfig, quantize: str | None) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a model's parameters as `DreamLLM` holds them."""
+    assert config.llama is not None
+    llama, dtype = config.llama, jnp.dtype(config.dtype)
+
+    def relaid(params: dict[str, Any]) -> dict[str, Any]:
+        cast = {path: value.astype(dtype) for path, value in params.items()}
+        flat = generation_layout(cast, llama)
+        return flat if quantize is None else round_to_int8(flat)
+
+    return jax.eval_shape(relaid, abstract_params(config))
 
 
 def _prefill(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
@@ -150,7 +168,7 @@ def _prefill(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, t
     batch = empty_batch(1, row_layout(stage, config, null_dream=False), pad=0)
     batch = dataclasses.replace(batch, dream_images=None, dream_sizes=None)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
-    model = DreamLLMModule(config)
+    model = DreamLLMModule(config, layered=True)
     return jax.jit(functools.partial(prefill, model=model, capacity=capacity)), (batch,)
 
 
@@ -178,7 +196,7 @@ def _decode(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, tu
     flat_others, others_of = _flat(others)
 
     def run(params: Any, state: list[Any], others: list[Any]) -> Any:
-        model = DreamLLMModule(config)
+        model = DreamLLMModule(config, layered=True)
         return decode_text(params, reading_of(state), *others_of(others), model=model, max_new_tokens=new)
 
     return jax.jit(run, donate_argnums=1), (state, jax.eval_shape(flat_others))
@@ -209,5 +227,7 @@ def _denoise(recipe: Recipe, mesh: Mesh, params: Any, rows: int) -> tuple[Any, t
         condition = (context, None if pooled is None else jnp.zeros((rows, pooled), config.dtype))
         return condition, condition, jax.random.split(jax.random.key(0), rows)
 
-    run = functools.partial(draw_images, settings=recipe.generation, model=DreamLLMModule(config))
+    run = functools.partial(
+        draw_images, settings=recipe.generation, model=DreamLLMModule(config, layered=True)
+    )
     return jax.jit(run), jax.eval_shape(others)

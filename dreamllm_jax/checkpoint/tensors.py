@@ -182,6 +182,32 @@ class Mapped:
 
 
 @dataclasses.dataclass(frozen=True)
+class Joined:
+    """Tensors of one dtype, seen through a function that makes one of them by rearranging their elements."""
+
+    parts: tuple[Tensor, ...]
+    function: Callable[..., np.ndarray]
+    row_readable = False
+
+    @property
+    def origin(self) -> str:
+        return " and ".join(part.origin for part in self.parts)
+
+    @property
+    def shape(self) -> Shape:
+        zero = np.zeros((), np.uint8)
+        return self.function(*(np.broadcast_to(zero, part.shape) for part in self.parts)).shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        joined = self.function(*(part.read() for part in self.parts))
+        return joined if start is None and stop is None else joined[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
 class Stacked:
     """Tensors of equal shape and dtype, stacked along a new first axis."""
 

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stage", help="a stage of the recipe (default: its first)")
     add("--program", choices=PROGRAMS, default="train", help="default: train")
     add("--batch-size", type=int, default=8, help="prompts or images in a generation program (default: 8)")
+    add("--quantize", choices=("int8",), help="round the language model's weights in a generation program")
     add(
         "--effort",
         choices=EFFORTS,
@@ -67,13 +68,17 @@ def run(options: argparse.Namespace) -> int:
     stage = recipe.stages[0] if options.stage is None else recipe.stage(options.stage)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size={options.batch_size}: give at least 1.")
+    if options.quantize is not None and options.program == "train":
+        raise ValueError(
+            f"--quantize={options.quantize} is for generation: give --program=decode or prefill."
+        )
     devices = topology_devices(options.topology)
     if options.search is not None:
         return _search(options, recipe, stage, devices)
     if options.program == "train":
         program = train_program(recipe, stage, devices)
     else:
-        program = generation_program(recipe, options.program, options.batch_size, devices)
+        program = generation_program(recipe, options.program, options.batch_size, devices, options.quantize)
     try:
         found, text = compilation.compile_and_report(recipe, program, options.topology, options.effort)
     except DoesNotFit as error:

@@ -17,18 +17,20 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from dreamllm_jax.checkpoint.model_folder import check_complete, save_pretrained
-from dreamllm_jax.checkpoint.parameter_files import to_device
+from dreamllm_jax.checkpoint.parameter_files import as_tensors, to_device
 from dreamllm_jax.config.base import build, to_dict
 from dreamllm_jax.config.model import DreamLLMConfig, GenerationConfig
 from dreamllm_jax.convert.opening import open_model
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.distributed import to_host
+from dreamllm_jax.distributed import is_multi_process, to_host
 from dreamllm_jax.document import Document
 from dreamllm_jax.generate.conditions import Conditions
 from dreamllm_jax.generate.decode import decode_text
 from dreamllm_jax.generate.documents import write_documents
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import draw_in_batches
+from dreamllm_jax.generate.int8 import round_to_int8
+from dreamllm_jax.generate.layout import checkpoint_layout, generation_layout
 from dreamllm_jax.generate.prompts import (
     Prompt,
     as_list,
@@ -77,20 +79,26 @@ class DreamLLM:
         generation: GenerationConfig | None = None,
         mesh: Mesh | None = None,
         replicated: Sequence[str] = (),
+        quantize: str | None = None,
     ):
         """Puts the parameters (flat or nested) on the default device, or shards them over `mesh`.
 
         Parts of the model named in `replicated` ("unet", "vae", "vision", ...) are not sharded along the
         mesh's axis fsdp: every device of that axis holds them in full, as with `mesh.replicated` of a recipe.
         That takes more memory and needs no gathering. Parameters may be tensors that are not read yet; each
-        host then reads what its own devices need, one tensor at a time.
+        host then reads what its own devices need, one tensor at a time. `quantize="int8"` rounds the language
+        model's kernels (see `int8`); such a model generates, but cannot be saved.
 
         Raises:
-          ValueError: the model has no language model, it embeds fewer tokens than the tokenizer has, or
-            `replicated` names a part that it does not have.
+          ValueError: the model has no language model, it embeds fewer tokens than the tokenizer has,
+            `replicated` names a part that it does not have, or `quantize` is unknown.
         """
+        if quantize not in (None, "int8"):
+            raise ValueError(f"quantize is {quantize!r}; it must be 'int8' or None.")
         _check_language_model(config, tokenizer)
-        flat = flatten_dict(dict(params), sep="/")
+        assert config.llama is not None
+        flat = generation_layout(flatten_dict(dict(params), sep="/"), config.llama)
+        flat = flat if quantize is None else round_to_int8(flat)
         parts = sorted({path.split("/")[0] for path in flat})
         if absent := sorted(set(replicated) - set(parts)):
             raise ValueError(f"replicated names {', '.join(absent)}; choose among {', '.join(parts)}.")
@@ -99,7 +107,7 @@ class DreamLLM:
         if mesh is not None:
             shardings = parameter_shardings(flat, mesh, replicated)
         on_device = {path: to_device(value, shardings[path]) for path, value in flat.items()}
-        self._mesh = mesh
+        self._mesh, self._quantize = mesh, quantize
         self._engine = Engine(config, unflatten_dict(on_device, sep="/"), tokenizer)
         self._conditions = Conditions(self._engine)
         self.generation = GenerationConfig() if generation is None else generation
@@ -111,6 +119,7 @@ class DreamLLM:
         dtype: str | None = None,
         mesh: Mesh | None = None,
         replicated: Sequence[str] = (),
+        quantize: str | None = None,
     ) -> DreamLLM:
         """Loads a saved model, the model of a training run, or a checkpoint in PyTorch's formats.
 
@@ -120,21 +129,31 @@ class DreamLLM:
 
         Args:
           dtype: "float32" or "bfloat16"; casts the weights and sets the compute dtype. Default: as saved.
-          mesh, replicated: as in the constructor.
+          mesh, replicated, quantize: as in the constructor.
 
         Raises:
-          ValueError: the folder is missing, of an unknown kind, incomplete or damaged; an unknown dtype.
+          ValueError: the folder is missing, of an unknown kind, incomplete or damaged; an unknown dtype or
+            `quantize`.
         """
         if dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'.")
         loaded = open_model(path, dtype)
         check_complete(path, loaded.config, loaded.params)
         config = loaded.config if dtype is None else dataclasses.replace(loaded.config, dtype=dtype)
-        return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh, replicated)
+        return cls(config, loaded.params, loaded.tokenizer, loaded.generation, mesh, replicated, quantize)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes the folder that `from_pretrained` loads. The folder appears complete or not at all."""
-        params = flatten_dict(self.params, sep="/")
+        """Writes the folder that `from_pretrained` loads. The folder appears complete or not at all.
+
+        Raises:
+          ValueError: the model's weights are rounded, or the folder cannot take it.
+        """
+        self._check_not_rounded()
+        assert self.config.llama is not None
+        params = flatten_dict(self._engine.params, sep="/")
+        if not is_multi_process():  # several processes gather arrays; one reads tensors, and copies nothing
+            params = as_tensors(params)
+        params = checkpoint_layout(params, self.config.llama)
         save_pretrained(path, params, self.config, self.tokenizer, self.generation)
 
     @property
@@ -144,8 +163,18 @@ class DreamLLM:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The nested parameter tree, on the devices."""
-        return self._engine.params
+        """The nested parameter tree on the devices, as checkpoints have it: layers stacked on axis 0.
+
+        The model itself holds the layers one by one. Every access stacks them: a second copy of the language
+        model.
+
+        Raises:
+          ValueError: the model's weights are rounded.
+        """
+        self._check_not_rounded()
+        assert self.config.llama is not None
+        flat = checkpoint_layout(flatten_dict(self._engine.params, sep="/"), self.config.llama)
+        return unflatten_dict(flat, sep="/")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -302,6 +331,13 @@ class DreamLLM:
             unconditional = self._conditions.unconditional(negative, settings)
         documents = write_documents(self._engine, batch, keys, settings, unconditional)
         return documents if is_list else documents[0]
+
+    def _check_not_rounded(self) -> None:
+        if self._quantize is not None:
+            raise ValueError(
+                f"This model's weights are rounded to {self._quantize}, and a checkpoint's are not; load it "
+                "without `quantize`."
+            )
 
     def _settings(self, **given: Any) -> GenerationConfig:
         """Returns the settings of a call. Raises ValueError for a wrong type or an impossible value."""

@@ -7,7 +7,6 @@ in a step, so its cache does not change.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -16,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.models.dreamllm import DreamLLMModule
-from dreamllm_jax.models.llama import KVCache, Params, init_cache
-from dreamllm_jax.ops.scan import unstack_for_loop
+from dreamllm_jax.models.kv_cache import KVCache, init_cache
 
 
 @flax.struct.dataclass
@@ -46,24 +44,24 @@ class DecodeRules:
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
 def prefill(params: dict, batch: Batch, *, model: DreamLLMModule, capacity: int) -> DecodeState:
-    """Runs prompts through the model: one per row, left-aligned, `segment_ids` 1 where there are tokens."""
+    """Runs prompts through the model: one per row, left-aligned, `segment_ids` 1 where there are tokens.
+
+    Here and below, `params` are in the layout of generation (see `layout`), and `model` is `layered`.
+    """
     assert model.config.llama is not None
     variables = {"params": params}
     embeds = model.apply(variables, batch, method=DreamLLMModule.embed)
     cache = init_cache(model.config.llama, embeds.shape[0], capacity, jnp.dtype(model.config.dtype))
-    last = jnp.zeros((embeds.shape[0], embeds.shape[-1]), embeds.dtype)
-    return _extend(model, variables, DecodeState(cache, last), embeds, batch.segment_ids > 0)[0]
+    lengths = (batch.segment_ids > 0).sum(-1, dtype=jnp.int32)
+    hidden, cache = model.apply(variables, embeds, lengths, cache, method=DreamLLMModule.prefill)
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    return DecodeState(cache, jnp.where(lengths[:, None] > 0, last, 0))
 
 
 def _extend(
-    model: DreamLLMModule,
-    variables: dict,
-    state: DecodeState,
-    embeds: Array,
-    valid: Array,
-    layers: Sequence[Params] | None = None,
+    model: DreamLLMModule, variables: dict, state: DecodeState, embeds: Array, valid: Array
 ) -> tuple[DecodeState, Array]:
-    hidden, cache = model.apply(variables, embeds, valid, state.cache, layers, method=DreamLLMModule.extend)
+    hidden, cache = model.apply(variables, embeds, valid, state.cache, method=DreamLLMModule.extend)
     end = jnp.maximum(valid.sum(-1) - 1, 0)
     last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
     return DecodeState(cache, jnp.where(valid.any(-1)[:, None], last, state.last)), hidden
@@ -84,12 +82,10 @@ def decode_text(
     """Decodes text in the active rows until each has stopped, used up its budget, or filled its cache.
 
     Returns the state, the tokens (-1 after the last), and each row's stop token (-1: none). A
-    stop token is not read: what follows it is the caller's business. On CPUs with room for it, a second
-    copy of the language model's layers is in memory meanwhile (see `ops.scan.unstack_for_loop`).
+    stop token is not read: what follows it is the caller's business.
     """
     variables = {"params": params}
     rows, capacity = active.shape[0], state.cache.capacity
-    layers = unstack_for_loop(params["llama"]["layers"])
 
     def unfinished(carry):
         return carry[1].any()
@@ -110,7 +106,7 @@ def decode_text(
             token, mode="drop"
         )
         embeds = model.apply(variables, token[:, None], method=DreamLLMModule.embed_text)
-        state, _ = _extend(model, variables, state, embeds, writes[:, None], layers)
+        state, _ = _extend(model, variables, state, embeds, writes[:, None])
         return state, writes, tokens, stop, written + writes
 
     start = (
@@ -129,23 +125,39 @@ def sample_tokens(
 ) -> Int[Array, "B"]:
     """Returns one token per row: the most likely at temperature 0, else a sample from the nucleus.
 
-    Nucleus (top-p) sampling is that of arXiv 1904.09751. Greedy decoding does not sort the vocabulary, which
-    would cost far more than finding the maximum.
+    Nucleus (top-p) sampling is that of arXiv 1904.09751. A token at the nucleus's border comes with all
+    tokens that are exactly as likely.
     """
 
-    def nucleus(logits: Array, key: Array) -> Array:
+    def sample() -> Array:
         scaled = logits.astype(jnp.float32) / temperature
-        order = jnp.argsort(-scaled)
-        probabilities = jax.nn.softmax(scaled[order])
-        inside = jnp.cumsum(probabilities) - probabilities < top_p
-        kept = jnp.where(inside.at[0].set(True), scaled[order], -jnp.inf)
-        return order[jax.random.categorical(key, kept)].astype(jnp.int32)
+        inside = in_nucleus(jax.nn.softmax(scaled), top_p)
+        kept = jnp.where(inside, scaled, -jnp.inf)
+        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
-    return jax.lax.cond(
-        temperature > 0,
-        lambda: jax.vmap(nucleus)(logits, keys),
-        lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-    )
+    return jax.lax.cond(temperature > 0, sample, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def in_nucleus(probabilities: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
+    """Returns which tokens are in the nucleus: the fewest that together have a probability of `top_p`.
+
+    A token belongs to it if all more likely ones together have less than `top_p`. The border is found
+    without sorting the vocabulary: positive floats have the order of their bit patterns, and the largest
+    pattern above which there is a probability of `top_p` is searched three bits at a time.
+
+    Example: probabilities [0.1, 0.4, 0.5] and `top_p` 0.6 give [False, True, True].
+    """
+    probabilities = probabilities.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
+    # The likeliest token always belongs to it, and at 1 every token does, however the sums are rounded.
+    least = jnp.where(top_p < 1, jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny), jnp.inf)
+    border = jnp.full(len(bits), -1, jnp.int32)
+    for shift in range(27, -1, -3):  # 30 bits: the pattern of 1.0 is 0x3f800000
+        candidates = border[:, None] + (jnp.arange(1, 8, dtype=jnp.int32) << shift)
+        above = bits[:, None] > candidates[:, :, None]
+        mass = jnp.where(above, probabilities[:, None], 0).sum(-1)
+        border += (mass >= least).sum(-1, dtype=jnp.int32) << shift
+    return bits > border[:, None]
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")

@@ -20,7 +20,10 @@ from dreamllm_jax.models.dreamllm import DreamLLMModule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Engine:
-    """A model that is ready to generate. `params` is the nested tree on the devices."""
+    """A model that is ready to generate.
+
+    `params` is the nested tree on the devices, in the layout of generation (see `layout`).
+    """
 
     config: DreamLLMConfig
     params: dict[str, Any]
@@ -28,7 +31,7 @@ class Engine:
 
     @property
     def module(self) -> DreamLLMModule:
-        return DreamLLMModule(self.config)
+        return DreamLLMModule(self.config, layered=True)
 
     def read(self, batch: Batch, capacity: int) -> DecodeState:
         """Runs prompts through the model into a KV cache with room for `capacity` tokens per row."""

@@ -7,7 +7,6 @@ these slots, projected, are the cross-attention context of the U-Net. Any tower 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -18,7 +17,8 @@ from dreamllm_jax.batch import Batch
 from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.models.clip import ClipText, ClipVision, ContrastiveHead, normalize_pixels
 from dreamllm_jax.models.connectors import DreamQueries, GlobalProjector, Projector
-from dreamllm_jax.models.llama import KVCache, Llama, Params
+from dreamllm_jax.models.kv_cache import KVCache
+from dreamllm_jax.models.llama import Llama
 from dreamllm_jax.models.unet import UNet
 from dreamllm_jax.models.vae import Vae, diffusion_pixels, to_uint8
 from dreamllm_jax.sharding import constrain
@@ -28,10 +28,12 @@ class DreamLLMModule(nn.Module):
     """The towers and connectors of `config`. Every method is pure, for `apply(..., method=DreamLLMModule.x)`.
 
     `tables_gathered` says that the embedding table and the output head are already gathered along fsdp.
+    `layered` says that the language model's parameters are in the layout of generation (see `Llama`).
     """
 
     config: DreamLLMConfig
     tables_gathered: bool = False
+    layered: bool = False
 
     if TYPE_CHECKING:  # flax declares a union that no caller can use; the result is that of `method`
 
@@ -41,7 +43,9 @@ class DreamLLMModule(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         if c.llama is not None:
-            self.llama = Llama(c.llama, dtype, c.remat.llama, c.attention.llama, self.tables_gathered)
+            self.llama = Llama(
+                c.llama, dtype, c.remat.llama, c.attention.llama, self.tables_gathered, self.layered
+            )
         if c.vision is not None:
             self.vision = ClipVision(c.vision, dtype, c.remat.vision, c.attention.vision)
         if c.llama is not None and c.vision is not None:
@@ -105,15 +109,17 @@ class DreamLLMModule(nn.Module):
         """Returns the final hidden states of packed rows."""
         return self.llama(self.embed(batch), batch.positions, batch.segment_ids)
 
+    def prefill(
+        self, embeds: Float[Array, "B L D"], lengths: Int[Array, "B"], cache: KVCache
+    ) -> tuple[Float[Array, "B L D"], KVCache]:
+        """Fills an empty cache with left-aligned rows (see `Llama.prefill`)."""
+        return self.llama.prefill(embeds, lengths, cache)
+
     def extend(
-        self,
-        embeds: Float[Array, "B L D"],
-        valid: Bool[Array, "B L"],
-        cache: KVCache,
-        layers: Sequence[Params] | None = None,
+        self, embeds: Float[Array, "B L D"], valid: Bool[Array, "B L"], cache: KVCache
     ) -> tuple[Float[Array, "B L D"], KVCache]:
         """Appends the valid embeddings of each row to its cache (see `Llama.extend`)."""
-        return self.llama.extend(embeds, valid, cache, layers)
+        return self.llama.extend(embeds, valid, cache)
 
     def head(self) -> Float[Array, "D V"]:
         """Returns the matrix from hidden states to logits."""

@@ -7,7 +7,6 @@ embeddings follow arXiv 2104.09864, in the half-split layout of Hugging Face che
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,74 +20,74 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dreamllm_jax.config.model import AttentionKernel
 from dreamllm_jax.config.towers import LlamaConfig
+from dreamllm_jax.models.kv_cache import KVCache
 from dreamllm_jax.ops.activations import silu
 from dreamllm_jax.ops.attention import attention, masks
 from dreamllm_jax.ops.embedding import Embed, embedding_lookup
-from dreamllm_jax.ops.linear import Dense, linear
+from dreamllm_jax.ops.linear import Dense, DenseGeneral, scaled_linear
 from dreamllm_jax.ops.norm import RMSNorm
 from dreamllm_jax.ops.scan import scan_layers
 from dreamllm_jax.sharding import constrain
 
-Params = Mapping[str, Any]
 Rotation = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines and sines
-
-
-@flax.struct.dataclass
-class KVCache:
-    """The keys and values of all layers. Row b holds `lengths[b]` tokens; later entries are masked.
-
-    A length greater than the capacity S means that tokens were dropped because the capacity was too small.
-    Under dynamic rotary scaling the keys are stored unrotated, since their angles change as the row grows.
-    The entries of a head are contiguous, as the products of attention read them, so that no new token causes
-    a transposition.
-    """
-
-    k: Float[Array, "layers B K S H"]
-    v: Float[Array, "layers B K S H"]
-    lengths: Int[Array, "B"]
-
-    @property
-    def capacity(self) -> int:
-        """S, the number of tokens that a row has room for."""
-        return self.k.shape[3]
-
-
-def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> KVCache:
-    """Returns an empty cache of `batch` rows with room for `capacity` tokens each."""
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
 
 @flax.struct.dataclass
 class LayerContext:
     """The inputs that all layers share: rotary angles, the attention mask and cache entries.
 
-    `rotation` holds the angles of the new tokens. `slots[b, l]` is the cache entry that token l is written
-    to; an index equal to the capacity drops the token. `read_rotation` holds the angles of all cache
-    entries, if keys are stored unrotated.
+    `rotation` holds the angles of the new tokens. `entries[b, l]` is the cache entry that token l is written
+    to; an index equal to the capacity drops the token. Without `entries` the tokens are the first of an empty
+    cache, and attend to each other only. `key_rotation` holds the angles of the keys that are attended to, if
+    the cache stores unrotated keys.
     """
 
     rotation: tuple[Any, Any]
     mask: masks.Mask
-    slots: Int[Array, "B L"] | None = None
-    read_rotation: tuple[Any, Any] | None = None
+    entries: Int[Array, "B L"] | None = None
+    key_rotation: tuple[Any, Any] | None = None
 
 
 class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key/value heads."""
+    """Causal self-attention with rotary positions and grouped key/value heads.
+
+    `joined` says that one product computes queries, keys and values: see `generate.layout`.
+    """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     attention: AttentionKernel = "auto"
+    joined: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], context: LayerContext, cache: KVCache | None, layer: Int[Array, ""]
+        self, x: Float[Array, "B L D"], context: LayerContext, cache: KVCache | None, layer: int
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        c = self.config
+        q, k, v = self._joined_heads(x) if self.joined else self._separate_heads(x)
+        q = rotate(q, context.rotation)
+        if context.key_rotation is None:
+            k = rotate(k, context.rotation)
+        if cache is not None:
+            if context.entries is None:
+                cache = cache.write_first(layer, k, v)
+            else:
+                cache = cache.write(layer, k, v, context.entries)
+                k, v = cache.read(layer)
+        if context.key_rotation is not None:
+            k = rotate(k, context.key_rotation)
+        # This gathers a sharded length: a query may attend to its whole row.
+        k, v = (constrain(y, "batch", None, "kv_heads", "head_dim") for y in (k, v))
+        out = attention(q, k, v, context.mask, implementation=self.attention)
+        project = _projection(c, self.dtype, self.joined, c.attention_bias)
+        return project(c.hidden_size, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
+
+    def _separate_heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns queries [B, L, N, H], keys and values [B, L, K, H] by three products."""
         c = self.config
         assert c.num_key_value_heads is not None and c.head_dim is not None
         width = c.head_dim
-        linear = partial(Dense, use_bias=c.attention_bias, dtype=self.dtype, kernel_init=_normal(c))
+        linear = _projection(c, self.dtype, self.joined, c.attention_bias)
 
         def heads(name: str, number: int, axis: str) -> jax.Array:
             y = linear(number * width, name=name)(x).reshape(*x.shape[:2], number, width)
@@ -96,67 +95,86 @@ class LlamaAttention(nn.Module):
             # of it.
             return constrain(y, "batch", "length", axis, "head_dim")
 
-        q = rotate(heads("q_proj", c.num_attention_heads, "heads"), context.rotation)
-        k = heads("k_proj", c.num_key_value_heads, "kv_heads")
-        v = heads("v_proj", c.num_key_value_heads, "kv_heads")
-        if context.read_rotation is None:
-            k = rotate(k, context.rotation)
-        if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            entries = (layer, rows, slice(None), context.slots)
-            cache = dataclasses.replace(
-                cache,
-                k=cache.k.at[entries].set(k.astype(cache.k.dtype), mode="drop"),
-                v=cache.v.at[entries].set(v.astype(cache.v.dtype), mode="drop"),
-            )
-            written = (cache.k, cache.v)
-            k, v = (jnp.swapaxes(y[layer], 1, 2) for y in written)
-        if context.read_rotation is not None:
-            k = rotate(k, context.read_rotation)
-        # This gathers a sharded length: a query may attend to its whole row.
-        k, v = (constrain(y, "batch", None, "kv_heads", "head_dim") for y in (k, v))
-        out = attention(q, k, v, context.mask, implementation=self.attention)
-        return linear(c.hidden_size, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
+        return (
+            heads("q_proj", c.num_attention_heads, "heads"),
+            heads("k_proj", c.num_key_value_heads, "kv_heads"),
+            heads("v_proj", c.num_key_value_heads, "kv_heads"),
+        )
+
+    def _joined_heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns what `_separate_heads` returns by one product.
+
+        Its columns are K groups. A group has the N / K query heads that share a key, the key and the value.
+        """
+        c = self.config
+        assert c.num_key_value_heads is not None and c.head_dim is not None
+        groups, shared = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
+        columns = groups * (shared + 2) * c.head_dim
+        linear = _projection(c, self.dtype, self.joined, c.attention_bias)
+        y = linear(columns, name="qkv_proj")(x).reshape(*x.shape[:2], groups, shared + 2, c.head_dim)
+        y = constrain(y, "batch", "length", "kv_heads", None, "head_dim")
+        q = y[..., :shared, :].reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
+        return q, y[..., shared, :], y[..., shared + 1, :]
 
 
 class LlamaMlp(nn.Module):
-    """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202)."""
+    """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202).
+
+    `joined` says that one product computes gate and up.
+    """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
+    joined: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         c = self.config
-        linear = partial(Dense, use_bias=False, dtype=self.dtype, kernel_init=_normal(c))
-        gate = linear(c.intermediate_size, name="gate_proj")(x)
-        up = linear(c.intermediate_size, name="up_proj")(x)
+        linear = _projection(c, self.dtype, self.joined, use_bias=False)
+        if self.joined:
+            both = linear((2, c.intermediate_size), name="gate_up_proj")(x)
+            gate, up = both[..., 0, :], both[..., 1, :]
+        else:
+            gate = linear(c.intermediate_size, name="gate_proj")(x)
+            up = linear(c.intermediate_size, name="up_proj")(x)
         return linear(c.hidden_size, name="down_proj")(constrain(silu(gate) * up, "batch", "length", "mlp"))
 
 
 class LlamaLayer(nn.Module):
-    """One pre-norm transformer layer, as the body of a scan with the carry (states, cache, layer index)."""
+    """One pre-norm transformer layer. Returns the new states and the cache, if it is given one."""
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     attention: AttentionKernel = "auto"
+    joined: bool = False
 
     @nn.compact
-    def __call__(self, carry: tuple[Any, KVCache | None, Any], context: LayerContext):
-        x, cache, layer = carry
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        context: LayerContext,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         x = checkpoint_name(x, "layer_input")
         norm = partial(RMSNorm, epsilon=self.config.rms_norm_eps, dtype=self.dtype)
-        self_attention = LlamaAttention(self.config, self.dtype, self.attention, name="self_attn")
+        self_attention = LlamaAttention(
+            self.config, self.dtype, self.attention, self.joined, name="self_attn"
+        )
         attended, cache = self_attention(norm(name="input_layernorm")(x), context, cache, layer)
         x = x + attended
-        x = x + LlamaMlp(self.config, self.dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
-        return (constrain(x, "batch", "length", "embed"), cache, layer + 1), None
+        mlp = LlamaMlp(self.config, self.dtype, self.joined, name="mlp")
+        x = x + mlp(norm(name="post_attention_layernorm")(x))
+        return constrain(x, "batch", "length", "embed"), cache
 
 
 class Llama(nn.Module):
     """The language model. `init` through any method creates all parameters.
 
     `tables_gathered` says that the embedding table is already gathered along fsdp (see `embedding_lookup`).
+    `layered` says that the parameters are in the layout of generation: every layer by itself, `layers_0` and
+    so on, with joined projections (see `generate.layout`). Otherwise the layers are stacked on axis 0 and
+    scanned.
     """
 
     config: LlamaConfig
@@ -164,13 +182,19 @@ class Llama(nn.Module):
     remat: str = "none"
     attention: AttentionKernel = "auto"
     tables_gathered: bool = False
+    layered: bool = False
 
     def setup(self):
         c = self.config
         self.embed_tokens = Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=_normal(c))
-        self.layers = scan_layers(LlamaLayer, c.num_hidden_layers, self.remat, inputs=1)(
-            c, self.dtype, self.attention
-        )
+        layers: Any = None
+        if self.layered:
+            layer = partial(LlamaLayer, c, self.dtype, self.attention, joined=True)
+            layers = [layer() for _ in range(c.num_hidden_layers)]
+        else:
+            scanned = scan_layers(LlamaLayer, c.num_hidden_layers, self.remat, inputs=1)
+            layers = scanned(c, self.dtype, self.attention)
+        self.layers = layers  # flax names the members of a list layers_0, layers_1, ...
         self.norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
         if not c.tie_word_embeddings:
             self.lm_head = Dense(c.vocab_size, use_bias=False, kernel_init=_normal(c))
@@ -193,18 +217,35 @@ class Llama(nn.Module):
         context = LayerContext(rotations(self.config, positions, lengths), masks.packed(segment_ids))
         return self._run(embeds, context, None)[0]
 
+    def prefill(
+        self, embeds: Float[Array, "B L D"], lengths: Int[Array, "B"], cache: KVCache
+    ) -> tuple[Float[Array, "B L D"], KVCache]:
+        """Fills an empty cache with left-aligned rows. Returns hidden states (final norm) and the new cache.
+
+        Row b holds the first `lengths[b]` embeddings; the states of the others are meaningless. A prompt
+        attends to itself, whatever the capacity of the cache is. `layered` parameters only.
+        """
+        positions = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
+        rotation = rotations(self.config, positions, lengths[:, None])
+        context = LayerContext(
+            rotation, masks.Mask(causal=True), key_rotation=rotation if _dynamic(self.config) else None
+        )
+        hidden, written = self._run(embeds, context, cache)
+        assert written is not None
+        return hidden, dataclasses.replace(written, lengths=lengths)
+
     def extend(
         self,
         embeds: Float[Array, "B L D"],
         valid: Bool[Array, "B L"],
         cache: KVCache,
-        layers: Sequence[Params] | None = None,
     ) -> tuple[Float[Array, "B L D"], KVCache]:
         """Appends each row's valid tokens to its cache. Returns hidden states (final norm) and the new cache.
 
         A row may have any number of valid tokens, including none. The states of invalid tokens are
         meaningless. Rows do not influence each other. Tokens beyond the capacity are dropped and leave the
-        cache's entries intact, but `lengths` counts them: check the capacity before the call.
+        cache's entries intact, but `lengths` counts them: check the capacity before the call. `layered`
+        parameters only.
 
         Example: a cache with lengths [2, 5], and 3 new embeddings per row.
 
@@ -214,27 +255,28 @@ class Llama(nn.Module):
 
         Under dynamic rotary scaling beyond `max_position_embeddings`, the keys and queries of one call use
         the frequencies of the row's current length. States that earlier calls computed do not change.
-
-        `layers` replaces the stacked weights by those that `ops.scan.unstack_for_loop` returns.
         """
         positions = cache.lengths[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
         lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
-        read_rotation = None
+        key_rotation = None
         if _dynamic(self.config):
             entries = jnp.broadcast_to(jnp.arange(cache.capacity), (len(lengths), cache.capacity))
-            read_rotation = rotations(self.config, entries, lengths[:, None])
+            key_rotation = rotations(self.config, entries, lengths[:, None])
         context = LayerContext(
             rotation=rotations(self.config, positions, lengths[:, None]),
             mask=masks.cached(positions, valid),
-            slots=jnp.where(valid, positions, cache.capacity),
-            read_rotation=read_rotation,
+            entries=jnp.where(valid, positions, cache.capacity),
+            key_rotation=key_rotation,
         )
-        hidden, written = self._run(embeds, context, cache, layers)
+        hidden, written = self._run(embeds, context, cache)
         assert written is not None
         return hidden, dataclasses.replace(written, lengths=lengths)
 
     def head(self) -> Float[Array, "D V"]:
-        """Returns the matrix from hidden states to logits in `dtype`: the transposed embeddings if tied."""
+        """Returns the matrix from hidden states to logits in `dtype`: the transposed embeddings if tied.
+
+        If it is int8, the result still lacks its scales.
+        """
         if self.config.tie_word_embeddings:
             return self.embed_tokens.embedding.astype(self.dtype).T
         return self.lm_head.get_variable("params", "kernel").astype(self.dtype)
@@ -243,23 +285,20 @@ class Llama(nn.Module):
         """Returns the logits of the next token, in float32 whatever `dtype` is."""
         if self.is_initializing() and not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
-        out = linear(hidden.astype(self.dtype), self.head(), jnp.float32)
+        scale = (
+            None if self.config.tie_word_embeddings else self.lm_head.get_variable("params", "kernel_scale")
+        )
+        out = scaled_linear(hidden.astype(self.dtype), self.head(), scale, jnp.float32)
         return constrain(out, "batch", "length", "vocab") if out.ndim == 3 else out
 
-    def _run(
-        self,
-        embeds: jax.Array,
-        context: LayerContext,
-        cache: KVCache | None,
-        layers: Sequence[Params] | None = None,
-    ):
+    def _run(self, embeds: jax.Array, context: LayerContext, cache: KVCache | None):
         x = constrain(embeds.astype(self.dtype), "batch", "length", "embed")
-        if layers is None:
-            (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), context)
+        if self.layered:
+            for index, layer in enumerate(self.layers):
+                x, cache = layer(x, context, cache, index)
         else:
-            layer = LlamaLayer(self.config, self.dtype, self.attention, parent=None)
-            for index, weights in enumerate(layers):
-                (x, cache, _), _ = layer.apply({"params": weights}, (x, cache, jnp.int32(index)), context)
+            assert cache is None, "a cache needs parameters in the layout of generation"
+            x, _ = self.layers(x, context)
         hidden = self.norm(x)
         if self.is_initializing():
             self.embed(jnp.zeros(embeds.shape[:2], jnp.int32))
@@ -300,6 +339,12 @@ def _segment_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Returns, for each position [B, L], the length of its segment: the segment's last position plus 1."""
     last = jax.vmap(partial(jax.ops.segment_max, num_segments=positions.shape[1] + 1))(positions, segment_ids)
     return jnp.take_along_axis(last, segment_ids, axis=1) + 1
+
+
+def _projection(config: LlamaConfig, dtype: Any, joined: bool, use_bias: bool) -> Any:
+    """Returns the class of a layer's products: with `joined` projections, kernels may be int8."""
+    kind = DenseGeneral if joined else Dense
+    return partial(kind, use_bias=use_bias, dtype=dtype, kernel_init=_normal(config))
 
 
 def _dynamic(config: LlamaConfig) -> bool:

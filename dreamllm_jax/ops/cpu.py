@@ -13,8 +13,6 @@ two cores:
                           (inside `lax.scan`, autodiff's gradients take 50 times as long: `benchmarks.conv`)
     head_major_attention  no transposed operands, fewer passes over the scores, hidden blocks left out
                           (with `matmul`, a small joint train step takes 0.7 of the time it takes without)
-    unstack_layers        layers unstacked before a loop over tokens
-                          (otherwise every token copies all weights: `benchmarks.beside_torch decode`)
 
 `matmul`, `convolution` and `head_major_attention` are differentiable in reverse mode only.
 """
@@ -22,9 +20,6 @@ two cores:
 from __future__ import annotations
 
 import functools
-import operator
-import os
-from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -249,22 +244,3 @@ def _padded_sum(parts: list[Array], shape: tuple[int, ...]) -> Array:
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def unstack_layers(stacked: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Returns each layer's own parameters, copied out of parameters that are stacked on axis 0.
-
-    From a stack, the backend copies a layer's weights every time before it multiplies by them. Where they
-    exceed its caches, the copy takes longer than the product. The unstacked layers are a second copy of all
-    weights, made once in every run of the program.
-    """
-    number = len(jax.tree.leaves(stacked)[0])
-    layers = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(number)]
-    # Without the barrier XLA would move the slices to where the weights are used, back into the loop.
-    return jax.lax.optimization_barrier(layers)
-
-
-def has_memory_for_copy(params: Mapping[str, Any]) -> bool:
-    """Returns whether the parameters take at most a quarter of the machine's memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 4 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) <= memory

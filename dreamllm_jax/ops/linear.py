@@ -8,18 +8,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from dreamllm_jax.ops import cpu
 
 
 def linear(
-    x: Float[Array, "*rows c"], kernel: Float[Array, "c c2"], preferred_element_type: Any = None
-) -> Float[Array, "*rows c2"]:
-    """Returns `x @ kernel`, with the dtype of x unless `preferred_element_type` is given."""
+    x: Float[Array, "*rows c"], kernel: Float[Array, "c ..."], preferred_element_type: Any = None
+) -> Float[Array, "..."]:
+    """Returns `x @ kernel`, with the dtype of x unless `preferred_element_type` is given.
+
+    A kernel of several feature axes gives as many: [B, L, D] and [D, 2, F] give [B, L, 2, F].
+    """
     same_type = preferred_element_type in (None, x.dtype) and x.dtype == kernel.dtype
     if same_type and cpu.is_target():
-        return cpu.linear(x, kernel)
+        out = cpu.linear(x, kernel.reshape(len(kernel), -1))
+        return out.reshape(*x.shape[:-1], *kernel.shape[1:])
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=preferred_element_type)
 
@@ -39,3 +43,41 @@ class Dense(nn.Dense):
 
     dtype: Any = jnp.float32
     dot_general: Any = _dot_general
+
+
+class DenseGeneral(nn.Module):
+    """`Dense` with any number of feature axes, whose kernel may be int8.
+
+    `kernel` is [in, *features]. If it is int8, `kernel_scale` [*features] is beside it, and the result is
+    that of `kernel * kernel_scale` (see `generate.int8`).
+    """
+
+    features: int | tuple[int, ...]
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows c"]) -> Float[Array, "..."]:
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], *features))
+        scale = self.get_variable("params", "kernel_scale")
+        out = scaled_linear(x.astype(self.dtype), kernel, scale).astype(self.dtype)
+        if not self.use_bias:
+            return out
+        return out + self.param("bias", nn.initializers.zeros, features).astype(self.dtype)
+
+
+def scaled_linear(
+    x: Float[Array, "*rows c"],
+    kernel: Shaped[Array, "c ..."],
+    scale: Float[Array, "..."] | None,
+    preferred_element_type: Any = None,
+) -> Float[Array, "..."]:
+    """Returns `x @ (kernel * scale)`, in float32 if there is a scale.
+
+    The kernel is converted to x's dtype, and so is the product before it is scaled: XLA would otherwise
+    convert int8 to float32, whose products are slower.
+    """
+    out = linear(x, kernel.astype(x.dtype), preferred_element_type)
+    return out if scale is None else out.astype(jnp.float32) * scale

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
-
-from dreamllm_jax.ops import cpu
 
 M = TypeVar("M", bound=type[nn.Module])
 
@@ -23,9 +20,17 @@ def _save_weight_products(primitive: Any, *inputs: Any, **parameters: Any) -> An
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **parameters)
 
 
+def _save_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Saves the results of cuDNN's attention, with the statistics that its backward pass reads."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+_either = jax.checkpoint_policies.save_from_both_policies
 POLICIES = {
-    "dots": _save_weight_products,
-    "minimal": jax.checkpoint_policies.save_only_these_names("attention_output"),
+    "dots": _either(_save_weight_products, _save_fused_attention),
+    "minimal": _either(
+        jax.checkpoint_policies.save_only_these_names("attention_output"), _save_fused_attention
+    ),
     "full": None,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -40,7 +45,8 @@ def remat(module: M, policy: str, scanned: bool = True) -> M:
     """Returns the layer's class with a backward pass that recomputes what `policy` does not save.
 
         none     saves everything and recomputes nothing
-        dots     saves the layer's input, the products with weights and the convolutions
+        dots     saves the layer's input, the products with weights, the convolutions, and what cuDNN's
+                 attention returns
         minimal  saves the input and the result of attention, which is not recomputed
         full     saves the input
         offload  saves the input, in the host's memory
@@ -72,14 +78,3 @@ def scan_layers(module: M, length: int, policy: str, inputs: int) -> M:
         in_axes=cast(Any, (nn.broadcast,) * inputs),  # declared as int
         length=length,
     )
-
-
-def unstack_for_loop(stacked: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
-    """Returns the parameters of each layer by itself, if a loop that runs the layers many times gains by it.
-
-    `stacked` are parameters as `scan_layers` stores them. None means that the loop should scan them as they
-    are: on TPUs and GPUs, and on CPUs where a second copy would take more than a quarter of the memory.
-    """
-    if cpu.is_target() and cpu.has_memory_for_copy(stacked):
-        return cpu.unstack_layers(stacked)
-    return None

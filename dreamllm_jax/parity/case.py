@@ -17,6 +17,8 @@ from dreamllm_jax.config.model import DreamLLMConfig
 from dreamllm_jax.config.train import LossConfig
 from dreamllm_jax.convert.recognize import open_checkpoint
 from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.generate.engine import Engine
+from dreamllm_jax.generate.layout import generation_layout
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 
 IGNORED_LABEL = -100  # the reference's label of a token that is not learned
@@ -36,6 +38,14 @@ class Case:
     @functools.cached_property
     def module(self) -> DreamLLMModule:
         return DreamLLMModule(self.config)
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The same model, ready to generate."""
+        assert self.config.llama is not None
+        params = {path: jnp.asarray(value) for path, value in self.params.items()}
+        params = unflatten_dict(generation_layout(params, self.config.llama), sep="/")
+        return Engine(self.config, params, self.tokenizer)
 
     @functools.cached_property
     def variables(self) -> dict[str, Any]:

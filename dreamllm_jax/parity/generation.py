@@ -11,7 +11,7 @@ import numpy as np
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.diffusion.sampling import guided, make_plan, sample
-from dreamllm_jax.generate.decode import DecodeRules, decode_text, dream, prefill
+from dreamllm_jax.generate.decode import DecodeRules, decode_text, dream
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.parity.case import Case, channels_last, slots
 from dreamllm_jax.parity.errors import absolute_error
@@ -58,16 +58,16 @@ def compare_greedy(case: Case) -> dict[str, float]:
         temperature=jnp.float32(0),
         top_p=jnp.float32(1),
     )
-    number, params = len(wanted), case.variables["params"]
-    state = prefill(params, batch, model=case.module, capacity=len(prompt) + number)
+    number, engine = len(wanted), case.engine
+    state = engine.read(batch, len(prompt) + number)
     _, written, _ = decode_text(
-        params,
+        engine.params,
         state,
         jnp.ones(1, bool),
         jnp.full(1, number, jnp.int32),
         jax.random.key(0)[None],
         anything,
-        model=case.module,
+        model=engine.module,
         max_new_tokens=number,
     )
     return {"gen.greedy_ids": float((np.asarray(written[0]) != np.array(wanted)).sum())}
@@ -96,12 +96,12 @@ def compare_image(case: Case) -> dict[str, float]:
 
 def _conditions(case: Case, prompts: list[str]) -> np.ndarray:
     """Returns the U-Net's contexts of some prompts in one batch, through the KV cache, as in generation."""
-    special, params = case.tokenizer.special, case.variables["params"]
+    special, engine = case.tokenizer.special, case.engine
     sequences = [[special.bos, *case.tokenizer.encode(prompt)] for prompt in prompts]
     capacity = max(map(len, sequences)) + 1 + case.config.num_dream_queries
-    state = prefill(params, prompt_rows(sequences), model=case.module, capacity=capacity)
+    state = engine.read(prompt_rows(sequences), capacity)
     active, start = jnp.ones(len(prompts), bool), jnp.int32(special.dream_start)
-    return np.asarray(dream(params, state, active, start, model=case.module)[1])
+    return np.asarray(dream(engine.params, state, active, start, model=engine.module)[1])
 
 
 def _state_error(case: Case, prompt: str, wanted: np.ndarray) -> float:

@@ -2,6 +2,8 @@
 
 Writes `checkpoint/`, then `report.html`, then `metrics.json` into the work folder. `metrics.json` comes last
 and has the model's fingerprint: a folder that has all three, with the fingerprint of its model, is done.
+With `--quantize=int8` the model's weights are rounded (see `dreamllm_jax.generate.int8`), and the results are
+`report-int8.html` and `metrics-int8.json`.
 """
 
 from __future__ import annotations
@@ -66,13 +68,15 @@ def main() -> None:
         prog="python -m examples.handwriting.evaluate", description="Measures a trained handwriting model."
     )
     parser.add_argument("--workdir", required=True, help="work folder of a finished training run")
-    workdir = Path(parser.parse_args().workdir)
+    parser.add_argument("--quantize", choices=("int8",), help="round the language model's weights")
+    arguments = parser.parse_args()
+    workdir, quantize = Path(arguments.workdir), arguments.quantize
     try:
         distributed.initialize()
         if not distributed.is_main():  # one process measures, the others wait for it
             distributed.barrier("evaluated")
             return
-        new = evaluate(workdir)
+        new = evaluate(workdir, quantize)
         distributed.barrier("evaluated")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,11 +84,18 @@ def main() -> None:
     except OSError as error:  # a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         distributed.exit_process(1)
-    print(summary(workdir))
-    print(f"{'evaluated' if new else 'evaluated before, nothing to do'}: {workdir / 'report.html'}")
+    report, metrics = result_files(workdir, quantize)
+    print(summary(metrics))
+    print(f"{'evaluated' if new else 'evaluated before, nothing to do'}: {report}")
 
 
-def evaluate(workdir: Path) -> bool:
+def result_files(workdir: Path, quantize: str | None = None) -> tuple[Path, Path]:
+    """Returns where the report and the metrics of a work folder are."""
+    kind = "" if quantize is None else f"-{quantize}"
+    return workdir / f"report{kind}.html", workdir / f"metrics{kind}.json"
+
+
+def evaluate(workdir: Path, quantize: str | None = None) -> bool:
     """Evaluates the model of the last stage; returns False if that was done before.
 
     Raises:
@@ -93,11 +104,11 @@ def evaluate(workdir: Path) -> bool:
     recipe = read_recipe(workdir)
     model_folder = finished_model(workdir, recipe)
     fingerprint = fingerprint_of(model_folder)
-    if is_done(workdir, fingerprint):
+    if is_done(workdir, fingerprint, quantize):
         return False
     meter = ResourceMeter()
     export(model_folder, workdir / "checkpoint")
-    model = DreamLLM.from_pretrained(workdir / "checkpoint")
+    model = DreamLLM.from_pretrained(workdir / "checkpoint", quantize=quantize)
     _check_abilities(model, recipe)
     judge = Judge(model.config.image_size)
     with tqdm(total=3, desc="drawing digits", unit="part") as bar:
@@ -112,14 +123,15 @@ def evaluate(workdir: Path) -> bool:
     metrics |= _verdicts(metrics)
     curves = {s.name: list(read_curves(RunFolder(workdir, recipe).stage(s).logs)) for s in recipe.stages}
     results = Results(metrics, creation, comprehension, written, judge.training, curves)
-    write_text(workdir / "report.html", page(results))
-    write_text(workdir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    report, numbers = result_files(workdir, quantize)
+    write_text(report, page(results))
+    write_text(numbers, json.dumps(metrics, indent=1) + "\n")
     return True
 
 
-def summary(workdir: Path) -> str:
-    """Returns the scores that have a target, one a line, from `metrics.json`."""
-    metrics = json.loads((workdir / "metrics.json").read_text(encoding="utf-8"))
+def summary(file: Path) -> str:
+    """Returns the scores that have a target, one a line, from a `metrics.json`."""
+    metrics = json.loads(file.read_text(encoding="utf-8"))
     lines = []
     for name, target in metrics["targets"].items():
         (bound, wanted), verdict = *target.items(), "" if metrics["reached"][name] else "   missed"
@@ -177,10 +189,10 @@ def fingerprint_of(model_folder: Path) -> str:
     return digest.hexdigest()
 
 
-def is_done(workdir: Path, fingerprint: str) -> bool:
+def is_done(workdir: Path, fingerprint: str, quantize: str | None = None) -> bool:
     """Returns whether all three results exist, and are those of the model with this fingerprint."""
-    metrics = workdir / "metrics.json"
-    others = (workdir / "report.html", workdir / "checkpoint" / "config.json")
+    report, metrics = result_files(workdir, quantize)
+    others = (report, workdir / "checkpoint" / "config.json")
     if not metrics.is_file() or not all(path.is_file() for path in others):
         return False
     try:

@@ -97,7 +97,7 @@ def test_logits_after_a_picture(trained):
         embeds[torch.tensor(row.image_slots >= 0)] = trained.see(states)[0]
         theirs = trained.llama(inputs_embeds=embeds[None]).logits[0].numpy()
     batch = prompt_batch([prompt], ours.tokenizer, ours.config, None)
-    variables, module = {"params": ours.params}, ours._engine.module
+    variables, module = {"params": ours._engine.params}, ours._engine.module
     hidden = module.apply(variables, jax.tree.map(jnp.asarray, batch), method=DreamLLMModule.read)
     logits = np.asarray(module.apply(variables, hidden, method=DreamLLMModule.logits))[0, : len(row)]
     np.testing.assert_allclose(logits, theirs, atol=1e-5 * np.abs(theirs).max())
@@ -133,11 +133,11 @@ def our_latents(trained, init):
     for prompt in ("", PROMPT):
         batch = prompt_batch([prompt], ours.tokenizer, ours.config, None)
         reading = ours._engine.read(batch, 64)
-        contexts.append(dream(ours.params, reading, jnp.ones(1, bool), start, model=module)[1])
+        contexts.append(dream(ours._engine.params, reading, jnp.ones(1, bool), start, model=module)[1])
     context = jnp.concatenate(contexts)
 
     def denoise(latents, timesteps):
-        variables = {"params": ours.params}
+        variables = {"params": ours._engine.params}
         return module.apply(variables, latents, timesteps, context, None, method=DreamLLMModule.denoise)
 
     process = guided(denoise, SCALE)

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.config.towers import LlamaConfig, RopeScaling
-from dreamllm_jax.models.llama import Llama, init_cache
-from dreamllm_jax.ops.scan import unstack_for_loop
+from dreamllm_jax.generate.layout import generation_layout
+from dreamllm_jax.models.kv_cache import init_cache
+from dreamllm_jax.models.llama import Llama
 from tests.programs import compiled_as_users_do
 
 MHA = LlamaConfig(
@@ -65,14 +67,35 @@ def _run(model, params, tokens, positions, segment_ids):
     return model.apply({"params": params}, method=forward)
 
 
-@partial(jax.jit, static_argnums=(0, 5))
-def extend(model, params, tokens, valid, cache, unstacked=False):
+@partial(jax.jit, static_argnums=0)
+def extend(model, params, tokens, valid, cache):
+    """Appends tokens to a cache; `params` are stacked, as checkpoints have them."""
+
     def forward(m):
-        layers = unstack_for_loop(params["layers"]) if unstacked else None
-        hidden, new = m.extend(m.embed(tokens), valid, cache, layers)
+        hidden, new = m.extend(m.embed(tokens), valid, cache)
         return m.logits(hidden), new
 
-    return model.apply({"params": params}, method=forward)
+    return generating(model).apply({"params": layered(model, params)}, method=forward)
+
+
+@partial(jax.jit, static_argnums=0)
+def prefill(model, params, tokens, lengths, cache):
+    def forward(m):
+        hidden, new = m.prefill(m.embed(tokens), lengths, cache)
+        return m.logits(hidden), new
+
+    return generating(model).apply({"params": layered(model, params)}, method=forward)
+
+
+def generating(model):
+    return model.clone(layered=True)
+
+
+def layered(model, params):
+    """Returns stacked parameters in the layout of generation."""
+    flat = {f"llama/{path}": x for path, x in flatten_dict(params, sep="/").items()}
+    flat = generation_layout(flat, model.config)
+    return unflatten_dict({path.removeprefix("llama/"): x for path, x in flat.items()}, sep="/")
 
 
 def from_torch(config, state):
@@ -203,18 +226,23 @@ def test_padding_and_other_rows_change_nothing(name):
     assert np.isfinite(first).all() and np.isfinite(second).all()
 
 
-@pytest.mark.parametrize("unstacked", [False, True])
 @pytest.mark.parametrize("chunks", [[14], [1] * 14, [6, 1, 1, 6]])
+@pytest.mark.parametrize("prompt", [0, 5])
 @pytest.mark.parametrize("name", ["gqa", "linear", "dynamic", "tied, biased"])
-def test_cached_equals_full_forward(name, chunks, unstacked):
+def test_cached_equals_full_forward(name, prompt, chunks):
+    """Tokens are appended to an empty cache, or to one that `prefill` filled with a prompt."""
     config = VARIANTS[name]
     model, params = make(config)
     tokens = tokens_of(config, 2, 14)
     full = run(model, params, tokens)
     store, start = init_cache(config, 2, 15), 0
+    if prompt:
+        logits, store = prefill(model, params, tokens[:, :prompt], jnp.full(2, prompt), store)
+        np.testing.assert_allclose(logits, full[:, :prompt], atol=2e-5)
+        chunks, start = [14 - prompt] if len(chunks) == 1 else [1] * (14 - prompt), prompt
     for n in chunks:
         part = tokens[:, start : start + n]
-        logits, store = extend(model, params, part, jnp.ones_like(part, bool), store, unstacked)
+        logits, store = extend(model, params, part, jnp.ones_like(part, bool), store)
         np.testing.assert_allclose(logits, full[:, start : start + n], atol=2e-5)
         start += n
     np.testing.assert_array_equal(store.lengths, [14, 14])

@@ -106,12 +106,26 @@ CAUSAL, LENGTHWISE = Mask(causal=True), Mask(key_lengths=jnp.ones((1, 1), jnp.in
         ("chunked", MIN_KERNEL_LENGTH, MIN_KERNEL_LENGTH, None, "cpu", "chunked"),
         ("chunked", MIN_KERNEL_LENGTH, MIN_KERNEL_LENGTH - 1, None, "cpu", "xla"),
         ("cudnn", 2048, 2048, CAUSAL, "gpu", "cudnn"),
+        ("auto", 2048, 2048, CAUSAL, "gpu", "cudnn"),
+        ("auto", 4096, 64, None, "gpu", "cudnn"),  # dream queries as keys
+        ("auto", 257, 257, None, "gpu", "cudnn"),  # a vision tower
+        ("auto", 64, 2048, LENGTHWISE, "gpu", "cudnn"),  # dream queries on a cache
+        ("auto", 65, 2048, LENGTHWISE, "gpu", "xla"),  # an odd number of queries with a mask
+        ("cudnn", 513, 2048, LENGTHWISE, "gpu", "chunked"),
+        ("auto", 1, 2048, LENGTHWISE, "gpu", "xla"),  # a new token
         ("lean", 2048, 2048, CAUSAL, "tpu", "splash"),
-        ("lean", 2048, 2048, CAUSAL, "gpu", "chunked"),
+        ("lean", 2048, 2048, CAUSAL, "gpu", "cudnn"),
+        ("lean", 2048, 2048, CAUSAL, "cpu", "chunked"),
     ],
 )
 def test_selection(wanted, queries, keys, mask, platform, runs):
     assert select_implementation(wanted, queries, keys, 128, jnp.bfloat16, mask, platform) == runs
+
+
+@pytest.mark.parametrize(("wanted", "runs"), [("auto", "xla"), ("lean", "chunked")])
+@pytest.mark.parametrize(("width", "dtype"), [(512, jnp.bfloat16), (64, jnp.float32)])
+def test_what_cudnn_does_not_take(wanted, runs, width, dtype):
+    assert select_implementation(wanted, 2048, 2048, width, dtype, CAUSAL, "gpu") == runs
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from dreamllm_jax.ops.attention import attention, masks
 from dreamllm_jax.ops.attention.masks import Mask, boolean_mask
 from dreamllm_jax.ops.conv import convolve
 from dreamllm_jax.ops.linear import Dense, linear
-from dreamllm_jax.ops.scan import unstack_for_loop
 from tests.ops.attention_inputs import IDS, KEY_IDS, random_qkv
 
 
@@ -84,20 +83,6 @@ def test_attention_skips_what_causality_hides_and_nothing_else(length):
         np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_are_unstacked_only_where_memory_has_room_for_a_copy(monkeypatch):
-    layers = {"kernel": jnp.arange(24.0).reshape(2, 3, 4), "bias": jnp.ones((2, 4))}
-    size = sum(x.nbytes for x in layers.values())
-    for pages, expected in ((4 * size, True), (4 * size - 1, False)):
-        memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}
-        monkeypatch.setattr(cpu.os, "sysconf", memory.__getitem__)
-        assert cpu.has_memory_for_copy(layers) == expected
-        unstacked = unstack_for_loop(layers)
-        assert (unstacked is not None) == expected
-        for number, layer in enumerate(unstacked or []):
-            for name, stacked in layers.items():
-                np.testing.assert_array_equal(layer[name], stacked[number])
-
-
 def test_other_platforms_use_the_definitions(monkeypatch):
     """For another platform the program has XLA's operations alone, without derivatives of our own."""
     x, kernel = jnp.ones((1, 4, 4, 6)), jnp.ones((3, 3, 6, 6))
@@ -111,4 +96,4 @@ def test_other_platforms_use_the_definitions(monkeypatch):
 
     assert own_derivatives() == 3
     monkeypatch.setattr(cpu, "platform", lambda: "tpu")
-    assert own_derivatives() == 0 and unstack_for_loop({"kernel": kernel}) is None
+    assert own_derivatives() == 0

@@ -51,13 +51,12 @@ def attention(
     name = select_implementation(
         implementation, q.shape[1], k.shape[1], q.shape[-1], q.dtype, mask, platform()
     )
-    # splash and the reference name their own output, since their backward passes use more than it.
+    # splash and the reference name their own output, since their backward passes use more than it. What cuDNN
+    # returns is known by the primitive (see `ops.scan`).
     if name == "splash":
         return splash_attention(q, k, v, mask, AXES[batch_axis])
     if name == "xla":
         return reference_attention(q, k, v, mask)
     if name == "cudnn":
-        out = cudnn_attention(q, k, v, mask, batch_axis)
-    else:
-        out = chunked_attention(q, k, v, mask, AXES[batch_axis])
-    return checkpoint_name(out, "attention_output")
+        return cudnn_attention(q, k, v, mask, batch_axis)
+    return checkpoint_name(chunked_attention(q, k, v, mask, AXES[batch_axis]), "attention_output")

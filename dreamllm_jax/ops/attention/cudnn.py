@@ -1,11 +1,13 @@
 """cuDNN's fused attention for GPUs, on a mesh of devices.
 
-It was written without a GPU. On one, `python -m benchmarks.kernels --size=full` shows whether it is correct.
+On an H200 with JAX 0.11.2, its distance from float32 was that of XLA's attention in bfloat16
+(`python -m benchmarks.kernels --size=full`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,3 +40,20 @@ def cudnn_attention(
         return out
     # In the kernel, a query whose keys are all masked attends to all of them.
     return jnp.where((mask.segment_ids > 0)[:, :, None, None], out, 0)
+
+
+def supports_heads(dtype: Any, head_dim: int) -> bool:
+    """Returns whether the kernel takes heads of this dtype and width: 16-bit floats, multiples of 8."""
+    return jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+
+
+def supports_lengths(queries: int, keys: int, mask: Mask | None) -> bool:
+    """Returns whether the kernel takes this many queries and keys under a mask.
+
+    With a mask as an array, whose gradient the backward pass writes, both numbers must be even. A single
+    query, which only reads keys and values, is left to XLA.
+    """
+    if queries == 1:
+        return False
+    rules = () if mask is None else (mask.segment_ids, mask.key_segment_ids, mask.key_lengths)
+    return all(rule is None for rule in rules) or (queries % 2 == 0 and keys % 2 == 0)
