@@ -11,6 +11,7 @@ from dreamllm_jax.config.recipe_files import load_recipe
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "launch" / "README.md").read_text()
 CHIPS = {"v5p:4x4x4": 64, "v5e:16x16": 256}
+CHIPS |= {"h100:1": 1, "h200:1": 1, "h100:8": 8, "h100:8*8": 64}
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -64,7 +65,7 @@ def test_the_rows_agree_with_their_commands(cells):
     )
     (steps_of,) = (one.steps for one in recipe.stages if stage in ("", one.name))
     assert f"{steps_of:,}" == steps
-    axes = {"tensor": "1"} | dict(re.findall(r"(data|fsdp|tensor) (\d+)", mesh))
+    axes = {"data": "1", "fsdp": "1", "tensor": "1"} | dict(re.findall(r"(data|fsdp|tensor) (\d+)", mesh))
     axes = {name: int(size) for name, size in axes.items()}
     assert axes["data"] * axes["fsdp"] * axes["tensor"] == CHIPS[chips]
     assert recipe.mesh.data in (axes["data"], -1) and recipe.mesh.fsdp == axes["fsdp"]
