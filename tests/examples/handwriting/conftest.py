@@ -58,7 +58,7 @@ class Oracle(DreamLLM):
     """Draws training pictures and gives the right answers, except to the first question."""
 
     @classmethod
-    def from_pretrained(cls, path):
+    def from_pretrained(cls, path, quantize=None):
         """With the config, parameters and settings of a real folder."""
         loaded = load_pretrained(path)
         model = cls(loaded.config, loaded.params, loaded.tokenizer, loaded.generation)
