@@ -96,7 +96,7 @@ assert "file" in complaint(prepare_index, tars, folder / "file" / "index")
 
 
 # Evaluation: process 0 alone measures and writes a model, the others wait for it.
-def evaluate(workdir: Path) -> bool:
+def evaluate(workdir: Path, quantize: str | None = None) -> bool:
     write_pretrained(workdir / "trained", tiny.random_params(config), config, tokenizer, GenerationConfig())
     evaluation.export(workdir / "trained", workdir / "exported")
     return True
