@@ -37,7 +37,7 @@ def gpu_memory() -> float:
     """Returns the memory of the first GPU in GiB, as nvidia-smi says.
 
     Raises:
-      ValueError: there is no nvidia-smi, or it knows no GPU.
+      ValueError: nvidia-smi is missing, or finds no GPU.
     """
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     if shutil.which(command[0]) is None:

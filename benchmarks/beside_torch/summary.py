@@ -120,7 +120,7 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 
 def faulty(found: dict[str, Any]) -> bool:
-    """Returns whether a result differs from ours, or a process failed. That the time was over is no fault."""
+    """Returns whether a result differs from ours, or a process failed. Running out of time is not a fault."""
     cells = [cell for row in found["rows"].values() for cell in row["columns"].values()]
     return any("failed" in cell or ("differs" in cell and cell["differs"]) for cell in cells)
 
@@ -195,5 +195,5 @@ def write(folder: Path, document: Path | None = None) -> bool:
     if document is not None:
         write_table(document, "beside torch, gpu", lines)
     if not chart(found, folder / "chart.png"):
-        print("No row has both sides: there is no chart.")
+        print("No row has both sides, so no chart was drawn.")
     return not faulty(found)

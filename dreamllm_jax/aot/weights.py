@@ -103,14 +103,14 @@ class _Weights:
         return None if run.instruction.opcode in STILL else self._moved(run.within, run.instruction)
 
     def casts(self, instruction: Instruction) -> bool:
-        """Returns whether an instruction changes the dtype of what it moves."""
+        """Returns whether an instruction moves values and changes their dtype."""
         return any(i.opcode == "convert" and not _is_few(i) for i in self._parts(instruction))
 
     def _weight(self, within: Computation, name: str, index: int = 0) -> str | None:
         """Returns the name of the weight that a value (or an element of a tuple) holds; None for others."""
         key = (within.name, name, index)
         if key not in self._known:
-            self._known[key] = None  # within a loop, a value that depends on itself is no weight
+            self._known[key] = None  # within a loop, a value that depends on itself is not a weight
             self._known[key] = self._find(within, within.instructions[name], index)
         return self._known[key]
 

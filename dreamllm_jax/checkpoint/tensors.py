@@ -262,7 +262,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Derived:
+class Derived:
     """A tensor made from one other; unless a subclass says otherwise, it differs only in how it is read."""
 
     base: Tensor
@@ -285,7 +285,7 @@ class _Derived:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cast(_Derived):
+class Cast(Derived):
     """A tensor converted to another floating dtype; integers and booleans are unchanged."""
 
     to: np.dtype
@@ -299,7 +299,7 @@ class Cast(_Derived):
 
 
 @dataclasses.dataclass(frozen=True)
-class DeliveredTensor(_Derived):
+class DeliveredTensor(Derived):
     """A tensor whose chunks another thread reads and delivers, in the order of `chunk_ranges`."""
 
     next_chunk: Callable[[], np.ndarray]

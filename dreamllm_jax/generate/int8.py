@@ -1,7 +1,7 @@
 """int8 weights for generation: the language model's kernels, rounded with one scale per output channel.
 
 A token reads every weight of the language model once, and reading them is nearly all that it costs. In int8
-that is half of what bfloat16 takes. Products are still computed in the model's dtype: `x @ (q * scale)` is
+they take half the bytes of bfloat16. Products are still computed in the model's dtype: `x @ (q * scale)` is
 `(x @ q) * scale`, and only q is read. Embeddings, norms, the vision tower and the image decoder stay as they
 are.
 
@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dreamllm_jax.checkpoint.tensors import Shape, Tensor
+from dreamllm_jax.checkpoint.tensors import Derived, Shape, Tensor
 
 _KERNELS = re.compile(r"llama/(layers_\d+/(self_attn|mlp)/\w+_proj|lm_head)/kernel")
 _LARGEST = 127
@@ -54,43 +54,35 @@ def rounded(kernel: Any) -> tuple[Any, Any]:
     return numpy.clip(numpy.rint(values / scale), -_LARGEST, _LARGEST).astype(np.int8), scale
 
 
-class _Kernel:
+@dataclasses.dataclass(frozen=True)
+class _Kernel(Derived):
     """The int8 kernel of a tensor; remembers the scales once it is read."""
 
-    row_readable = False
-
-    def __init__(self, base: Tensor):
-        self.base = base
-        self.scale: np.ndarray | None = None
+    scales: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def shape(self) -> Shape:
-        return self.base.shape
+    def row_readable(self) -> bool:
+        return False
 
     @property
     def dtype(self) -> np.dtype:
         return np.dtype(np.int8)
 
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        kernel, self.scale = rounded(self.base.read())
-        return kernel if start is None and stop is None else kernel[start:stop]
+        kernel, scale = rounded(self.base.read())
+        self.scales[:] = [scale]
+        return kernel[start:stop]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scale:
-    """The scales of an int8 kernel."""
+class _Scale(Derived):
+    """The scales of an int8 kernel, which is read for them if it was not before."""
 
-    base: Tensor
     kernel: _Kernel
-    row_readable = False
 
     @property
-    def origin(self) -> str:
-        return self.base.origin
+    def row_readable(self) -> bool:
+        return False
 
     @property
     def shape(self) -> Shape:
@@ -101,7 +93,6 @@ class _Scale:
         return np.dtype(np.float32)
 
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        if self.kernel.scale is None:
+        if not self.kernel.scales:
             self.kernel.read()
-        assert self.kernel.scale is not None
-        return self.kernel.scale if start is None and stop is None else self.kernel.scale[start:stop]
+        return self.kernel.scales[0][start:stop]

@@ -1,4 +1,4 @@
-"""Guards of what was found on GPUs: a program for one must not fall back behind it."""
+"""Guards against regressions on GPUs: each holds a property of a compiled program that made it faster."""
 
 import dataclasses
 

@@ -52,7 +52,7 @@ def test_copies_of_a_layers_weights_are_found():
 
 
 def test_only_weights_count_and_casts_count_apart():
-    """A cast array is read as often as it is used, and an array of another name is no weight."""
+    """A cast array is read as often as it is used, and an array of another name is not a weight."""
 
     def twice(params, other):
         w = params.astype(jnp.bfloat16)

@@ -42,7 +42,8 @@ def attention(
 
     K divides N: each key head serves N // K neighbouring query heads (arXiv 2305.13245). A query whose keys
     are all masked gets zeros. `batch_axis` is the logical axis of the rows (see `sharding`). The result is
-    named "attention_output" for rematerialization (see `ops.scan`).
+    named "attention_output" for rematerialization, except cuDNN's, which is known by its primitive (see
+    `ops.scan`).
 
     Raises:
       ValueError: the implementation cannot run here (see `selection.select_implementation`).
