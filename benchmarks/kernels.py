@@ -99,7 +99,7 @@ def inputs(case: Case, dtype: Any) -> Arrays:
     shape = (case.rows, case.queries, case.heads, case.width)
     shapes = (shape, kv_shape, kv_shape, shape)
     arrays = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=False)]
-    # Each row has four documents, which end at random positions; padding follows.
+    # Each row has up to four documents, which end at random positions; padding follows.
     ends = jax.random.randint(keys[4], (case.rows, 1, 4), 1, case.queries)
     ids = (jnp.arange(case.queries)[None, :, None] >= ends).sum(-1) + 1
     return *arrays, jnp.where(ids == 5, 0, ids).astype(jnp.int32)
@@ -112,7 +112,9 @@ def compile_passes(function: Callable, case: Case, arrays: Arrays) -> tuple[Any,
     """
 
     def forward(q, k, v, _, ids):
-        return function(q, k, v, masks.packed(ids) if case.packed else None)
+        if not case.packed:
+            return function(q, k, v, None)
+        return function(q, k, v, masks.packed(ids, (ids[..., None] == jnp.arange(1, 5)).sum(1)))
 
     def forward_backward(q, k, v, output_gradient, ids):
         out, vjp = jax.vjp(lambda q, k, v: forward(q, k, v, output_gradient, ids), q, k, v)

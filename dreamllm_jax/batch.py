@@ -6,6 +6,7 @@ Signatures, einsums and comments of the project use one alphabet:
     N query heads     K key/value heads  H head width      F MLP width
     I images per row  J dreams per row   P patches/image   Q dream queries
     X condition width T diffusion steps  S cache length    E vision width
+    M segments per row, at most
     h w c             pixels and latents, always channels-last
 """
 
@@ -43,6 +44,10 @@ class Batch:
     `dream_sizes` has SDXL's size conditions of each dream, in pixels: original height and width, crop top and
     left, target height and width. A field that a model does not use may be None.
 
+    `segment_lengths` has the lengths of segments 1, 2, ..., which lie one after another from position 0, and
+    zeros after the last; in the row above [7, 5, 0, ...]. GPUs' attention over packed rows needs it: without
+    it, a mask of every query and key is in memory.
+
     Images are uint8. Floating-point images are taken as pixels that are already normalized for their tower.
     """
 
@@ -59,3 +64,4 @@ class Batch:
     images: Num[Any, "B I h w 3"] | None = None
     dream_images: Num[Any, "B J h2 w2 3"] | None = None
     dream_sizes: Int[Any, "B J 6"] | None = None
+    segment_lengths: Int[Any, "B M"] | None = None

@@ -127,4 +127,5 @@ def _rows(tokens: np.ndarray, image_slots: np.ndarray, dream_slots: np.ndarray) 
         image_mask=np.zeros((rows, 1), bool),
         dream_mask=np.zeros((rows, 1), bool),
         null_dream=np.full((rows,), -1, np.int32),
+        segment_lengths=np.full((rows, 1), length, np.int32),
     )

@@ -220,11 +220,10 @@ def valid(case: kernels.Case, arrays: kernels.Arrays, out: np.ndarray) -> np.nda
 
 
 def visible(case: kernels.Case, ids: jax.Array) -> np.ndarray | None:
-    """Returns what queries attend to in packed rows, bool [B, 1, L, L]; padding attends to itself."""
+    """Returns what queries attend to in packed rows, bool [B, 1, L, L]."""
     if not case.packed:
         return None
-    mask = masks.boolean_mask(masks.packed(ids), case.queries, case.keys)
-    return np.asarray(mask) | np.eye(case.queries, dtype=bool)
+    return np.asarray(masks.boolean_mask(masks.packed(ids), case.queries, case.keys))
 
 
 JOBS: dict[str, Callable[[Side], Iterator[Row]]] = {

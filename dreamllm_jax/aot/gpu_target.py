@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax._src.lib import cuda_versions  # JAX has no public name for it
+import jax
+from jax._src.cudnn import fused_attention_stablehlo as fused  # JAX has no public names for these two
+from jax._src.lib import cuda_versions
 from jax.experimental import topologies
 
 from dreamllm_jax.config.chips import Chip
@@ -40,7 +42,8 @@ device_description_str: "{kind}"
 def gpu_devices(chip: Chip, gpus: int, hosts: int) -> list[Any]:
     """Returns the described GPUs of `hosts` hosts with `gpus` each, those of one host side by side.
 
-    Where cuDNN is not installed, JAX is told that it is: its attention can then be traced, but not run.
+    Where cuDNN or a GPU is missing, JAX is told that it is there: cuDNN's attention can then be traced, but
+    not run.
     """
     _describe_cudnn()
     spec = _SPEC.format(bandwidth=int(chip.hbm_bandwidth), memory=int(chip.hbm), cudnn=CUDNN, kind=chip.kind)
@@ -57,3 +60,10 @@ def _describe_cudnn() -> None:
     except RuntimeError:
         major, minor, patch = CUDNN
         versions.cudnn_get_version = lambda: 10_000 * major + 100 * minor + patch
+    if jax.default_backend() != "gpu":
+        attention: Any = fused
+        attention.check_compute_capability = _is_at_most_hopper
+
+
+def _is_at_most_hopper(capability: str) -> bool:
+    return float(capability) <= 9.0

@@ -43,9 +43,10 @@ class DataConfig:
     (`package.module:Class`, see `config.registry`) with its own `source_options`.
 
     A batch has `batch_size` rows of `length` tokens, over all hosts. `max_images` and `max_dreams` are the
-    budgets of one row; condition dropout takes one of its dreams. `mode` says whether images are seen,
-    dreamed or both. Up to `lookahead` documents wait for a row where they fit. A thread makes `prefetch`
-    batches ahead (0: none, no thread).
+    budgets of one row; condition dropout takes one of its dreams. A row has at most `max_documents` documents
+    (None: `length / 64`, at least 16), because the memory of attention on GPUs grows with that number. `mode`
+    says whether images are seen, dreamed or both. Up to `lookahead` documents wait for a row where they fit.
+    A thread makes `prefetch` batches ahead (0: none, no thread).
     """
 
     source: str | None = None
@@ -56,6 +57,7 @@ class DataConfig:
     length: int = 256
     max_images: int = 8
     max_dreams: int = 8
+    max_documents: int | None = None
     lookahead: int = 8
     prefetch: int = 2
 
@@ -76,3 +78,5 @@ class DataConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"data.max_documents is {self.max_documents}; it must be at least 1.")

@@ -51,6 +51,10 @@ class DreamLLMConfig:
     A tower that is None is absent, and so are its connector and its losses. `vision_select_layer` counts like
     transformers' `hidden_states`: -2 is the second to last. `text` is the text tower with which the U-Net was
     pretrained; the objectives "contrastive" and "diffusion" use it, DreamLLM itself does not.
+
+    With `scan_layers` the equal layers of a tower are one compiled body in a loop; without it each layer is
+    compiled by itself, which takes longer and runs faster on GPUs that hold whole weights. None chooses by
+    the platform and the mesh (see `ops.scan.loops`).
     """
 
     llama: LlamaConfig | None = None
@@ -70,6 +74,7 @@ class DreamLLMConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: RematConfig = dataclasses.field(default_factory=RematConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    scan_layers: bool | None = None
 
     def __post_init__(self):
         check_sizes(self, "model", ("num_dream_queries", "image_size"))

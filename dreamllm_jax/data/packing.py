@@ -13,6 +13,8 @@ Example: "a b" and "c" in a row of 8 tokens. `targets` has the token that follow
     segment_ids   1    1   1    1     2   2    2    0
     positions     0    1   2    3     0   1    2    0
 
+Its `segment_lengths` are 4, 3, 0, ..., 0.
+
 Slots are renumbered by row. If the first document has two images, the first image of the second one is
 the row's third, k = 2; with P patches its slots are 2 P, 2 P + 1, ...
 """
@@ -50,7 +52,8 @@ class RowLayout:
     `image_size` and `dream_size` are in pixels; None means that the model has no such tower. With
     `null_dream` the row ends with a segment `<s><dream_start> Q <dream_end>`, which takes the last dream.
     `dream_sizes` adds SDXL's size conditions. No document is longer than `max_document`, the number of
-    positions that the language model has (None: no longer than the row).
+    positions that the language model has (None: no longer than the row). A row has at most `documents`
+    documents: `max_documents`, or one for every 64 tokens and at least 16.
     """
 
     length: int
@@ -63,6 +66,7 @@ class RowLayout:
     null_dream: bool = False
     dream_sizes: bool = False
     max_document: int | None = None
+    max_documents: int | None = None
 
     def __post_init__(self):
         if self.null_dream and (self.max_dreams < 1 or self.room < 2):
@@ -76,6 +80,11 @@ class RowLayout:
     def room(self) -> int:
         """The number of tokens that documents may take."""
         return self.length - (self.num_queries + 3) * self.null_dream
+
+    @property
+    def documents(self) -> int:
+        """The number of documents that a row may have."""
+        return max(16, self.length // 64) if self.max_documents is None else self.max_documents
 
     @property
     def longest(self) -> int:
@@ -110,6 +119,8 @@ def first_fit(
 ) -> tuple[list[Numbered], list[Numbered]]:
     """Takes documents for one row until it is full, `lookahead` documents do not fit, or none is left.
 
+    A row is full if it has one token left, or as many documents as the layout allows.
+
     Example: of documents of 6, 7, 3 and 2 tokens, a row of 10 takes those of 6 and 3, and passes 7 over. One
     token is then left, too few for any document, so the last one is not read.
 
@@ -119,7 +130,9 @@ def first_fit(
     tokens, images, dreams = layout.room, layout.max_images, layout.dream_room
     chosen: list[Numbered] = []
     passed: list[Numbered] = []
-    while tokens > 1 and len(passed) < lookahead and (candidate := following()) is not None:
+    while tokens > 1 and len(chosen) < layout.documents and len(passed) < lookahead:
+        if (candidate := following()) is None:
+            break
         sequence = candidate[1]
         if not layout.fits(sequence, tokens, images, dreams):
             passed.append(candidate)
@@ -255,6 +268,7 @@ def empty_batch(rows: int, layout: RowLayout, pad: int) -> Batch:
         images=None if h is None else np.zeros((rows, i, h, h, 3), np.uint8),
         dream_images=None if h2 is None else np.zeros((rows, j, h2, h2, 3), np.uint8),
         dream_sizes=np.zeros((rows, j, 6), np.int32) if layout.dream_sizes else None,
+        segment_lengths=np.zeros((rows, layout.documents + layout.null_dream), np.int32),
     )
 
 
@@ -262,10 +276,12 @@ def _write_document(
     batch: Batch, b: int, at: int, segment: int, sequence: EncodedDocument, image_slot: int, dream_slot: int
 ) -> None:
     end = at + len(sequence)
+    assert batch.segment_lengths is not None
     batch.tokens[b, at:end] = sequence.tokens
     batch.targets[b, at : end - 1] = sequence.tokens[1:]
     batch.loss_weights[b, at : end - 1] = sequence.supervised[1:]
     batch.segment_ids[b, at:end] = segment
+    batch.segment_lengths[b, segment - 1] = len(sequence)
     batch.positions[b, at:end] = np.arange(end - at)
     if sequence.images:
         slots = sequence.image_slots

@@ -50,6 +50,7 @@ def row_layout(config: DataConfig, model: DreamLLMConfig, null_dream: bool) -> R
         null_dream=null_dream,
         dream_sizes=model.unet is not None and model.unet.addition_embed_type is not None,
         max_document=None if model.llama is None else model.llama.context_length,
+        max_documents=config.max_documents,
     )
 
 

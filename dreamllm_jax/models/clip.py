@@ -97,6 +97,7 @@ class ClipEncoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: AttentionKernel = "auto"
+    scan_layers: bool | None = None
 
     @nn.compact
     def __call__(
@@ -108,7 +109,7 @@ class ClipEncoder(nn.Module):
             start, stop = 0, depth
         if start == stop:
             return x
-        stack = scan_layers(ClipLayer, stop - start, self.remat, inputs=1)
+        stack = scan_layers(ClipLayer, stop - start, self.remat, 1, self.scan_layers)
         if stop - start < depth:
             stack = nn.map_variables(
                 stack, "params", lambda params: jax.tree.map(lambda leaf: leaf[start:stop], params)
@@ -162,12 +163,13 @@ class ClipVision(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: AttentionKernel = "auto"
+    scan_layers: bool | None = None
 
     def setup(self):
         epsilon = self.config.layer_norm_eps
         self.embeddings = VisionEmbeddings(self.config, self.dtype)
         self.pre_layrnorm = LayerNorm(epsilon, dtype=self.dtype)  # Hugging Face's spelling
-        self.encoder = ClipEncoder(self.config, self.dtype, self.remat, self.attention)
+        self.encoder = ClipEncoder(self.config, self.dtype, self.remat, self.attention, self.scan_layers)
         self.post_layernorm = LayerNorm(epsilon, dtype=self.dtype)
 
     def __call__(
@@ -219,10 +221,11 @@ class ClipText(nn.Module):
     config: ClipTextConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    scan_layers: bool | None = None
 
     def setup(self):
         self.embeddings = TextEmbeddings(self.config, self.dtype)
-        self.encoder = ClipEncoder(self.config, self.dtype, self.remat)
+        self.encoder = ClipEncoder(self.config, self.dtype, self.remat, scan_layers=self.scan_layers)
         self.final_layer_norm = LayerNorm(self.config.layer_norm_eps, dtype=self.dtype)
 
     def __call__(

@@ -41,13 +41,13 @@ class DreamLLMModule(nn.Module):
 
     def setup(self):
         c = self.config
-        dtype = jnp.dtype(c.dtype)
+        dtype, scan = jnp.dtype(c.dtype), c.scan_layers
         if c.llama is not None:
             self.llama = Llama(
-                c.llama, dtype, c.remat.llama, c.attention.llama, self.tables_gathered, self.layered
+                c.llama, dtype, c.remat.llama, c.attention.llama, self.tables_gathered, self.layered, scan
             )
         if c.vision is not None:
-            self.vision = ClipVision(c.vision, dtype, c.remat.vision, c.attention.vision)
+            self.vision = ClipVision(c.vision, dtype, c.remat.vision, c.attention.vision, scan)
         if c.llama is not None and c.vision is not None:
             small = nn.initializers.normal(c.llama.initializer_range)
             self.vision_projector = Projector(
@@ -55,7 +55,7 @@ class DreamLLMModule(nn.Module):
             )
         if c.unet is not None:
             assert c.vae is not None
-            self.unet = UNet(c.unet, dtype, c.remat.unet, c.attention.unet)
+            self.unet = UNet(c.unet, dtype, c.remat.unet, c.attention.unet, scan)
             self.vae = Vae(c.vae, dtype, c.attention.vae)
         if c.llama is not None and c.unet is not None:
             self.dream_queries = DreamQueries(c.num_dream_queries, c.llama.hidden_size, dtype=dtype)
@@ -65,7 +65,7 @@ class DreamLLMModule(nn.Module):
             if c.unet.pooled_text_dim is not None:
                 self.global_projector = GlobalProjector(c.unet.pooled_text_dim, dtype=dtype)
         if c.text is not None:
-            self.text = ClipText(c.text, dtype=dtype, remat=c.remat.vision)
+            self.text = ClipText(c.text, dtype, c.remat.vision, scan)
         if c.contrastive:
             assert c.text is not None
             self.contrastive = ContrastiveHead(c.text.projection_dim, dtype=dtype)
@@ -107,7 +107,7 @@ class DreamLLMModule(nn.Module):
 
     def read(self, batch: Batch) -> Float[Array, "B L D"]:
         """Returns the final hidden states of packed rows."""
-        return self.llama(self.embed(batch), batch.positions, batch.segment_ids)
+        return self.llama(self.embed(batch), batch.positions, batch.segment_ids, batch.segment_lengths)
 
     def prefill(
         self, embeds: Float[Array, "B L D"], lengths: Int[Array, "B"], cache: KVCache

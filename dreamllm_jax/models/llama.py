@@ -137,7 +137,8 @@ class LlamaMlp(nn.Module):
         else:
             gate = linear(c.intermediate_size, name="gate_proj")(x)
             up = linear(c.intermediate_size, name="up_proj")(x)
-        return linear(c.hidden_size, name="down_proj")(constrain(silu(gate) * up, "batch", "length", "mlp"))
+        hidden = silu(gate, prevent_cse=False) * up
+        return linear(c.hidden_size, name="down_proj")(constrain(hidden, "batch", "length", "mlp"))
 
 
 class LlamaLayer(nn.Module):
@@ -173,8 +174,8 @@ class Llama(nn.Module):
 
     `tables_gathered` says that the embedding table is already gathered along fsdp (see `embedding_lookup`).
     `layered` says that the parameters are in the layout of generation: every layer by itself, `layers_0` and
-    so on, with joined projections (see `generate.layout`). Otherwise the layers are stacked on axis 0 and
-    scanned.
+    so on, with joined projections (see `generate.layout`). Otherwise the layers are stacked on axis 0, and
+    `scan_layers` says whether they are a loop (see `ops.scan`).
     """
 
     config: LlamaConfig
@@ -183,6 +184,7 @@ class Llama(nn.Module):
     attention: AttentionKernel = "auto"
     tables_gathered: bool = False
     layered: bool = False
+    scan_layers: bool | None = None
 
     def setup(self):
         c = self.config
@@ -192,7 +194,7 @@ class Llama(nn.Module):
             layer = partial(LlamaLayer, c, self.dtype, self.attention, joined=True)
             layers = [layer() for _ in range(c.num_hidden_layers)]
         else:
-            scanned = scan_layers(LlamaLayer, c.num_hidden_layers, self.remat, inputs=1)
+            scanned = scan_layers(LlamaLayer, c.num_hidden_layers, self.remat, 1, self.scan_layers)
             layers = scanned(c, self.dtype, self.attention)
         self.layers = layers  # flax names the members of a list layers_0, layers_1, ...
         self.norm = RMSNorm(c.rms_norm_eps, dtype=self.dtype)
@@ -208,13 +210,16 @@ class Llama(nn.Module):
         embeds: Float[Array, "B L D"],
         positions: Int[Array, "B L"],
         segment_ids: Int[Array, "B L"],
+        segment_lengths: Int[Array, "B M"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Returns the hidden states after the final norm. Segments of a row do not influence each other.
 
         `positions` restart at 0 in each segment. Segment 0 is padding, and its states are meaningless.
+        `segment_lengths` makes attention cheaper on GPUs (see `Batch`).
         """
         lengths = _segment_lengths(positions, segment_ids)
-        context = LayerContext(rotations(self.config, positions, lengths), masks.packed(segment_ids))
+        mask = masks.packed(segment_ids, segment_lengths)
+        context = LayerContext(rotations(self.config, positions, lengths), mask)
         return self._run(embeds, context, None)[0]
 
     def prefill(

@@ -56,7 +56,9 @@ def init_params(config: DreamLLMConfig, key: jax.Array) -> Flat:
 
     The function can be traced: `jax.eval_shape` works at any size.
     """
-    model, caption = DreamLLMModule(config), jnp.zeros((1, 2), jnp.int32)
+    # The layers run once, so that a loop, which compiles faster, is best.
+    model = DreamLLMModule(dataclasses.replace(config, scan_layers=True))
+    caption = jnp.zeros((1, 2), jnp.int32)
     variables = model.init(key, example_batch(config), caption, method=DreamLLMModule.call_every_tower)
     return flatten_dict(variables["params"], sep="/")
 
@@ -77,7 +79,9 @@ def init_on_host(config: DreamLLMConfig, key: jax.Array, names: Set[str]) -> dic
 def abstract_params(config: DreamLLMConfig) -> Flat:
     """Returns the shape and dtype of every parameter without allocating any."""
     # The parameters do not depend on how the model computes.
-    plain = dataclasses.replace(config, dtype="float32", remat=RematConfig(), attention=AttentionConfig())
+    plain = dataclasses.replace(
+        config, dtype="float32", remat=RematConfig(), attention=AttentionConfig(), scan_layers=None
+    )
     return dict(_abstract_params(plain))
 
 

@@ -68,13 +68,14 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: AttentionKernel = "auto"
+    scan_layers: bool | None = None
 
     def resnet(
         self, i: int, x: Float[Array, "B h w c"], time: Float[Array, "B M"]
     ) -> Float[Array, "B h w c2"]:
         config = self.config
         width = config.block_out_channels[self.level]
-        module = remat(ResnetBlock, self.remat, scanned=False)
+        module = remat(ResnetBlock, self.remat)
         return module(width, config.norm_num_groups, config.norm_eps, dtype=self.dtype, name=f"resnets_{i}")(
             x, time
         )
@@ -91,6 +92,7 @@ class Block(nn.Module):
             dtype=self.dtype,
             remat=self.remat,
             attention=self.attention,
+            scan_layers=self.scan_layers,
             name=f"attentions_{i}",
         )(x, context)
 
@@ -154,6 +156,7 @@ class UNet(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: AttentionKernel = "auto"
+    scan_layers: bool | None = None
 
     @nn.compact
     def __call__(
@@ -176,7 +179,12 @@ class UNet(nn.Module):
         config, coarsest = self.config, len(self.config.block_out_channels) - 1
         self._check(latents, context, added)
         time = self._time(timesteps, added)
-        options = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention}
+        options = {
+            "dtype": self.dtype,
+            "remat": self.remat,
+            "attention": self.attention,
+            "scan_layers": self.scan_layers,
+        }
         x = Conv(config.block_out_channels[0], dtype=self.dtype, name="conv_in")(latents)
         skips = [x]
         for i, kind in enumerate(config.down_block_types):

@@ -168,6 +168,7 @@ class SpatialTransformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: AttentionName = "auto"
+    scan_layers: bool | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"], context: Float[Array, "B S X"]) -> Float[Array, "B h w c"]:
@@ -175,7 +176,7 @@ class SpatialTransformer(nn.Module):
         project = Dense if self.use_linear_projection else partial(Conv, size=1)
         y = GroupNorm(self.groups, dtype=self.dtype, name="norm")(x)
         y = project(channels, dtype=self.dtype, name="proj_in")(y)
-        stack = scan_layers(TransformerBlock, self.depth, self.remat, inputs=1)
+        stack = scan_layers(TransformerBlock, self.depth, self.remat, 1, self.scan_layers)
         stack = stack(self.heads, self.dtype, self.attention, name="transformer_blocks")
         # Constrained at the start of the scan, as are the gradients that leave it. Otherwise XLA's
         # partitioner computes wrong values when this scan runs inside another one (JAX 0.10).

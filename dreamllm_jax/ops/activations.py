@@ -9,17 +9,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Activation = Callable[[jax.Array], jax.Array]
+Activation = Callable[..., jax.Array]
 
 
-def _in_float32(function: Activation) -> Activation:
-    """Returns the activation computed in float32 and rounded once; the backward pass keeps only its input."""
+def _in_float32(function: Callable[[jax.Array], jax.Array]) -> Activation:
+    """Returns the activation computed in float32 and rounded once; the backward pass keeps only its input.
+
+    `prevent_cse` is that of `jax.checkpoint`. Without it, XLA may keep what the forward pass computed, unless
+    the caller is rematerialized itself or the body of a loop; its barrier splits the kernels of the backward
+    pass.
+    """
 
     @functools.wraps(function)
-    def activation(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def activation(x: Float[Array, "..."], prevent_cse: bool = True) -> Float[Array, "..."]:
         if x.dtype == jnp.float32:
             return function(x)
-        return jax.checkpoint(lambda y: function(y.astype(jnp.float32)).astype(y.dtype))(x)
+        rounded = jax.checkpoint(
+            lambda y: function(y.astype(jnp.float32)).astype(y.dtype), prevent_cse=prevent_cse
+        )
+        return rounded(x)
 
     return activation
 

@@ -137,8 +137,8 @@ def recipe_text(recipe: Recipe) -> str:
 def without_execution(recipe: Recipe) -> Recipe:
     """Returns the recipe with defaults for what does not change the trained model.
 
-    These are the mesh, saving, logging and hooks, rematerialization, attention kernels, and how gradients are
-    accumulated and weights gathered. A run may continue with other values of them.
+    These are the mesh, saving, logging and hooks, rematerialization, attention kernels, whether layers are a
+    loop, and how gradients are accumulated and weights gathered. A run may continue with other values.
     """
     default = {field.name: field.default for field in dataclasses.fields(Recipe)}
     return dataclasses.replace(
@@ -146,7 +146,9 @@ def without_execution(recipe: Recipe) -> Recipe:
         mesh=MeshConfig(),
         hooks=HooksConfig(),
         **{name: default[name] for name in ("checkpoint_every", "keep_checkpoints", "log_every")},
-        model=dataclasses.replace(recipe.model, remat=RematConfig(), attention=AttentionConfig()),
+        model=dataclasses.replace(
+            recipe.model, remat=RematConfig(), attention=AttentionConfig(), scan_layers=None
+        ),
         stages=tuple(
             dataclasses.replace(
                 stage,

@@ -10,7 +10,7 @@ from dreamllm_jax.aot.products import attention_calls, float32_products, product
 from dreamllm_jax.aot.program import generation_program, train_program
 from dreamllm_jax.aot.topology import topology_devices
 from dreamllm_jax.aot.weights import weight_traffic
-from dreamllm_jax.config.model import AttentionConfig
+from dreamllm_jax.config.model import AttentionConfig, RematConfig
 from dreamllm_jax.config.train import MeshConfig
 from tests.aot.test_compile import recipe
 from tests.aot.test_gpu import compiler  # noqa: F401 (a fixture)
@@ -67,8 +67,21 @@ def test_a_step_runs_attention_once_forward_and_once_backward():
     """With remat, the backward pass reads what cuDNN's attention returned and does not run it again."""
     found, text = report("train")
     calls = attention_calls(parse(text))
-    assert [call.kernel.backward for call in calls] == [False, True]
-    assert {call.kernel.mask for call in calls} == {"CAUSAL"}
+    assert [call.kernel.backward for call in calls] == [False] * LAYERS + [True] * LAYERS
+    assert {(call.kernel.mask, call.kernel.bias) for call in calls} == {("PADDING_CAUSAL", None)}
+
+
+def test_a_step_copies_no_weights():
+    """Without a loop over the layers, the products read the weights where they lie."""
+    found = report("train")[0].gpu
+    assert LAYERS not in [loop.turns for loop in found.loops]
+    assert found.weights.copied == 0
+
+
+def test_remat_saves_memory_without_a_loop():
+    """XLA does not merge the recomputation of unrolled layers with their forward pass."""
+    kept, least = (report("train", remat=RematConfig(llama=policy))[0] for policy in ("none", "full"))
+    assert least.memory.used < 0.8 * kept.memory.used
 
 
 def test_a_step_multiplies_in_bfloat16():

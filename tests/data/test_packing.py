@@ -57,6 +57,7 @@ def test_one_row_by_hand():
     null = [1, SPECIAL.dream_start, *[patch] * Q, SPECIAL.dream_end]
     assert batch.tokens.tolist() == [first + second + null + [pad] * 7]
     assert batch.segment_ids.tolist() == [[1] * 9 + [2] * 8 + [3] * 6 + [0] * 7]
+    assert batch.segment_lengths.tolist() == [[9, 8, 6] + [0] * 14]  # 16 documents and the empty prompt
     assert batch.positions.tolist() == [[*range(9), *range(8), *range(6), *[0] * 7]]
     assert batch.targets[0, :9].tolist() == [*first[1:], pad]
     assert batch.loss_weights[0, :9].tolist() == [1, 0, 0, 0, 0, 0, 0, 1, 0]
@@ -73,6 +74,9 @@ def unpack(batch):
     """Documents back out of rows: tokens, learned tokens, images by content."""
     found = []
     for b in range(len(batch.tokens)):
+        lengths = batch.segment_lengths[b]
+        packed = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+        np.testing.assert_array_equal(np.trim_zeros(batch.segment_ids[b]), packed)
         for segment in range(1, batch.segment_ids[b].max() + 1):
             at = np.flatnonzero(batch.segment_ids[b] == segment)
             assert (np.diff(at) == 1).all() and batch.positions[b, at].tolist() == list(range(len(at)))
@@ -98,6 +102,19 @@ def unpack(batch):
 def key(s):
     images, dreams = (tuple(int(i[0, 0, 0]) for i in pictures) for pictures in (s.images, s.dreams))
     return tuple(s.tokens), tuple(s.supervised), images, dreams
+
+
+@pytest.mark.parametrize(("length", "expected"), [(256, 16), (2048, 32), (4096, 64)])
+def test_the_number_of_documents_follows_the_length(length, expected):
+    assert layout(length=length).documents == expected
+    assert layout(length=length, max_documents=3).documents == 3
+
+
+def test_a_row_has_at_most_max_documents():
+    made = documents(60)
+    batch = pack_rows(made, layout(length=400, max_images=99, max_dreams=99, max_documents=2), SPECIAL)
+    assert batch.segment_ids.max() == 2 and batch.segment_lengths.shape == (30, 2)
+    assert sorted(unpack(batch)) == sorted(map(key, made))
 
 
 def test_nothing_is_lost_and_nothing_crosses():

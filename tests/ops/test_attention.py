@@ -37,7 +37,7 @@ def test_attention_is_its_definition(kv_heads, mask):
     visible = np.ones((2, 5, 7), bool)
     for b, i, j in np.ndindex(visible.shape):
         if mask is not None and mask.segment_ids is not None:
-            visible[b, i, j] &= IDS[b, i] == KEY_IDS[b, j] and IDS[b, i] > 0
+            visible[b, i, j] &= IDS[b, i] == KEY_IDS[b, j]
         if mask is not None and mask.key_lengths is not None:
             visible[b, i, j] &= j < LENGTHS[b, i]
     np.testing.assert_allclose(attention(q, k, v, mask), by_definition(q, k, v, visible), atol=1e-6)
@@ -69,7 +69,7 @@ def test_packed_mask():
         [0, 0, 1, 0, 0, 0],
         [0, 0, 1, 1, 0, 0],
         [0, 0, 1, 1, 1, 0],
-        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1],
     ]
     np.testing.assert_array_equal(visible[0, 0].astype(int), expected)
 

@@ -5,12 +5,15 @@ import math
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from dreamllm_jax.config.towers import ClipVisionConfig, LlamaConfig, UNetConfig
 from dreamllm_jax.models.clip import ClipVision
 from dreamllm_jax.models.llama import Llama
 from dreamllm_jax.models.unet import UNet
+from dreamllm_jax.ops import scan
 from dreamllm_jax.ops.scan import POLICIES
 
 
@@ -93,3 +96,37 @@ def test_offload_sends_every_layers_input_to_the_host(make):
     params = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
     jaxpr = jax.make_jaxpr(jax.grad(lambda p: module.apply(p, *inputs).astype(jnp.float32).sum()))(params)
     assert "pinned_host" in str(jaxpr) or "Host" in str(jaxpr)
+
+
+@pytest.mark.parametrize("make", [llama, vision])
+@pytest.mark.parametrize("policy", ["none", "dots", "full"])
+def test_layers_without_a_loop_compute_the_same(make, policy):
+    """Values and gradients are equal. That remat still saves memory is seen on GPUs (`test_gpu_guards.py`)."""
+    module, inputs = make(policy)
+    params = module.init(jax.random.key(0), *inputs)
+
+    def compiled(loop):
+        one = module.clone(scan_layers=loop)
+
+        def loss(p):
+            return jnp.sin(one.apply(p, *inputs)).sum()
+
+        return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+
+    looped, unrolled = compiled(True), compiled(False)
+    for a, b in zip(jax.tree.leaves(looped(params)), jax.tree.leaves(unrolled(params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert unrolled.as_text().count(" while(") < looped.as_text().count(" while(")
+
+
+@pytest.mark.parametrize(("platform", "fsdp", "loop"), [("gpu", 1, False), ("gpu", 8, True), ("tpu", 1, True)])
+def test_where_layers_are_a_loop(platform, fsdp, loop, monkeypatch):
+    monkeypatch.setattr(scan, "platform", lambda: platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((fsdp,), ("fsdp",), (AxisType.Auto,))):
+        assert scan.loops() is loop
+
+
+def test_layers_are_a_loop_without_a_mesh_except_on_gpus(monkeypatch):
+    assert scan.loops()
+    monkeypatch.setattr(scan, "platform", lambda: "gpu")
+    assert not scan.loops()

@@ -20,19 +20,24 @@ class Mask:
     """The conditions under which a query attends to a key. All that are given must hold.
 
     causal           query i attends to keys 0 to i; there must be as many queries as keys
-    segment_ids      a query attends to keys of its own segment; queries in segment 0 (padding) to none
+    segment_ids      a query attends to keys of its own segment; 0 (padding) is a segment like any other
     key_segment_ids  the segments of the keys, where they differ from those of the queries
     key_lengths      a query attends to the first `key_lengths` keys only, such as the entries of a cache
+
+    `segment_lengths` hides nothing more: it says that segments 1, 2, ... have these lengths (0: there is
+    none) and lie one after another from position 0, so that only segment 0 follows. With it, cuDNN needs no
+    array of queries and keys.
     """
 
     segment_ids: Int[Array, "B L"] | None = None
     key_segment_ids: Int[Array, "B S"] | None = None
     key_lengths: Int[Array, "#B #L"] | None = None
+    segment_lengths: Int[Array, "B M"] | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
     def may_hide_all_keys(self) -> bool:
         """Returns whether there may be a query that attends to no key."""
-        return self.segment_ids is not None or self.key_lengths is not None
+        return self.key_segment_ids is not None or self.key_lengths is not None
 
     def per_query(self, queries: int) -> Mask:
         """Returns the same rule without `causal`, so that it still holds for a part of the queries.
@@ -49,11 +54,14 @@ class Mask:
         return Mask(self.segment_ids, keys, lengths)
 
 
-def packed(segment_ids: Int[Array, "B L"]) -> Mask:
+def packed(segment_ids: Int[Array, "B L"], segment_lengths: Int[Array, "B M"] | None = None) -> Mask:
     """Returns the mask of packed rows: a position attends to itself and to earlier ones of its segment.
 
+    `segment_lengths` are those of the segments from 1 on, if they lie one after another (see `Mask`).
+
     Example: a row of a document of 2 tokens, another of 3, and one position of padding,
-    `packed([[1, 1, 2, 2, 2, 0]])`. A 1 stands where the query (row) attends to the key (column).
+    `packed([[1, 1, 2, 2, 2, 0]], [[2, 3, 0, 0]])`. A 1 stands where the query (row) attends to the key
+    (column).
 
         segment   1 1 2 2 2 0
               1   1 . . . . .
@@ -61,9 +69,9 @@ def packed(segment_ids: Int[Array, "B L"]) -> Mask:
               2   . . 1 . . .
               2   . . 1 1 . .
               2   . . 1 1 1 .
-              0   . . . . . .
+              0   . . . . . 1
     """
-    return Mask(segment_ids, causal=True)
+    return Mask(segment_ids, segment_lengths=segment_lengths, causal=True)
 
 
 def cached(positions: Int[Array, "B L"], valid: Bool[Array, "B L"]) -> Mask:
@@ -99,8 +107,7 @@ def boolean_mask(mask: Mask | None, queries: int, keys: int) -> Bool[Array, "#B 
         conditions.append(positions[None, :, None] >= positions)
     if mask.segment_ids is not None:
         key_ids = mask.segment_ids if mask.key_segment_ids is None else mask.key_segment_ids
-        query_ids = mask.segment_ids[:, :, None]
-        conditions += [query_ids == key_ids[:, None, :], query_ids > 0]
+        conditions.append(mask.segment_ids[:, :, None] == key_ids[:, None, :])
     if mask.key_lengths is not None:
         conditions.append(jnp.arange(keys) < mask.key_lengths[..., None])
     if not conditions:

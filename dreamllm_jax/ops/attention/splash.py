@@ -79,11 +79,7 @@ def splash_attention(
             out_specs=of_queries,
             check_vma=False,
         )
-    out = run(kernel, q, k, v, ids).swapaxes(1, 2)[:, :length]
-    if mask is None or mask.segment_ids is None:
-        return out
-    # To the kernel, padding is a segment like any other.
-    return jnp.where((mask.segment_ids > 0)[:, :, None, None], out, 0)
+    return run(kernel, q, k, v, ids).swapaxes(1, 2)[:, :length]
 
 
 def supports_mask(mask: Mask | None) -> bool:
@@ -91,15 +87,16 @@ def supports_mask(mask: Mask | None) -> bool:
     return mask is None or (mask.key_segment_ids is None and mask.key_lengths is None)
 
 
-def _padded(x: Array, multiple: int) -> Array:
-    """Returns [B, L, ...] padded with zeros to a length that `multiple` divides."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)) + ((0, 0),) * (x.ndim - 2))
+def _padded(x: Array, multiple: int, value: int = 0) -> Array:
+    """Returns [B, L, ...] padded to a length that `multiple` divides."""
+    sizes = ((0, 0), (0, -x.shape[1] % multiple)) + ((0, 0),) * (x.ndim - 2)
+    return jnp.pad(x, sizes, constant_values=value)
 
 
 def _segments(q: Array, k: Array, mask: Mask | None, multiple: int) -> pallas.SegmentIds | None:
     """Returns the kernel's segments: the mask's, or some that hide padding; None where neither is needed."""
     if mask is not None and mask.segment_ids is not None:
-        ids: Int[Array, "B L"] = _padded(mask.segment_ids, multiple)
+        ids: Int[Array, "B L"] = _padded(mask.segment_ids, multiple, -1)
         return pallas.SegmentIds(ids, ids)
     if (mask is not None and mask.causal) or k.shape[1] % multiple == 0:
         return None  # nothing is padded, or causality hides the padding
