@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import cast
 
-from benchmarks.beside_torch.sizes import SIZES, Training
 from ml_collections import ConfigDict
 
+from benchmarks.beside_torch.sizes import SIZES, Training
 from dreamllm_jax.config.recipe_files import to_config_dict
 from dreamllm_jax.config.train import MeshConfig, Recipe
 

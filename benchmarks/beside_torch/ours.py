@@ -21,7 +21,7 @@ from dreamllm_jax.generate.documents import draw_and_append, image_block_length
 from dreamllm_jax.generate.engine import Engine, prompt_keys
 from dreamllm_jax.generate.images import draw_images
 from dreamllm_jax.generate.layout import generation_layout
-from dreamllm_jax.generate.prompts import bucket_length
+from dreamllm_jax.generate.prompts import cache_capacity
 from dreamllm_jax.models.dreamllm import DreamLLMModule
 from dreamllm_jax.sharding import make_mesh, shard_batch
 from dreamllm_jax.train.objectives import StepNoise, sample_noise
@@ -93,7 +93,7 @@ class Generator:
     def read(self, rows: int, tokens_after: int) -> DecodeState:
         """Reads `rows` prompts into a cache that has capacity for `tokens_after` more tokens."""
         limit = self.size.model.context_length
-        capacity = bucket_length(self.size.prompt + tokens_after, limit)
+        capacity = cache_capacity(self.size.prompt + tokens_after, limit)
         return jax.block_until_ready(self.engine.read(self.inputs.prompts(rows), capacity))
 
     def logits(self, state: DecodeState) -> np.ndarray:

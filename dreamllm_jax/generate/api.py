@@ -34,7 +34,7 @@ from dreamllm_jax.generate.layout import checkpoint_layout, generation_layout
 from dreamllm_jax.generate.prompts import (
     Prompt,
     as_list,
-    bucket_length,
+    cache_capacity,
     end_tokens,
     longest_prompt,
     prompt_batch,
@@ -209,7 +209,7 @@ class DreamLLM:
         longest = longest_prompt(batch)
         _check_length(longest, settings.max_new_tokens, self.config.context_length)
         ends = end_tokens(self.tokenizer, settings.template)
-        capacity = bucket_length(longest + settings.max_new_tokens, self.config.context_length)
+        capacity = cache_capacity(longest + settings.max_new_tokens, self.config.context_length)
         _, tokens, _ = decode_text(
             engine.params,
             engine.read(batch, capacity),

@@ -10,7 +10,7 @@ from dreamllm_jax.diffusion.sampling import make_plan
 from dreamllm_jax.generate.decode import dream
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.generate.images import Condition, UnconditionalState
-from dreamllm_jax.generate.prompts import Prompt, bucket_length, longest_prompt, prompt_batch
+from dreamllm_jax.generate.prompts import Prompt, cache_capacity, longest_prompt, prompt_batch
 
 
 class Conditions:
@@ -60,7 +60,7 @@ class Conditions:
         engine, config = self._engine, self._engine.config
         needed = longest_prompt(batch) + 1 + config.num_dream_queries
         start = jnp.int32(engine.tokenizer.special.dream_start)
-        state = engine.read(batch, bucket_length(needed, config.context_length))
+        state = engine.read(batch, cache_capacity(needed, config.context_length))
         active = jnp.ones(batch.tokens.shape[0], bool)
         _, context, pooled = dream(engine.params, state, active, start, model=engine.module)
         return context, pooled

@@ -24,7 +24,7 @@ from dreamllm_jax.document import Document
 from dreamllm_jax.generate.decode import DecodeState, append_image, decode_text, dream
 from dreamllm_jax.generate.engine import Engine
 from dreamllm_jax.generate.images import UnconditionalState, draw_in_batches
-from dreamllm_jax.generate.prompts import bucket_length, end_tokens, longest_prompt
+from dreamllm_jax.generate.prompts import cache_capacity, end_tokens, longest_prompt
 
 
 def image_block_length(engine: Engine) -> int:
@@ -45,7 +45,7 @@ def write_documents(
     `settings.max_new_tokens` limits the text of a document, `settings.max_images` its images.
     """
     block, max_new_tokens = image_block_length(engine), settings.max_new_tokens
-    room = bucket_length(
+    room = cache_capacity(
         longest_prompt(batch) + max_new_tokens + settings.max_images * block, engine.config.context_length
     )
     state = engine.read(batch, room)

@@ -59,6 +59,14 @@ def bucket_length(size: int, limit: int) -> int:
     return min(up, limit)
 
 
+def cache_capacity(size: int, limit: int) -> int:
+    """Returns a capacity of at least `size` and at most `limit`, so that few sizes of caches are compiled.
+
+    A cache has one entry more than its capacity (see `KVCache`): 600 tokens get 767.
+    """
+    return bucket_length(size + 1, limit + 1) - 1
+
+
 def longest_prompt(batch: Batch) -> int:
     """Returns the number of tokens of the longest row."""
     return int((batch.segment_ids > 0).sum(-1).max())

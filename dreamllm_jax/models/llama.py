@@ -37,7 +37,7 @@ class LayerContext:
     """The inputs that all layers share: rotary angles, the attention mask and cache entries.
 
     `rotation` holds the angles of the new tokens. `entries[b, l]` is the cache entry that token l is written
-    to; an index equal to the capacity drops the token. Without `entries` the tokens are the first of an empty
+    to; the entry after the capacity drops the token. Without `entries` the tokens are the first of an empty
     cache, and attend to each other only. `key_rotation` holds the angles of the keys that are attended to, if
     the cache stores unrotated keys.
     """
@@ -265,12 +265,13 @@ class Llama(nn.Module):
         lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
         key_rotation = None
         if _dynamic(self.config):
-            entries = jnp.broadcast_to(jnp.arange(cache.capacity), (len(lengths), cache.capacity))
+            entries = jnp.arange(cache.k.shape[3])
+            entries = jnp.broadcast_to(entries, (len(lengths), len(entries)))
             key_rotation = rotations(self.config, entries, lengths[:, None])
         context = LayerContext(
             rotation=rotations(self.config, positions, lengths[:, None]),
             mask=masks.cached(positions, valid),
-            entries=jnp.where(valid, positions, cache.capacity),
+            entries=jnp.where(valid, jnp.minimum(positions, cache.capacity), cache.capacity),
             key_rotation=key_rotation,
         )
         hidden, written = self._run(embeds, context, cache)

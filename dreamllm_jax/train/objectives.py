@@ -24,8 +24,8 @@ from dreamllm_jax.diffusion import schedule as diffusion
 from dreamllm_jax.models.dreamllm import DreamLLMModule, query_states
 from dreamllm_jax.models.vae import sample_latents
 from dreamllm_jax.sharding import constrain
+from dreamllm_jax.train.cross_entropy import chunked_cross_entropy
 from dreamllm_jax.train.losses import (
-    chunked_cross_entropy,
     contrastive_loss,
     distillation_errors,
     kl_to_unit_gaussian,

@@ -22,6 +22,7 @@ pytestmark = [
 
 LAYERS, LENGTH = 3, 512
 LLAMA = dict(
+    vocab_size=512,
     hidden_size=512,
     intermediate_size=1024,
     num_hidden_layers=LAYERS,

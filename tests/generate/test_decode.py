@@ -161,7 +161,7 @@ def test_decoding_copies_no_weights_for_every_token(model):
     """XLA's CPU backend copies what it slices out of a stack of layers: these lie one by one."""
     engine = model._engine
     control = engine.control([], np.zeros(1, bool), 0, model._settings(max_new_tokens=6))
-    state = engine.read(prompt_batch(["one"], model.tokenizer, model.config, None), 48)
+    state = engine.read(prompt_batch(["one"], model.tokenizer, model.config, None), 130)
     parts, whole = jax.tree.flatten((state, jnp.ones(1, bool), jnp.array([6]), prompt_keys(0, 1), control))
 
     def write(params, parts):
@@ -172,7 +172,7 @@ def test_decoding_copies_no_weights_for_every_token(model):
     layer = engine.params["llama"]["layers_0"]
     sizes = {x.size for x in jax.tree.leaves(layer) if x.ndim > 1}
     copies = re.findall(r" = f32\[([\d,]+)\]\S* (?:dynamic-slice|slice|copy|transpose)\(", compiled.as_text())
-    assert copies  # slices of the cache, which has other sizes
+    assert copies  # slices of the cache, whose 192 entries make other sizes
     assert not sizes & {math.prod(map(int, dims.split(","))) for dims in copies}
 
 

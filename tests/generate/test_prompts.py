@@ -9,13 +9,25 @@ from PIL import Image
 
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.document import Document
-from dreamllm_jax.generate.prompts import as_list, bucket_length, end_tokens, longest_prompt, prompt_batch
+from dreamllm_jax.generate.prompts import (
+    as_list,
+    bucket_length,
+    cache_capacity,
+    end_tokens,
+    longest_prompt,
+    prompt_batch,
+)
 from tests.data.chat_examples import CHATML, LLAMA2, THINKING, load, write_tokenizer
 
 
 def test_buckets_stay_within_the_context():
     assert [bucket_length(n, 4096) for n in (1, 16, 17, 200, 257, 600)] == [16, 16, 32, 256, 512, 768]
     assert bucket_length(90, 96) == 96
+
+
+def test_a_cache_has_room_for_one_entry_more():
+    assert [cache_capacity(n, 4096) for n in (16, 31, 32, 600, 4000)] == [31, 31, 63, 767, 4095]
+    assert cache_capacity(96, 96) == 96
 
 
 def test_one_prompt_or_a_list_of_them():

@@ -286,6 +286,22 @@ def test_overflow_never_touches_what_is_there():
     assert (after.lengths == 12).all() and after.capacity == 8
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("capacity", [4, 63, 64])
+def test_single_tokens_beyond_the_capacity_are_dropped(rows, capacity):
+    """Also one that is not valid on a full cache, and one that is."""
+    model, params = make(GQA)
+    tokens = tokens_of(GQA, rows, 1)
+    full = dataclasses.replace(init_cache(GQA, rows, capacity), lengths=jnp.full(rows, capacity - 1))
+    for valid, length in ((False, capacity - 1), (True, capacity), (False, capacity), (True, capacity + 1)):
+        before = full
+        _, full = extend(model, params, tokens, jnp.full((rows, 1), valid), full)
+        changed = (full.k != before.k).any(axis=(0, 1, 2, 4))
+        assert not changed[: min(length, capacity) - (valid and length == capacity)].any()
+        assert changed[capacity - 1] == (valid and length == capacity)
+        assert (full.lengths == length).all()
+
+
 def test_bfloat16_computes_near_float32():
     _, params = make(GQA)
     tokens = tokens_of(GQA, 2, 10)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.config.train import MeshConfig
-from dreamllm_jax.ops.attention import AXES, masks
+from dreamllm_jax.ops.attention import AXES, masks, reference
 from dreamllm_jax.ops.attention.chunked import chunked_attention
 from dreamllm_jax.ops.attention.masks import Mask
 from dreamllm_jax.ops.attention.reference import reference_attention
@@ -74,6 +74,19 @@ def test_chunked_on_a_cache():
     mask = masks.cached(positions, positions < 50)
     assert_equals_reference(SMALL, *random_qkv(2, 40, 64), mask)
     assert_equals_reference(SMALL, *random_qkv(2, 40, 64), Mask(key_lengths=jnp.array([[64], [9]])))
+
+
+@pytest.mark.parametrize(("keys", "parts"), [(2048, 1), (2112, 2), (4096, 2), (8192, 4), (4099, 1)])
+def test_one_query_on_a_long_cache(keys, parts, monkeypatch):
+    """On GPUs a sum over more than 2,048 keys is split into equal parts, if there are such parts."""
+    q, k, v = random_qkv(2, 1, keys, kv_heads=4)
+    assert reference._parts(q, k) == parts
+    assert reference._parts(q, k[:, :, :2]) == 1  # shared keys: the products are not sums
+    mask = Mask(key_lengths=jnp.array([[keys], [3]]))
+    expected = reference_attention(q, k, v, mask)
+    monkeypatch.setattr(reference, "platform", lambda: "gpu")
+    monkeypatch.setattr(reference.cpu, "is_target", lambda: False)
+    np.testing.assert_allclose(reference_attention(q, k, v, mask), expected, atol=1e-6)
 
 
 def test_chunked_sums_gradients_of_keys_in_float32():

@@ -101,7 +101,7 @@ def test_offload_sends_every_layers_input_to_the_host(make):
 @pytest.mark.parametrize("make", [llama, vision])
 @pytest.mark.parametrize("policy", ["none", "dots", "full"])
 def test_layers_without_a_loop_compute_the_same(make, policy):
-    """Values and gradients are equal. That remat still saves memory is seen on GPUs (`test_gpu_guards.py`)."""
+    """Values and gradients are equal. That remat still saves memory is seen in `test_gpu_guards.py`."""
     module, inputs = make(policy)
     params = module.init(jax.random.key(0), *inputs)
 
@@ -119,7 +119,9 @@ def test_layers_without_a_loop_compute_the_same(make, policy):
     assert unrolled.as_text().count(" while(") < looped.as_text().count(" while(")
 
 
-@pytest.mark.parametrize(("platform", "fsdp", "loop"), [("gpu", 1, False), ("gpu", 8, True), ("tpu", 1, True)])
+@pytest.mark.parametrize(
+    ("platform", "fsdp", "loop"), [("gpu", 1, False), ("gpu", 8, True), ("tpu", 1, True)]
+)
 def test_where_layers_are_a_loop(platform, fsdp, loop, monkeypatch):
     monkeypatch.setattr(scan, "platform", lambda: platform)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((fsdp,), ("fsdp",), (AxisType.Auto,))):

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 
 from dreamllm_jax.config.train import LossConfig, MeshConfig
 from dreamllm_jax.sharding import activation_spec, make_mesh, parameter_spec
+from dreamllm_jax.train.cross_entropy import chunked_cross_entropy
 from dreamllm_jax.train.losses import (
-    chunked_cross_entropy,
     contrastive_loss,
     distillation_errors,
     kl_to_unit_gaussian,
@@ -105,6 +105,23 @@ def test_low_precision_gradients_are_those_of_rounded_logit_gradients(inputs, ch
     np.testing.assert_allclose(np.asarray(d_hidden, np.float32), shares @ kernel.T, rtol=1e-2, atol=2e-3)
     wanted = np.einsum("bld,blv->dv", hidden, shares)
     np.testing.assert_allclose(np.asarray(d_kernel, np.float32), wanted, rtol=1e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("argnums", "products"), [((0, 1), 3), ((0,), 2), ((), 1)])
+def test_logits_are_computed_once_and_gradients_only_where_wanted(argnums, products, dtype):
+    """Of the products with the vocabulary; a frozen head, for example, has no gradient."""
+    rng = np.random.default_rng(3)
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 64, 96), (96, 128))]
+    loss = functools.partial(chunked, chunk=64)
+    run = jax.grad(lambda *args: loss(*args)[0], argnums) if argnums else loss
+    compiled = jax.jit(run).lower(*arrays, jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64))).compile()
+    assert compiled.cost_analysis()["flops"] / (2 * 2 * 64 * 96 * 128) == pytest.approx(products, rel=0.1)
+
+
+def test_correct_predictions_have_no_gradient(inputs):
+    gradients = jax.grad(lambda *args: chunked(*args, 4)[1], (0, 1))(*map(jnp.asarray, inputs))
+    assert all((g == 0).all() for g in gradients)
 
 
 MESHES = {
