@@ -1,4 +1,6 @@
-"""What matters on GPUs alone: launches, CUDA graphs, copies of weights, float32 products, dense biases."""
+"""What matters on GPUs alone: launches, CUDA graphs, copies of weights, float32 products, dense biases, and
+what is exchanged while products run.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any
 from dreamllm_jax.aot.hlo import Program, Thunk
 from dreamllm_jax.aot.launches import Launches, Loop, count_launches, loops
 from dreamllm_jax.aot.memory import gib
+from dreamllm_jax.aot.overlap import Overlap, overlap
 from dreamllm_jax.aot.products import attention_calls, float32_products, products
 from dreamllm_jax.aot.weights import WeightTraffic, weight_traffic
 
@@ -30,6 +33,7 @@ class GpuReport:
     library_flops: float
     attention: int
     biased: int
+    overlap: Overlap
 
 
 def gpu_report(program: Program, thunks: list[Thunk]) -> GpuReport:
@@ -43,6 +47,7 @@ def gpu_report(program: Program, thunks: list[Thunk]) -> GpuReport:
         math.fsum(product.flops for product in products(program) if product.library),
         sum(call.times for call in calls),
         sum(call.times for call in calls if call.kernel.bias is not None),
+        overlap(program),
     )
 
 
@@ -62,6 +67,9 @@ def gpu_lines(report: GpuReport, flops: float) -> list[str]:
     ]
     if report.attention:
         lines.append(f"cuDNN's attention: {report.attention:,} calls, {report.biased:,} with a dense bias")
+    if report.overlap.all:
+        share = report.overlap.hidden / report.overlap.all
+        lines.append(f"of the bytes of collectives: {share:.0%} arrive while a product runs")
     lines += [
         f"launched: {_launched(launches)}",
         f"  {launches.in_graphs:,} of them in {launches.graphs:,} CUDA graphs, {launches.outside:,} one by "
