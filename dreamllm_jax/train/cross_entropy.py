@@ -87,7 +87,7 @@ def _on_mesh(
     gathered: bool,
     wanted: tuple[bool, bool],
 ) -> tuple[Array, Array, Array | None, Array | None]:
-    """Returns the two sums and the gradients of head (float32) and hidden states, where they are wanted."""
+    """Returns the two sums and the gradients of head and hidden states, where they are wanted."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _sums(head, hidden, targets, weights, chunk, wanted)
@@ -138,7 +138,7 @@ def _sums(
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Returns the results of one device; the mesh axes are those of the vocabulary, rows and positions.
 
-    The gradient of the head is not summed over devices.
+    The gradient of the head is summed over chunks in float32, and not over devices.
     """
     length, vocab_axes = hidden.shape[1], (vocab_axis,) if vocab_axis else ()
     # `linear` does not support the types of a mesh.
@@ -170,7 +170,7 @@ def _sums(
     (loss, right, d_head), d_hidden = jax.lax.scan(body, (zero, zero, d_head), parts)
     if d_hidden is not None:
         d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(len(hidden), -1, hidden.shape[-1])[:, :length]
-    return loss, right, d_head, d_hidden
+    return loss, right, None if d_head is None else d_head.astype(head.dtype), d_hidden
 
 
 def _varying(x: Array, axes: tuple[str, ...]) -> Array:
