@@ -1,4 +1,4 @@
-"""How much of what devices exchange is on its way while they compute."""
+"""How much communication between devices overlaps with computation."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class DreamLLMConfig:
 
     With `scan_layers` the equal layers of a tower are one compiled body in a loop; without it each layer is
     compiled by itself, which takes longer and runs faster on GPUs that hold whole weights. None chooses by
-    the platform and the mesh (see `ops.scan.loops`).
+    the platform, the mesh and the remat policy (see `ops.scan.prefers_loop`).
     """
 
     llama: LlamaConfig | None = None

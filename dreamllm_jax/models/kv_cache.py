@@ -20,8 +20,8 @@ class KVCache:
     """The keys and values of all layers. Row b holds `lengths[b]` tokens; later entries are masked.
 
     A length greater than the capacity means that tokens were dropped because the capacity was too small. They
-    are written to an entry after it, which is never read: to test the index instead takes two more kernels a
-    layer for every token on GPUs. S is greater than the capacity, and a multiple of ENTRIES.
+    are written to an entry after it, which is never read. Testing the index instead takes three more kernels
+    per layer and token on GPUs. S is greater than the capacity, and a multiple of ENTRIES.
     Under dynamic rotary scaling the keys are stored unrotated, since their angles change as the row grows.
     The entries of a head are contiguous, as the products of attention read them, so that no new token causes
     a transposition.

@@ -81,7 +81,9 @@ def test_a_step_copies_no_weights():
 
 def test_remat_saves_memory_without_a_loop():
     """XLA does not merge the recomputation of unrolled layers with their forward pass."""
-    kept, least = (report("train", remat=RematConfig(llama=policy))[0] for policy in ("none", "full"))
+    kept, least = (
+        report("train", remat=RematConfig(llama=policy), scan_layers=False)[0] for policy in ("none", "full")
+    )
     assert least.memory.used < 0.8 * kept.memory.used
 
 

@@ -120,15 +120,22 @@ def test_layers_without_a_loop_compute_the_same(make, policy):
 
 
 @pytest.mark.parametrize(
-    ("platform", "fsdp", "loop"), [("gpu", 1, False), ("gpu", 8, True), ("tpu", 1, True)]
+    ("platform", "fsdp", "policy", "loop"),
+    [
+        ("gpu", 1, "dots", False),
+        ("gpu", 1, "none", False),
+        ("gpu", 1, "full", True),
+        ("gpu", 8, "dots", True),
+        ("tpu", 1, "dots", True),
+    ],
 )
-def test_where_layers_are_a_loop(platform, fsdp, loop, monkeypatch):
+def test_where_layers_are_a_loop(platform, fsdp, policy, loop, monkeypatch):
     monkeypatch.setattr(scan, "platform", lambda: platform)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((fsdp,), ("fsdp",), (AxisType.Auto,))):
-        assert scan.loops() is loop
+        assert scan.prefers_loop(policy) is loop
 
 
 def test_layers_are_a_loop_without_a_mesh_except_on_gpus(monkeypatch):
-    assert scan.loops()
+    assert scan.prefers_loop("dots")
     monkeypatch.setattr(scan, "platform", lambda: "gpu")
-    assert not scan.loops()
+    assert not scan.prefers_loop("dots")

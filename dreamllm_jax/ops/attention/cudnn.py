@@ -59,7 +59,7 @@ def _packed_rows(q: Array, k: Array, v: Array, lengths: Int[Array, "B M"], batch
     lengths = jnp.concatenate([lengths, padding], axis=1)
     exists = lengths > 0
     starts = jnp.where(exists, jnp.cumsum(lengths, axis=1) - lengths, -1)
-    # [B, M + 1] and [B, M + 2]: -1 where there is no segment, and the end of the row, which is not read.
+    # [B, M + 1] and [B, M + 2]. Unused entries are -1; the last offset is never read.
     lengths = constrain(jnp.where(exists, lengths, -1).astype(jnp.int32), batch_axis, None)
     offsets = jnp.pad(starts.astype(jnp.int32), ((0, 0), (0, 1)), constant_values=-1)
     offsets = constrain(offsets, batch_axis, None)
